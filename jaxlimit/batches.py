@@ -1,0 +1,227 @@
+r"""Batches of examples, and sums over them.
+
+A *batch* is any pytree whose leaves share a leading example axis. *Batches* are anything that can be
+iterated again and again and yields the same batches each time: the result of `batched`, a list, or a
+re-iterable stream. Every sum over examples in this package goes through `example_sum`,
+
+    sum_b n_b f(batch_b),        n_b = number of examples of batch b,
+
+so that an uneven last batch counts for what it holds and no mean of batch means is ever taken.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PyTree = Any
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Arrays in memory, cut along the example axis in the order given; the last batch may be smaller.
+
+    Attributes:
+        arrays: pytree of arrays with the same leading axis, the examples.
+        batch_size: number of examples of every batch but the last.
+    """
+
+    arrays: PyTree
+    batch_size: int
+
+    @property
+    def num_examples(self) -> int:
+        """Number of examples in all batches together."""
+        return batch_length(self.arrays)
+
+    def __len__(self) -> int:
+        return -(-self.num_examples // self.batch_size)
+
+    def __iter__(self) -> Iterator[PyTree]:
+        for start in range(0, self.num_examples, self.batch_size):
+            yield jax.tree.map(lambda x, start=start: x[start : start + self.batch_size], self.arrays)
+
+
+def batched(arrays: PyTree, batch_size: int) -> Batches:
+    """Cuts arrays into batches, in order, without shuffling.
+
+    Args:
+        arrays: pytree of arrays with one common leading axis, the examples.
+        batch_size: examples a batch; the last batch holds the remainder.
+
+    Returns:
+        Batches that can be iterated any number of times.
+
+    Raises:
+        ValueError: no examples, leading axes that differ, or a batch size below 1.
+
+    Example:
+        >>> [len(batch) for batch in batched(np.zeros((5, 2)), batch_size=2)]
+        [2, 2, 1]
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
+    arrays = jax.tree.map(jnp.asarray, arrays)
+    if batch_length(arrays) == 0:
+        raise ValueError("arrays hold no examples (a leading axis of length 0).")
+    return Batches(arrays, int(batch_size))
+
+
+def batch_length(batch: PyTree) -> int:
+    """Number of examples of one batch: the length of its leading axis.
+
+    Raises:
+        ValueError: the batch has no array, a scalar, or leading axes of different lengths.
+
+    Example:
+        >>> batch_length({"image": np.zeros((3, 4)), "label": np.zeros(3)})
+        3
+    """
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(batch)]
+    if not shapes or any(len(shape) == 0 for shape in shapes):
+        raise ValueError(f"a batch must be a pytree of arrays with a leading example axis, got shapes {shapes}.")
+    lengths = {shape[0] for shape in shapes}
+    if len(lengths) > 1:
+        raise ValueError(f"all arrays of a batch must have the same number of examples, got shapes {shapes}.")
+    return lengths.pop()
+
+
+def grouped(batches: Iterable[PyTree]) -> Iterable[PyTree]:
+    """Stacks equal-shaped batches so that one compiled scan can run over each group.
+
+    Arrays in memory (`Batches`, lists, tuples) become a few groups, made once and kept. Of a stream
+    each batch is a group of its own, made anew in every pass and never kept.
+
+    Returns:
+        Re-iterable of pytrees whose leaves have shape (num_batches, batch_size, ...).
+
+    Raises:
+        ValueError: no batches, or an iterator that can be used only once.
+    """
+    if isinstance(batches, Batches):
+        full = batches.num_examples // batches.batch_size * batches.batch_size
+        shape = (-1, batches.batch_size)
+        head = jax.tree.map(lambda x: x[:full].reshape(*shape, *x.shape[1:]), batches.arrays)
+        tail = jax.tree.map(lambda x: x[None, full:], batches.arrays)
+        return [group for group, size in ((head, full), (tail, batches.num_examples - full)) if size]
+    if isinstance(batches, (list, tuple)):
+        if not batches:
+            raise ValueError("batches is empty: at least one batch with at least one example is needed.")
+        runs = itertools.groupby(batches, key=_signature)
+        return [jax.tree.map(lambda *xs: jnp.stack(xs), *run) for _, run in runs]
+    if isinstance(batches, Iterator) or not isinstance(batches, Iterable):
+        raise ValueError(
+            f"batches must be iterable more than once, got {type(batches).__name__}: pass batched(arrays, "
+            "batch_size), a list of batches, or an object whose __iter__ starts a new pass."
+        )
+    return _Stream(batches)
+
+
+@dataclass(frozen=True)
+class _Stream:
+    batches: Iterable[PyTree]
+
+    def __iter__(self) -> Iterator[PyTree]:
+        for batch in self.batches:
+            yield jax.tree.map(lambda x: jnp.asarray(x)[None], batch)
+
+
+def _signature(batch: PyTree) -> tuple:
+    batch_length(batch)  # a clear error before jnp.stack has an unclear one
+    leaves, structure = jax.tree.flatten(batch)
+    return structure, tuple((np.shape(x), np.asarray(x).dtype if np.isscalar(x) else x.dtype) for x in leaves)
+
+
+def example_sum(fn: Callable[..., PyTree], groups: Iterable[PyTree], *args: PyTree) -> tuple[PyTree, int]:
+    """sum_b n_b fn(*args, batch_b) over grouped batches, and the number of examples sum_b n_b.
+
+    One compiled scan for each shape of group; `args` and the data are arguments of the compiled
+    function, and the running sum is donated. Memory: one batch's work and one result.
+
+    Args:
+        fn: `fn(*args, batch) -> pytree`, a mean over the batch's examples. Hashable by value if calls with
+            equal functions are to share one compilation.
+        groups: as `grouped` returns them.
+        *args: pytrees handed to `fn`.
+
+    Raises:
+        ValueError: there was no batch at all.
+    """
+    total, num_examples = None, 0
+    for group in groups:
+        if total is None:
+            first = jax.tree.map(lambda x: x[0], group)
+            total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, *args, first))
+        total = _add_group(fn, total, args, group)
+        num_batches, batch_size = jax.tree.leaves(group)[0].shape[:2]
+        num_examples += num_batches * batch_size
+    if num_examples == 0:
+        raise ValueError("batches hold no examples.")
+    return total, num_examples
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _add_group(fn: Callable[..., PyTree], total: PyTree, args: tuple[PyTree, ...], group: PyTree) -> PyTree:
+    def add(total: PyTree, batch: PyTree) -> tuple[PyTree, None]:
+        size = batch_length(batch)
+        return jax.tree.map(lambda t, x: t + size * x, total, fn(*args, batch)), None
+
+    return jax.lax.scan(add, total, group)[0]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["mean", "batch_std"], meta_fields=["num_examples"])
+@dataclass(frozen=True)
+class LossStatistics:
+    """Mean loss of the data, and how much the loss of one batch scatters around it.
+
+    Attributes:
+        mean: mean loss over all examples.
+        batch_std: population standard deviation of the batches' mean losses, each batch counted once:
+            the paper's code takes it as loss tolerance, with 128 examples a batch in a fixed order.
+        num_examples: number of examples.
+    """
+
+    mean: float
+    batch_std: float
+    num_examples: int
+
+
+def loss_statistics(
+    loss_fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, batches: Iterable[PyTree]
+) -> LossStatistics:
+    """Example-weighted mean of the loss and standard deviation of the batch means, in one pass.
+
+    Args:
+        loss_fn: `loss_fn(params, batch) -> scalar`, mean over the batch's examples.
+        params: pytree of parameters.
+        batches: `Batches`, a list of batches or any re-iterable of batches.
+
+    Raises:
+        ValueError: no batches, or a loss that is not finite.
+
+    Example:
+        >>> batches = batched(np.array([1.0, 2.0, 3.0, 6.0, 5.0]), batch_size=2)
+        >>> statistics = loss_statistics(lambda scale, x: jnp.mean(scale * x), 1.0, batches)
+        >>> print(f"{statistics.mean:.2f} {statistics.batch_std:.2f}")
+        3.40 1.55
+    """
+    losses, sizes = [], []
+    for group in grouped(batches):
+        losses.append(np.asarray(_batch_losses(loss_fn, params, group), np.float64))
+        sizes += [jax.tree.leaves(group)[0].shape[1]] * len(losses[-1])
+    if not losses:
+        raise ValueError("batches hold no examples.")
+    values = np.concatenate(losses)
+    if not np.all(np.isfinite(values)):
+        raise ValueError(f"the loss is not finite in batch {int(np.argmin(np.isfinite(values)))}.")
+    return LossStatistics(float(np.average(values, weights=sizes)), float(np.std(values)), int(sum(sizes)))
+
+
+@partial(jax.jit, static_argnums=0)
+def _batch_losses(loss_fn: Callable, params: PyTree, group: PyTree) -> jax.Array:
+    return jax.lax.map(lambda batch: loss_fn(params, batch), group)

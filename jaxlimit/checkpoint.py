@@ -1,0 +1,105 @@
+r"""Intermediate results on disk: plain NumPy arrays in a folder, written whole or not at all.
+
+A file is first written beside its place and then renamed, so a process killed at any moment leaves either
+the old file or the new one. Arrays are stored exactly; a resumed run continues to the same bits. Nothing is
+pickled.
+"""
+
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxlimit.lanczos import LanczosState
+
+PyTree = Any
+
+
+class Checkpoint:
+    """A folder of named results of one problem; without a folder nothing is kept.
+
+    Args:
+        folder: where to write; made if missing.
+        fingerprint: what identifies the problem, as JSON values. A folder with another one is refused.
+
+    Raises:
+        ValueError: the folder belongs to another problem, or is not a checkpoint.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None, fingerprint: dict[str, Any]):
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        identity = self.folder / "problem.json"
+        if not identity.exists():
+            if any(self.folder.iterdir()):
+                raise ValueError(f"{self.folder} is not empty and holds no checkpoint: name another folder.")
+            temporary = identity.with_suffix(".tmp")
+            temporary.write_text(json.dumps(fingerprint, indent=1))
+            temporary.replace(identity)
+        stored = json.loads(identity.read_text())
+        different = [name for name in fingerprint if stored.get(name) != fingerprint[name]]
+        if different:
+            raise ValueError(
+                f"the checkpoint in {self.folder} is of another problem: {', '.join(different)} differ. Name "
+                "another folder, or remove this one."
+            )
+
+    def save_array(self, name: str, array: NDArray[Any]) -> None:
+        """Stores one array."""
+        self._write(name, {"array": np.asarray(array)})
+
+    def load_array(self, name: str) -> NDArray[Any] | None:
+        """The array of that name, or None."""
+        content = self._read(name)
+        return None if content is None else content["array"]
+
+    def save_tree(self, name: str, tree: PyTree) -> None:
+        """Stores the leaves of a pytree."""
+        self._write(name, {f"leaf_{i:04d}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(tree))})
+
+    def load_tree(self, name: str, like: PyTree) -> PyTree | None:
+        """The pytree of that name with the structure of `like`, or None."""
+        content = self._read(name)
+        if content is None:
+            return None
+        return jax.tree.unflatten(jax.tree.structure(like), [content[key] for key in sorted(content)])
+
+    def save_state(self, name: str, state: LanczosState) -> None:
+        """Stores where a block of Lanczos runs stands, its basis included."""
+        if self.folder is not None:
+            self.save_tree(name, state)
+
+    def load_state(self, name: str, initial: LanczosState) -> LanczosState:
+        """The stored state of that name, or the initial one."""
+        stored = self.load_tree(name, initial)
+        if stored is None:
+            return initial
+        on_device = jax.tree.map(jnp.asarray, (stored.basis, stored.previous, stored.current, stored.norm))
+        return LanczosState(*on_device, stored.diagonal, stored.off_diagonal, stored.num_steps)
+
+    def _write(self, name: str, arrays: dict[str, NDArray[Any]]) -> None:
+        if self.folder is None:
+            return
+        temporary = self.folder / f"{name}.tmp"
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.folder / f"{name}.npz")
+
+    def _read(self, name: str) -> dict[str, NDArray[Any]] | None:
+        if self.folder is None or not (path := self.folder / f"{name}.npz").exists():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as content:
+                return dict(content)
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"the checkpoint file {path} is damaged ({error}): remove it to go on.") from error

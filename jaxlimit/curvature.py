@@ -1,0 +1,360 @@
+r"""Products with the curvature of a loss, restricted to the weights that may be pruned.
+
+With w the prunable weights, everything else held fixed, and L the mean loss over N examples:
+
+    Hessian         H v = d/dt grad L(w + t v) at t = 0                (forward over reverse)
+    Gauss-Newton    G v = J^T (d^2 loss / d outputs^2) J v             (push forward, curve, pull back)
+
+J is the Jacobian of the network's outputs. G equals H without the network's own second derivative; it is
+positive semidefinite when the loss is convex in the outputs (Schraudolph 2002). Sums over batches are
+weighted by their numbers of examples. Data and parameters are arguments of the compiled functions.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxlimit.batches import batch_length, example_sum, grouped
+
+PyTree = Any
+Prunable = PyTree | Callable[[tuple, Any], bool]
+
+
+def is_kernel(path: tuple, leaf: Any) -> bool:
+    """The default of `prunable`: floating-point arrays with two or more dimensions.
+
+    These are the kernels of dense and convolution layers; biases and normalisation have one dimension
+    and stay out, as in the paper.
+    """
+    return np.ndim(leaf) >= 2 and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+
+
+def partition(params: PyTree, prunable: Prunable = is_kernel) -> tuple[PyTree, PyTree]:
+    """Splits params into prunable weights and the rest, each with None where the other has a leaf.
+
+    Raises:
+        ValueError: a tree of bools that does not match, nothing prunable, or prunable leaves that are
+            not floating-point or not finite.
+
+    Example:
+        >>> partition({"kernel": jnp.ones((1, 2)), "bias": jnp.ones(2)})[0]
+        {'bias': None, 'kernel': Array([[1., 1.]], dtype=float32)}
+    """
+    if callable(prunable):
+        chosen = jax.tree_util.tree_map_with_path(lambda path, x: bool(prunable(path, x)), params)
+    else:
+        chosen = prunable
+        expected, got = jax.tree.structure(params), jax.tree.structure(prunable)
+        if expected != got:
+            raise ValueError(f"prunable does not match params: expected the tree {expected}, got {got}.")
+    weights = jax.tree.map(lambda keep, x: x if keep else None, chosen, params)
+    rest = jax.tree.map(lambda keep, x: None if keep else x, chosen, params)
+    _check_weights(weights)
+    return weights, rest
+
+
+def combine(weights: PyTree, rest: PyTree) -> PyTree:
+    """The inverse of `partition`."""
+    return jax.tree.map(lambda w, r: r if w is None else w, weights, rest, is_leaf=lambda x: x is None)
+
+
+def _check_weights(weights: PyTree) -> None:
+    leaves = jax.tree_util.tree_leaves_with_path(weights)
+    if not leaves:
+        raise ValueError(
+            "no prunable leaf: params has no floating-point array that `prunable` accepts (the default takes "
+            "arrays of 2 or more dimensions)."
+        )
+    for path, leaf in leaves:
+        name = jax.tree_util.keystr(path)
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise ValueError(f"prunable leaf {name} has dtype {jnp.result_type(leaf)}: floating-point needed.")
+        if not bool(jnp.all(jnp.isfinite(leaf))):
+            raise ValueError(f"prunable leaf {name} holds NaN or infinite weights.")
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """A symmetric matrix of size D x D known through its products. Vectors are pytrees like `weights`.
+
+    Attributes:
+        weights: the prunable weights w, shaped like the parameters with None for everything else.
+        positive_semidefinite: whether the matrix has no negative eigenvalue by construction.
+        num_examples: number of examples the loss is a mean of.
+    """
+
+    weights: PyTree
+    positive_semidefinite: bool
+    num_examples: int
+    _rest: PyTree
+    _groups: Iterable[PyTree]
+    _product: "_Product"
+
+    @property
+    def dim(self) -> int:
+        """Number of prunable weights D."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.weights))
+
+    @cached_property
+    def gradient(self) -> PyTree:
+        """Gradient of the mean loss with respect to the weights, same tree; computed on first use."""
+        return self._mean(_Gradient(self._product.loss, self._product.precision))
+
+    def matvec(self, vector: PyTree) -> PyTree:
+        """H v for one vector shaped like `weights`. Cost: about two gradients of the loss."""
+        product = self.matmat(jax.tree.map(lambda x: jnp.asarray(x)[None], vector))
+        return jax.tree.map(lambda x: x[0], product)
+
+    def matmat(self, vectors: PyTree) -> PyTree:
+        """H V for several vectors along a leading axis; each batch's forward pass is shared by all.
+
+        Raises:
+            ValueError: vectors do not match the weights in structure or shape.
+        """
+        leaves, structure = jax.tree.flatten(vectors)
+        like, expected = jax.tree.flatten(self.weights)
+        if structure != expected:
+            raise ValueError(f"vectors must be a tree like the weights, {expected}; got {structure}.")
+        for leaf, weight in zip(leaves, like, strict=True):
+            if leaf.shape[1:] != weight.shape:
+                raise ValueError(f"a leaf of shape {leaf.shape[1:]} stands where weights has {weight.shape}.")
+        vectors = jax.tree.map(lambda v, w: jnp.asarray(v, w.dtype), vectors, self.weights)
+        return self._mean(self._product, vectors)
+
+    def dense(self) -> NDArray[np.float64]:
+        """The matrix itself: see `dense_matrix`."""
+        return dense_matrix(self.matmat, self.weights)
+
+    def _mean(self, fn: Callable, *args: PyTree) -> PyTree:
+        total, num_examples = example_sum(fn, self._groups, self.weights, self._rest, *args)
+        if num_examples != self.num_examples:
+            raise ValueError(_changed(f"{self.num_examples} examples", f"{num_examples}"))
+        return jax.tree.map(lambda x: x / num_examples, total)
+
+
+def dense_matrix(
+    matmat: Callable[[PyTree], PyTree], like: PyTree, block_size: int = 128
+) -> NDArray[np.float64]:
+    """The symmetric matrix behind products, symmetrised, in the order of the flattened weights.
+
+    Cost: D products in blocks of `block_size`; memory 8 D^2 bytes on the host.
+
+    Example:
+        >>> dense_matrix(lambda v: 3 * v, jnp.ones(2)).tolist()
+        [[3.0, 0.0], [0.0, 3.0]]
+    """
+    leaves, structure = jax.tree.flatten(like)
+    dim, ends = sum(x.size for x in leaves), np.cumsum([x.size for x in leaves])[:-1]
+    matrix = np.empty((dim, dim))
+    for start in range(0, dim, block_size):
+        # The last block overlaps the one before, so that all have one shape and compile once.
+        first = max(0, min(start, dim - block_size))
+        rows = np.eye(min(block_size, dim), dim, first)
+        parts = [p.reshape(-1, *x.shape).astype(x.dtype) for p, x in zip(np.split(rows, ends, 1), leaves, strict=True)]
+        product = jax.tree.leaves(matmat(structure.unflatten(parts)))
+        matrix[first : first + len(rows)] = np.concatenate([np.reshape(x, (len(rows), -1)) for x in product], 1)
+    return (matrix + matrix.T) / 2
+
+
+def hessian(
+    loss_fn: Callable[[PyTree, PyTree], jax.Array],
+    params: PyTree,
+    batches: Iterable[PyTree],
+    *,
+    prunable: Prunable = is_kernel,
+    precision: str = "highest",
+) -> Curvature:
+    r"""The Hessian of the mean loss on the prunable weights.
+
+    Cost of a product: about two gradients; memory: one batch's activations twice and one vector.
+
+    Args:
+        loss_fn: `loss_fn(params, batch) -> scalar`, the mean over the batch's examples.
+        params: pytree of parameters, at which the Hessian is taken.
+        batches: `batched(...)`, a list of batches, or any re-iterable of batches.
+        prunable: pytree of bools like params, or `fn(path, leaf) -> bool`; default: `is_kernel`.
+        precision: of matrix products, as in `jax.default_matmul_precision`. The default "highest" is
+            float32: the devices' faster formats (TF32, bfloat16) disturb the smallest eigenvalues.
+
+    Raises:
+        ValueError: no batches; nothing prunable; non-finite weights or loss; data that changes from one
+            pass to the next; a loss that is not a mean over examples.
+
+    Example:
+        The Hessian of mean(x w)^2 / 2 is the mean of x^2.
+
+        >>> from jaxlimit import batched
+        >>> def loss(w, x): return jnp.mean((x @ w) ** 2) / 2
+        >>> curvature = hessian(loss, jnp.ones((1, 1)), batched(jnp.array([[1.0], [2.0], [4.0]]), 2))
+        >>> curvature.matvec(jnp.ones((1, 1)))
+        Array([[7.]], dtype=float32)
+    """
+    product = _HessianProduct(loss_fn, precision)
+    return _curvature(product, params, batches, prunable, positive_semidefinite=False)
+
+
+def gauss_newton(
+    predict_fn: Callable[[PyTree, PyTree], PyTree],
+    loss_fn: Callable[[PyTree, PyTree], jax.Array],
+    params: PyTree,
+    batches: Iterable[PyTree],
+    *,
+    prunable: Prunable = is_kernel,
+    precision: str = "highest",
+) -> Curvature:
+    r"""The generalised Gauss-Newton matrix J^T (d^2 loss / d outputs^2) J on the prunable weights.
+
+    Positive semidefinite for every loss that is convex in the outputs, which is not checked.
+    Cost of a product: about 1.3 gradients; memory as for `hessian`.
+
+    Args:
+        predict_fn: `predict_fn(params, batch) -> outputs` (logits, say).
+        loss_fn: `loss_fn(outputs, batch) -> scalar`, the mean over the batch's examples, convex in outputs.
+        params: pytree of parameters.
+        batches: `batched(...)`, a list of batches, or any re-iterable of batches.
+        prunable: pytree of bools like params, or `fn(path, leaf) -> bool`; default: `is_kernel`.
+        precision: of matrix products, as for `hessian`.
+
+    Raises:
+        ValueError: as for `hessian`.
+
+    Example:
+        >>> from jaxlimit import batched
+        >>> def predict(w, x): return x @ w
+        >>> def loss(outputs, x): return jnp.mean(outputs**2) / 2
+        >>> curvature = gauss_newton(predict, loss, jnp.ones((1, 1)), batched(jnp.array([[1.0], [3.0]]), 2))
+        >>> curvature.matvec(jnp.ones((1, 1)))
+        Array([[5.]], dtype=float32)
+    """
+    product = _GaussNewtonProduct(predict_fn, loss_fn, precision)
+    return _curvature(product, params, batches, prunable, positive_semidefinite=True)
+
+
+# The functions below are handed to `example_sum` as static arguments. As frozen dataclasses they are equal
+# when their fields are, so a second Curvature of the same loss does not compile again.
+
+
+@dataclass(frozen=True)
+class _HessianProduct:
+    loss_fn: Callable
+    precision: str
+
+    def loss(self, params: PyTree, batch: PyTree) -> jax.Array:
+        return self.loss_fn(params, batch)
+
+    def __call__(self, weights: PyTree, rest: PyTree, vectors: PyTree, batch: PyTree) -> PyTree:
+        def gradient(weights: PyTree) -> PyTree:
+            return jax.grad(lambda w: self.loss(combine(w, rest), batch))(weights)
+
+        with jax.default_matmul_precision(self.precision):
+            if _count(vectors) == 1:
+                vector = jax.tree.map(lambda v: v[0], vectors)
+                return jax.tree.map(lambda x: x[None], jax.jvp(gradient, (weights,), (vector,))[1])
+            return jax.vmap(jax.linearize(gradient, weights)[1])(vectors)
+
+
+@dataclass(frozen=True)
+class _GaussNewtonProduct:
+    predict_fn: Callable
+    output_loss: Callable
+    precision: str
+
+    def loss(self, params: PyTree, batch: PyTree) -> jax.Array:
+        return self.output_loss(self.predict_fn(params, batch), batch)
+
+    def __call__(self, weights: PyTree, rest: PyTree, vectors: PyTree, batch: PyTree) -> PyTree:
+        def predict(weights: PyTree) -> PyTree:
+            return self.predict_fn(combine(weights, rest), batch)
+
+        with jax.default_matmul_precision(self.precision):
+            outputs, push_forward = jax.linearize(predict, weights)
+            pull_back = jax.linear_transpose(push_forward, weights)
+            curve = jax.linearize(jax.grad(lambda z: self.output_loss(z, batch)), outputs)[1]
+            return jax.vmap(lambda v: pull_back(curve(push_forward(v)))[0])(vectors)
+
+
+_Product = _HessianProduct | _GaussNewtonProduct
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    loss: Callable
+    precision: str
+
+    def __call__(self, weights: PyTree, rest: PyTree, batch: PyTree) -> PyTree:
+        with jax.default_matmul_precision(self.precision):
+            return jax.grad(lambda w: self.loss(combine(w, rest), batch))(weights)
+
+
+@dataclass(frozen=True)
+class _Loss:
+    loss: Callable
+    precision: str
+
+    def __call__(self, weights: PyTree, rest: PyTree, batch: PyTree) -> PyTree:
+        with jax.default_matmul_precision(self.precision):
+            return self.loss(combine(weights, rest), batch)
+
+
+def _count(vectors: PyTree) -> int:
+    return jax.tree.leaves(vectors)[0].shape[0]
+
+
+def _curvature(
+    product: _Product, params: PyTree, batches: Iterable[PyTree], prunable: Prunable, positive_semidefinite: bool
+) -> Curvature:
+    weights, rest = partition(params, prunable)
+    groups = grouped(batches)
+    loss = _Loss(product.loss, product.precision)
+    num_examples = _check_data(loss, weights, rest, groups)
+    return Curvature(weights, positive_semidefinite, num_examples, rest, groups, product)
+
+
+def _check_data(loss: _Loss, weights: PyTree, rest: PyTree, groups: Iterable[PyTree]) -> int:
+    """Two passes over the data must agree; the loss must be finite and a mean. Returns the examples."""
+    (first, num_first), (second, num_second) = (example_sum(loss, groups, weights, rest) for _ in range(2))
+    shape = getattr(first, "shape", None)
+    if shape != ():
+        raise ValueError(f"loss_fn must return a scalar, the mean over the batch's examples; got shape {shape}.")
+    first, second = float(first) / num_first, float(second) / num_second
+    if not np.isfinite(first):
+        raise ValueError(f"the mean loss is {first}: the parameters or the data are not usable.")
+    if num_first != num_second:
+        raise ValueError(_changed(f"{num_first} examples", f"{num_second}"))
+    if not np.isclose(first, second, rtol=1e-5, atol=1e-8):
+        raise ValueError(_changed(f"a mean loss of {first:.8g}", f"{second:.8g}"))
+    _check_mean(loss, weights, rest, jax.tree.map(lambda x: x[0], next(iter(groups))))
+    return num_first
+
+
+def _check_mean(loss: _Loss, weights: PyTree, rest: PyTree, batch: PyTree) -> None:
+    """The loss of a batch is the weighted mean of the losses of its two halves, or it is not a mean."""
+    size = batch_length(batch)
+    if size < 2:
+        return
+    half = size // 2
+    whole, left, right = (
+        float(loss(weights, rest, jax.tree.map(lambda x, part=part: x[part], batch)))
+        for part in (slice(None), slice(half), slice(half, None))
+    )
+    mean = (half * left + (size - half) * right) / size
+    if not np.isclose(whole, mean, rtol=1e-3, atol=1e-5):
+        raise ValueError(
+            f"loss_fn is not a mean over the batch's examples: a batch of {size} has loss {whole:.6g}, the mean "
+            f"over its two halves is {mean:.6g}. Likely causes: a sum instead of a mean, or batch norm in train "
+            "mode (use evaluation mode)."
+        )
+
+
+def _changed(first: str, second: str) -> str:
+    return (
+        f"the data changed between two passes: {first} in the first, {second} in the second. Likely causes: "
+        "shuffling, random augmentation, dropout, or batch norm in train mode. Curvature needs the same "
+        "function every time: fix the order and use evaluation mode."
+    )

@@ -1,0 +1,90 @@
+r"""How low the quadratic loss can go on a given support: conjugate gradients on the kept weights.
+
+With K the kept and P the removed coordinates, c the removed vector and H positive semidefinite,
+
+    min over x in R^K of  (c - x)^T H (c - x) / 2,     solved by  H_KK x = H_KP c,
+
+using products with H and masks only. Every iterate x gives an upper bound of the minimum.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PyTree = Any
+
+# Conjugate gradients stop when the last WINDOW products lowered the loss by less than DECISIVE of what
+# would be needed to reach eps: the decision could then only change if convergence sped up a hundredfold.
+WINDOW = 10
+DECISIVE = 0.01
+# ... or when they lowered it by less than this fraction of eps, at the root itself.
+NEGLIGIBLE = 1e-4
+
+
+def readjusted_minimum(
+    matvec: Callable[[PyTree], PyTree],
+    removed: PyTree,
+    mask: PyTree,
+    start: PyTree,
+    loss_tolerance: float,
+    max_matvecs: int,
+) -> tuple[float, float, PyTree]:
+    """Whether readjusting the kept weights brings the quadratic loss down to eps.
+
+    Stops as soon as that is decided. The upper bound is certain. The lower one extrapolates the decrease of
+    the last products, and is an estimate.
+
+    Args:
+        matvec: product with a positive semidefinite H.
+        removed: c, a pytree that is zero on the kept weights.
+        mask: pytree of bools, True on the kept weights.
+        start: first guess of x (any pytree like c; only its kept part is used).
+        loss_tolerance: eps > 0.
+        max_matvecs: products at most; at least 1.
+
+    Returns:
+        lower and upper bounds of the minimum, and the x that gives the upper one.
+    """
+    kept = jax.tree.map(lambda keep, x: jnp.where(keep, x, 0), mask, start)
+    vector = jax.tree.map(jnp.subtract, removed, kept)
+    product = matvec(vector)
+    loss = _inner(vector, product) / 2
+    residual = jax.tree.map(lambda keep, x: jnp.where(keep, x, 0), mask, product)
+    direction, squared = residual, _inner(residual, residual)
+    losses = [loss]
+    for _ in range(max_matvecs - 1):
+        recent = losses[-WINDOW - 1] - loss if len(losses) > WINDOW else np.inf
+        undecided = recent > max(DECISIVE * (loss - loss_tolerance), NEGLIGIBLE * loss_tolerance)
+        if loss <= loss_tolerance or squared == 0 or not undecided:
+            break
+        product = matvec(direction)
+        curvature = _inner(direction, product)
+        if curvature <= 0:  # a flat direction, to rounding: nothing more to gain
+            break
+        step = squared / curvature
+        kept = _add(kept, direction, step)
+        residual = jax.tree.map(lambda keep, r, p, s=step: jnp.where(keep, r - s * p, 0), mask, residual, product)
+        loss -= step * squared / 2
+        squared, previous = _inner(residual, residual), squared
+        direction = _add(residual, direction, squared / previous)
+        losses.append(loss)
+    recent = losses[-WINDOW - 1] - loss if len(losses) > WINDOW else loss
+    return (loss if squared == 0 else max(0.0, loss - recent / DECISIVE * 0.99)), loss, kept
+
+
+@jax.jit
+def _inner_device(x: PyTree, y: PyTree) -> jax.Array:
+    return jnp.stack(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), x, y)))
+
+
+def _inner(x: PyTree, y: PyTree) -> float:
+    return float(np.sum(np.asarray(_inner_device(x, y), np.float64)))
+
+
+@jax.jit
+def _add(x: PyTree, y: PyTree, factor: float) -> PyTree:
+    """x + factor y."""
+    return jax.tree.map(lambda a, b: a + jnp.asarray(factor, a.dtype) * b, x, y)
