@@ -1,11 +1,13 @@
 """How sparse can a trained network be pruned, how sure is that, and is it true?"""
 
 from jaxlimit import geometry
+from jaxlimit.adaptive import Progress
 from jaxlimit.batches import Batches, LossStatistics, batched, loss_statistics
 from jaxlimit.curvature import Curvature, gauss_newton, hessian, is_kernel
 from jaxlimit.lanczos import Tridiagonal, tridiagonalize
-from jaxlimit.limit import Progress, pruning_limit
+from jaxlimit.limit import pruning_limit
 from jaxlimit.magnitude import apply_mask, magnitude_mask, removed_norm
+from jaxlimit.measure import Sweep, finetuned_sweep, sparsity_sweep
 from jaxlimit.quadrature import SpectralMeasure, spectral_measure
 from jaxlimit.result import PruningLimit
 from jaxlimit.roots import Estimate
@@ -20,9 +22,11 @@ __all__ = [
     "Progress",
     "PruningLimit",
     "SpectralMeasure",
+    "Sweep",
     "Tridiagonal",
     "apply_mask",
     "batched",
+    "finetuned_sweep",
     "gauss_newton",
     "geometry",
     "hessian",
@@ -31,6 +35,7 @@ __all__ = [
     "magnitude_mask",
     "pruning_limit",
     "removed_norm",
+    "sparsity_sweep",
     "spectral_measure",
     "tridiagonalize",
 ]

@@ -84,7 +84,9 @@ def batch_length(batch: PyTree) -> int:
     """
     shapes = [np.shape(leaf) for leaf in jax.tree.leaves(batch)]
     if not shapes or any(len(shape) == 0 for shape in shapes):
-        raise ValueError(f"a batch must be a pytree of arrays with a leading example axis, got shapes {shapes}.")
+        raise ValueError(
+            f"a batch must be a pytree of arrays with a leading example axis, got shapes {shapes}."
+        )
     lengths = {shape[0] for shape in shapes}
     if len(lengths) > 1:
         raise ValueError(f"all arrays of a batch must have the same number of examples, got shapes {shapes}.")
@@ -131,6 +133,12 @@ class _Stream:
             yield jax.tree.map(lambda x: jnp.asarray(x)[None], batch)
 
 
+def group_length(group: PyTree) -> int:
+    """Number of examples in a group of stacked batches."""
+    num_batches, batch_size = jax.tree.leaves(group)[0].shape[:2]
+    return num_batches * batch_size
+
+
 def _signature(batch: PyTree) -> tuple:
     batch_length(batch)  # a clear error before jnp.stack has an unclear one
     leaves, structure = jax.tree.flatten(batch)
@@ -158,8 +166,7 @@ def example_sum(fn: Callable[..., PyTree], groups: Iterable[PyTree], *args: PyTr
             first = jax.tree.map(lambda x: x[0], group)
             total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, *args, first))
         total = _add_group(fn, total, args, group)
-        num_batches, batch_size = jax.tree.leaves(group)[0].shape[:2]
-        num_examples += num_batches * batch_size
+        num_examples += group_length(group)
     if num_examples == 0:
         raise ValueError("batches hold no examples.")
     return total, num_examples

@@ -82,8 +82,8 @@ class Checkpoint:
         stored = self.load_tree(name, initial)
         if stored is None:
             return initial
-        on_device = jax.tree.map(jnp.asarray, (stored.basis, stored.previous, stored.current, stored.norm))
-        return LanczosState(*on_device, stored.diagonal, stored.off_diagonal, stored.num_steps)
+        basis, previous, current, norm = jax.tree.map(jnp.asarray, tuple(stored[:4]))
+        return LanczosState(basis, previous, current, norm, *stored[4:])
 
     def _write(self, name: str, arrays: dict[str, NDArray[Any]]) -> None:
         if self.folder is None:
@@ -102,4 +102,6 @@ class Checkpoint:
             with np.load(path, allow_pickle=False) as content:
                 return dict(content)
         except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"the checkpoint file {path} is damaged ({error}): remove it to go on.") from error
+            raise ValueError(
+                f"the checkpoint file {path} is damaged ({error}): remove it to go on."
+            ) from error

@@ -74,7 +74,9 @@ def _check_weights(weights: PyTree) -> None:
     for path, leaf in leaves:
         name = jax.tree_util.keystr(path)
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise ValueError(f"prunable leaf {name} has dtype {jnp.result_type(leaf)}: floating-point needed.")
+            raise ValueError(
+                f"prunable leaf {name} has dtype {jnp.result_type(leaf)}: floating-point needed."
+            )
         if not bool(jnp.all(jnp.isfinite(leaf))):
             raise ValueError(f"prunable leaf {name} holds NaN or infinite weights.")
 
@@ -156,9 +158,14 @@ def dense_matrix(
         # The last block overlaps the one before, so that all have one shape and compile once.
         first = max(0, min(start, dim - block_size))
         rows = np.eye(min(block_size, dim), dim, first)
-        parts = [p.reshape(-1, *x.shape).astype(x.dtype) for p, x in zip(np.split(rows, ends, 1), leaves, strict=True)]
+        parts = [
+            p.reshape(-1, *x.shape).astype(x.dtype)
+            for p, x in zip(np.split(rows, ends, 1), leaves, strict=True)
+        ]
         product = jax.tree.leaves(matmat(structure.unflatten(parts)))
-        matrix[first : first + len(rows)] = np.concatenate([np.reshape(x, (len(rows), -1)) for x in product], 1)
+        matrix[first : first + len(rows)] = np.concatenate(
+            [np.reshape(x, (len(rows), -1)) for x in product], 1
+        )
     return (matrix + matrix.T) / 2
 
 
@@ -307,7 +314,11 @@ def _count(vectors: PyTree) -> int:
 
 
 def _curvature(
-    product: _Product, params: PyTree, batches: Iterable[PyTree], prunable: Prunable, positive_semidefinite: bool
+    product: _Product,
+    params: PyTree,
+    batches: Iterable[PyTree],
+    prunable: Prunable,
+    positive_semidefinite: bool,
 ) -> Curvature:
     weights, rest = partition(params, prunable)
     groups = grouped(batches)
@@ -321,7 +332,9 @@ def _check_data(loss: _Loss, weights: PyTree, rest: PyTree, groups: Iterable[PyT
     (first, num_first), (second, num_second) = (example_sum(loss, groups, weights, rest) for _ in range(2))
     shape = getattr(first, "shape", None)
     if shape != ():
-        raise ValueError(f"loss_fn must return a scalar, the mean over the batch's examples; got shape {shape}.")
+        raise ValueError(
+            f"loss_fn must return a scalar, the mean over the batch's examples; got shape {shape}."
+        )
     first, second = float(first) / num_first, float(second) / num_second
     if not np.isfinite(first):
         raise ValueError(f"the mean loss is {first}: the parameters or the data are not usable.")
@@ -346,9 +359,9 @@ def _check_mean(loss: _Loss, weights: PyTree, rest: PyTree, batch: PyTree) -> No
     mean = (half * left + (size - half) * right) / size
     if not np.isclose(whole, mean, rtol=1e-3, atol=1e-5):
         raise ValueError(
-            f"loss_fn is not a mean over the batch's examples: a batch of {size} has loss {whole:.6g}, the mean "
-            f"over its two halves is {mean:.6g}. Likely causes: a sum instead of a mean, or batch norm in train "
-            "mode (use evaluation mode)."
+            f"loss_fn is not a mean over the batch's examples: a batch of {size} has loss {whole:.6g}, the "
+            f"mean over its two halves is {mean:.6g}. Likely causes: a sum instead of a mean, or batch norm "
+            "in train mode (use evaluation mode)."
         )
 
 

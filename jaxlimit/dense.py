@@ -6,13 +6,17 @@ H = V diag(lambda) V^T in float64 on the host, |H| = V diag(|lambda|) V^T. Cost:
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 
-from jaxlimit.magnitude import MagnitudeOrder, flatten, num_removed
+from jaxlimit.magnitude import MagnitudeOrder, flatten
 from jaxlimit.quadrature import SpectralBracket, SpectralMeasure
+from jaxlimit.roots import Estimate
+
+PyTree = Any
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class DenseCurvature:
         eigenvectors: (D, D), columns.
         weights: (D,) the weights in the same order.
         gradient: (D,) the gradient in the same order.
+        loss_tolerance: eps.
     """
 
     matrix: NDArray[np.float64]
@@ -32,11 +37,16 @@ class DenseCurvature:
     eigenvectors: NDArray[np.float64]
     weights: NDArray[np.float64]
     gradient: NDArray[np.float64]
+    loss_tolerance: float
 
     @property
     def measure(self) -> SpectralMeasure:
         """The spectral measure: every eigenvalue with weight 1/D."""
         return SpectralMeasure(self.eigenvalues, np.full(len(self.eigenvalues), 1 / len(self.eigenvalues)))
+
+    def spectrum(self) -> SpectralBracket:
+        """The spectral measure as a bracket of no width."""
+        return SpectralBracket.exact(self.measure)
 
     def removed(self, counts: list[int]) -> list[SpectralBracket]:
         """The spectral measure seen from c after n removals, for each n > 0. Cost: D^2 each."""
@@ -46,13 +56,14 @@ class DenseCurvature:
         squares = (self.weights[:n] @ self.eigenvectors[:n]) ** 2
         return SpectralMeasure(self.eigenvalues, squares / np.sum(squares))
 
-    def loss_increase(self) -> Callable[[NDArray], NDArray]:
-        """-g^T c + c^T H c / 2 (signed H) as a function of s, for every s from one pass over the matrix."""
-        c = self.weights
+    def one_shot(self) -> Estimate:
+        """First n at which -g^T c + c^T H c / 2 (signed H) exceeds eps, from one pass over the matrix."""
+        c, dim = self.weights, len(self.weights)
         rows = np.tril(self.matrix, -1) @ c  # row n against the n weights removed before it
-        steps = c * rows + np.diag(self.matrix) * c**2 / 2 - self.gradient * c
-        after = np.concatenate([[0.0], np.cumsum(steps)])
-        return lambda sparsity: after[num_removed(len(c), sparsity)]
+        losses = np.cumsum(c * rows + np.diag(self.matrix) * c**2 / 2 - self.gradient * c)
+        crossed = losses > self.loss_tolerance
+        n = int(np.argmax(crossed)) + 1 if crossed.any() else dim
+        return Estimate(n / dim, (n - 1) / dim, min((n + 1) / dim, 1.0))
 
     def minimum(self) -> Callable[[int], tuple[float, float]]:
         """min_x (c - x)^T |H| (c - x) / 2 over vectors x on the kept weights, as a function of n.
@@ -60,7 +71,9 @@ class DenseCurvature:
         Cost: (D - n)^3 / 3 a call. Eigenvalues below rounding (D machine epsilon lambda_max) are raised to it
         so that the factorisation exists.
         """
-        floor = len(self.weights) * np.finfo(np.float64).eps * np.max(np.abs(self.eigenvalues), initial=1e-300)
+        floor = (
+            len(self.weights) * np.finfo(np.float64).eps * np.max(np.abs(self.eigenvalues), initial=1e-300)
+        )
         magnitudes = np.maximum(np.abs(self.eigenvalues), floor)
         absolute = (self.eigenvectors * magnitudes) @ self.eigenvectors.T
 
@@ -74,15 +87,18 @@ class DenseCurvature:
         return value
 
 
-def dense_curvature(matrix: NDArray[np.float64], order: MagnitudeOrder, gradient: object) -> DenseCurvature:
+def dense_curvature(
+    matrix: NDArray[np.float64], order: MagnitudeOrder, gradient: PyTree, loss_tolerance: float
+) -> DenseCurvature:
     """Eigendecomposition of a dense curvature.
 
     Args:
         matrix: (D, D) H in the order of the flattened weights.
         order: of the weights.
         gradient: pytree like the weights.
+        loss_tolerance: eps.
     """
     sorted_matrix = matrix[np.ix_(order.order, order.order)]
     eigenvalues, eigenvectors = np.linalg.eigh(sorted_matrix)
     weights, slope = flatten(order.like)[order.order], flatten(gradient)[order.order]
-    return DenseCurvature(sorted_matrix, eigenvalues, eigenvectors, weights, slope)
+    return DenseCurvature(sorted_matrix, eigenvalues, eigenvectors, weights, slope, loss_tolerance)

@@ -39,7 +39,7 @@ def effective_dimension(measure: "SpectralMeasure", ridge: float) -> float:
 
 
 def width_ridge(radius: float, loss_tolerance: float) -> float:
-    """a = 2 eps / R^2: the ridge of the Gaussian-width formula; infinite at radius 0."""
+    """A = 2 eps / R^2: the ridge of the Gaussian-width formula; infinite at radius 0."""
     return 2 * loss_tolerance / radius**2 if radius > 0 else math.inf
 
 

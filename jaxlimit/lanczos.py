@@ -221,7 +221,7 @@ def tridiagonalize(
 
 @partial(jax.jit, donate_argnames="basis")
 def _store(basis, current, index):
-    """Writes q_j into the basis, in place. (Compiled with `_step`, XLA makes the projections 15x slower.)"""
+    """Writes q_j into the basis, in place; compiled with `_step`, XLA's CPU projections become slow loops."""
     return jax.tree.map(lambda b, q: b.at[:, index].set(q), basis, current)
 
 
@@ -234,8 +234,8 @@ def _step(basis, previous, current, beta, norm, product):
     )
     if basis is not None:
         for _ in range(2):  # "twice is enough" (Kahan and Parlett)
-            overlap = sum(jax.tree.leaves(jax.tree.map(_overlap, basis, residual)))
-            residual = jax.tree.map(lambda r, b: r - _expand(b, overlap), residual, basis)
+            overlap = jnp.sum(jnp.stack(jax.tree.leaves(jax.tree.map(_overlap, basis, residual))), axis=0)
+            residual = jax.tree.map(lambda r, b, o=overlap: r - _expand(b, o), residual, basis)
     new_beta = _norm(residual)
     norm = jnp.maximum(norm, jnp.abs(alpha) + beta + new_beta)
     exhausted = new_beta <= BREAKDOWN * jnp.finfo(new_beta.dtype).eps * norm

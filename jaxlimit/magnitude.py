@@ -53,6 +53,11 @@ class MagnitudeOrder:
         """Number of weights D."""
         return self.order.size
 
+    @property
+    def num_zeros(self) -> int:
+        """Number of weights that are exactly zero."""
+        return int(np.sum(self.squared_norm[1:] == 0))
+
     def removed_vector(self, num_removed: int) -> PyTree:
         """c(s) as a pytree: the `num_removed` smallest weights, and zero elsewhere. Cost O(D)."""
         flat = flatten(self.like)

@@ -12,8 +12,9 @@ On an indefinite H the Chebyshev-Markov-Stieltjes inequalities bound the mass of
 and with it the integral; as value we take the median over the Gauss and anti-Gauss rules of the last
 quarter of the step counts, since a single Gauss rule jumps whenever a node crosses 0.
 
-*Probes.* For sign vectors the variance of z^T F z / D is 2 sum_{i != j} F_ij^2 / D^2 <= 2 tr F^2 / D^2
-(Hutchinson 1990), so P probes leave a standard error of at most sqrt(2 int f^2 dmu / (D P)).
+*Probes.* For sign vectors the variance of z^T F z / D is 2 sum_{i != j} F_ij^2 / D^2 (Hutchinson 1990).
+Subtracting a multiple of the identity from F leaves it as it is, so it is at most 2 Var_mu(f) / D, and P
+probes leave a standard error of at most sqrt(2 Var_mu(f) / (D P)).
 """
 
 from collections.abc import Callable, Sequence
@@ -22,13 +23,13 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigh_tridiagonal, solve_banded
 
 from jaxlimit import lanczos
 from jaxlimit.curvature import Curvature
+from jaxlimit.geometry import effective_dimension
 from jaxlimit.lanczos import Tridiagonal
 
 PyTree = Any
@@ -62,7 +63,9 @@ class SpectralMeasure:
             object.__setattr__(self, "nodes", nodes.astype(np.float64))
             object.__setattr__(self, "weights", weights.astype(np.float64))
             if nodes.shape != weights.shape:
-                raise ValueError(f"nodes and weights must have one shape, got {nodes.shape} and {weights.shape}.")
+                raise ValueError(
+                    f"nodes and weights must have one shape, got {nodes.shape} and {weights.shape}."
+                )
 
     def integrate(self, f: Callable[[NDArray[np.float64]], Any]) -> tuple[float, float]:
         """Integral of f, and its standard error over the probes.
@@ -80,11 +83,13 @@ class SpectralMeasure:
         return float(values[0]), self.probe_error(f)
 
     def probe_error(self, f: Callable[[NDArray[np.float64]], Any]) -> float:
-        """Bound sqrt(2 int f^2 / (D P)) on the standard error over P sign probes; 0 without `dim`."""
+        """Bound sqrt(2 Var(f) / (D P)) on the standard error over P sign probes; 0 without `dim`."""
         if self.dim is None:
             return 0.0
-        second_moment = np.mean(np.sum(self.weights * f(self.nodes) ** 2, axis=1))
-        return float(np.sqrt(2 * second_moment / (self.dim * len(self.nodes))))
+        values = f(self.nodes)
+        mean = np.mean(np.sum(self.weights * values, axis=1))
+        variance = np.mean(np.sum(self.weights * (values - mean) ** 2, axis=1))
+        return float(np.sqrt(2 * variance / (self.dim * len(self.nodes))))
 
 
 def stack_rules(rules: Sequence[Rule], dim: int | None = None) -> SpectralMeasure:
@@ -206,6 +211,7 @@ def spectral_measure(
         ValueError: fewer than one probe or step.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from jaxlimit import batched, hessian
         >>> def loss(w, x): return jnp.mean((x @ w) ** 2) / 2
         >>> curvature = hessian(loss, jnp.ones((2, 1)), batched(jnp.array([[1.0, 0.0], [0.0, 2.0]]), 2))
@@ -214,7 +220,9 @@ def spectral_measure(
         [[0.5, 2.0]]
     """
     if num_probes < 1 or num_matvecs < 1:
-        raise ValueError(f"num_probes and num_matvecs must be at least 1, got {num_probes} and {num_matvecs}.")
+        raise ValueError(
+            f"num_probes and num_matvecs must be at least 1, got {num_probes} and {num_matvecs}."
+        )
     starts = rademacher(key, curvature.weights, num_probes)
     state = lanczos.run(curvature.matmat, lanczos.init(starts, reorthogonalize=reorthogonalize), num_matvecs)
     return stack_rules([gauss(t) for t in state.tridiagonals()], curvature.dim)
@@ -222,12 +230,12 @@ def spectral_measure(
 
 @dataclass(frozen=True)
 class SpectralBracket:
-    """What a set of Lanczos runs says about integrals of f(lambda) that fall with |lambda|.
+    """What a set of Lanczos runs says about the effective dimension int a / (a + |lambda|) dmu.
 
     Attributes:
         lower, upper: measures on |lambda| whose integrals bound the truth of each probe, rigorously.
-        rules: measures whose integrals estimate it; their median is the value, their scatter a measure of
-            how well the spectrum is resolved. One rule if the measure is exact.
+        rules: measures whose integrals estimate it. Their median, probe by probe, is the value; their
+            scatter tells how well the spectrum is resolved. One rule if the measure is exact.
     """
 
     lower: SpectralMeasure
@@ -239,23 +247,49 @@ class SpectralBracket:
         """Of a measure that is known."""
         return cls(measure, measure, (measure,))
 
+    def dimension(self, side: str, ridge: float) -> float:
+        """delta(a) / D: its "lower" or "upper" bound, or its "value"."""
+        if side == "value":
+            return 1.0 if np.isinf(ridge) else float(np.mean(np.median(self._by_rule(ridge), axis=0)))
+        return effective_dimension(self.lower if side == "lower" else self.upper, ridge)
+
+    def spread(self, ridge: float) -> float:
+        """Semi-interquartile range of delta(a) / D over the rules, mean over probes."""
+        if np.isinf(ridge):
+            return 0.0
+        low, high = np.percentile(self._by_rule(ridge), [25, 75], axis=0)
+        return float(np.mean(high - low)) / 2
+
+    def probe_error(self, ridge: float) -> float:
+        """Standard error of delta(a) / D due to the finite number of probes."""
+        if np.isinf(ridge):
+            return 0.0
+        return self.rules[-1].probe_error(lambda x: ridge / (ridge + np.abs(x)))
+
+    def _by_rule(self, ridge: float) -> NDArray[np.float64]:
+        """(rules, probes) values of delta(a) / D."""
+        return np.array(
+            [np.sum(rule.weights * (ridge / (ridge + np.abs(rule.nodes))), axis=1) for rule in self.rules]
+        )
+
 
 def bracket_semidefinite(runs: Sequence[Tridiagonal], dim: int | None = None) -> SpectralBracket:
-    """Gauss below, Gauss-Radau with a node at 0 above; the value is their mean.
-
-    Nodes that rounding made slightly negative count as 0.
-    """
+    """Gauss below, Gauss-Radau with a node at 0 above; the value is their mean (of two, the median)."""
 
     def at_zero(run: Tridiagonal) -> Rule:
-        # T_k itself may have an eigenvalue at or, by rounding, below 0: a node just below that is as safe.
-        nodes = gauss(run)[0]
-        scale = np.finfo(np.float32).eps * max(np.max(np.abs(nodes)), run.residual_norm)
-        return gauss_radau(run, min(0.0, float(nodes[0])) - scale)
+        # Where rounding put an eigenvalue of T_k at or below 0, take the spectrum to begin just below it,
+        # and move it to begin at 0.
+        smallest = gauss(run)[0][0]
+        node = 0.0 if smallest > 0 else float(smallest - np.finfo(np.float32).eps * run.residual_norm)
+        nodes, weights = gauss_radau(run, node)
+        return np.maximum(nodes - node, 0), weights
 
-    def clipped(rules: list[Rule]) -> SpectralMeasure:
-        return stack_rules([(np.maximum(nodes, 0), weights) for nodes, weights in rules], dim)
+    def from_zero(run: Tridiagonal) -> Rule:
+        nodes, weights = gauss(run)
+        return np.maximum(nodes, 0), weights
 
-    lower, upper = clipped([gauss(run) for run in runs]), clipped([at_zero(run) for run in runs])
+    lower = stack_rules([from_zero(run) for run in runs], dim)
+    upper = stack_rules([at_zero(run) for run in runs], dim)
     return SpectralBracket(lower, upper, (lower, upper))
 
 

@@ -66,7 +66,9 @@ def readjusted_minimum(
             break
         step = squared / curvature
         kept = _add(kept, direction, step)
-        residual = jax.tree.map(lambda keep, r, p, s=step: jnp.where(keep, r - s * p, 0), mask, residual, product)
+        residual = jax.tree.map(
+            lambda keep, r, p, s=step: jnp.where(keep, r - s * p, 0), mask, residual, product
+        )
         loss -= step * squared / 2
         squared, previous = _inner(residual, residual), squared
         direction = _add(residual, direction, squared / previous)
@@ -86,5 +88,5 @@ def _inner(x: PyTree, y: PyTree) -> float:
 
 @jax.jit
 def _add(x: PyTree, y: PyTree, factor: float) -> PyTree:
-    """x + factor y."""
+    """X + factor y."""
     return jax.tree.map(lambda a, b: a + jnp.asarray(factor, a.dtype) * b, x, y)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jaxlimit.geometry import effective_dimension, transition_halfwidth, width_ridge
+from jaxlimit.geometry import transition_halfwidth, width_ridge
 from jaxlimit.magnitude import MagnitudeOrder, num_removed
 from jaxlimit.quadrature import SpectralBracket, SpectralMeasure
 from jaxlimit.roots import Estimate, cone_point, cone_root, removed_radius, width_limit
@@ -110,21 +110,19 @@ class PruningLimit:
         counts = num_removed(self.dim, grid)
         radii = np.sqrt(self._order.squared_norm[counts])
 
-        def dimension(measure: SpectralMeasure) -> NDArray[np.float64]:
+        def dimension(side: str) -> NDArray[np.float64]:
             ridges = (width_ridge(float(radius), self.loss_tolerance) for radius in radii)
-            return np.array([effective_dimension(measure, a) for a in ridges])
+            return np.array([self._bracket.dimension(side, a) for a in ridges])
 
         counts = sorted(self._removed)
-        cone = [self._cone_dimension(n) for n in counts]
-        values = np.median([dimension(measure) for measure in self._bracket.rules], axis=0)
-        lower, upper = dimension(self._bracket.lower), dimension(self._bracket.upper)
-        return LimitCurve(grid, radii, values, lower, upper, np.array(counts) / self.dim, np.array(cone))
+        cone = np.array([self._cone_dimension(n) for n in counts])
+        value, lower, upper = (dimension(side) for side in ("value", "lower", "upper"))
+        return LimitCurve(grid, radii, value, lower, upper, np.array(counts) / self.dim, cone)
 
     def _cone_dimension(self, n: int) -> float:
         radius = removed_radius(self._order, n)
         point = cone_point(n, self._removed[n], radius, self.loss_tolerance)
-        ridge = point.value * width_ridge(radius, self.loss_tolerance)
-        return float(np.median([effective_dimension(measure, ridge) for measure in self._bracket.rules]))
+        return self._bracket.dimension("value", point.value * width_ridge(radius, self.loss_tolerance))
 
     def sensitivity(self, loss_tolerances: ArrayLike | None = None) -> Sensitivity:
         """How the limits move with the loss tolerance; costs no product.
@@ -136,7 +134,9 @@ class PruningLimit:
             ValueError: a tolerance that is not positive and finite.
         """
         factors = np.geomspace(1 / 8, 8, 13)
-        grid = factors * self.loss_tolerance if loss_tolerances is None else np.asarray(loss_tolerances, float)
+        grid = (
+            factors * self.loss_tolerance if loss_tolerances is None else np.asarray(loss_tolerances, float)
+        )
         if not np.all(np.isfinite(grid) & (grid > 0)):
             raise ValueError(f"loss_tolerances must be positive and finite, got {grid}.")
 
@@ -150,8 +150,8 @@ class PruningLimit:
     def to_json(self) -> dict[str, Any]:
         """Everything but the arrays, as JSON values."""
         names = (
-            "loss_tolerance tolerance num_matvecs num_probes num_steps num_examples dim positive_semidefinite "
-            "method largest_eigenvalue ridge status transition_halfwidth"
+            "loss_tolerance tolerance num_matvecs num_probes num_steps num_examples dim "
+            "positive_semidefinite method largest_eigenvalue ridge status transition_halfwidth"
         )
         limits = {name: vars(estimate) for name, estimate in self.estimates().items()}
         return {**limits, **{name: getattr(self, name) for name in names.split()}}

@@ -12,19 +12,23 @@ they need as numbers and functions, so that the same code serves a dense eigende
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlimit.geometry import cone_ridge, effective_dimension, width_ridge
+from jaxlimit.geometry import cone_ridge, width_ridge
 from jaxlimit.magnitude import MagnitudeOrder
 from jaxlimit.quadrature import SpectralBracket, SpectralMeasure
 
 # Standard errors by which the probe error widens [lower, upper]: 99.7 % if the error were normal.
 STANDARD_ERRORS = 3.0
+# The one-shot path: intervals of its first grid, pieces of an interval that is looked at again, and points
+# computed at once (enough to share a forward pass, few enough to fit in memory).
+INTERVALS, PIECES, BLOCK = 32, 8, 8
 
 
 @partial(
@@ -41,8 +45,7 @@ class Estimate:
         lower, upper: the certified quadrature bracket, widened by three probe errors and by 1/D, the
             step of R(s).
         probe_error: standard error due to the finite number of probes (a bound; 0 if no probe is used).
-        spread: interquartile range over quadrature rules of different step counts; 0 where the bracket
-            alone tells the error.
+        spread: semi-interquartile range over quadrature rules of different step counts.
     """
 
     value: float
@@ -85,25 +88,20 @@ def dimension_root(
         ridges: `ridges(side, n)`, the ridge after n removals, for side "lower", "value" and "upper".
     """
 
-    def root(measure: SpectralMeasure, side: str, standard_errors: float = 0.0) -> float:
+    def root(side: str, shift: Callable[[float], float] = lambda _: 0.0) -> float:
         def dimension(n: int) -> float:
-            a = ridges(side, n)
-            delta = effective_dimension(measure, a)
-            if standard_errors == 0 or np.isinf(a):
-                return delta
-            return delta + standard_errors * measure.probe_error(lambda x: a / (a + np.abs(x)))
+            ridge = ridges(side, n)
+            return bracket.dimension(side, ridge) + shift(ridge)
 
         return fixed_point(dimension, order.dim)
 
-    roots = np.array([root(measure, "value") for measure in bracket.rules])
-    last = bracket.rules[-1]
-    probe_error = (root(last, "value", 1.0) - root(last, "value", -1.0)) / 2
-    value = float(np.median(roots))
-    # The value may leave a rigorous bracket only by rounding.
-    lower = min(root(bracket.lower, "lower", -STANDARD_ERRORS), value) - 1 / order.dim
-    upper = max(root(bracket.upper, "upper", STANDARD_ERRORS), value) + 1 / order.dim
-    quartiles = np.percentile(roots, [25, 75])
-    return Estimate(value, max(lower, 0.0), min(upper, 1.0), probe_error, float(quartiles[1] - quartiles[0]))
+    value = root("value")
+    probe_error = (root("value", bracket.probe_error) - root("value", lambda a: -bracket.probe_error(a))) / 2
+    spread = (root("value", bracket.spread) - root("value", lambda a: -bracket.spread(a))) / 2
+    lower = root("lower", lambda a: -STANDARD_ERRORS * bracket.probe_error(a)) - 1 / order.dim
+    upper = root("upper", lambda a: STANDARD_ERRORS * bracket.probe_error(a)) + 1 / order.dim
+    # The value leaves a rigorous bracket by rounding at most.
+    return Estimate(value, max(min(lower, value), 0.0), min(max(upper, value), 1.0), probe_error, spread)
 
 
 def quadrature_error(bracket: SpectralBracket, order: MagnitudeOrder, loss_tolerance: float) -> float:
@@ -111,16 +109,16 @@ def quadrature_error(bracket: SpectralBracket, order: MagnitudeOrder, loss_toler
 
     The width of the rigorous bracket for a semidefinite matrix, the spread over rules for an indefinite one.
     """
-    if len(bracket.rules) > 2:
-        return width_limit(bracket, order, loss_tolerance).spread
-    lower, upper = (
-        fixed_point(
-            lambda n, m=measure: effective_dimension(m, width_ridge(removed_radius(order, n), loss_tolerance)),
+
+    def root(side: str) -> float:
+        return fixed_point(
+            lambda n: bracket.dimension(side, width_ridge(removed_radius(order, n), loss_tolerance)),
             order.dim,
         )
-        for measure in (bracket.lower, bracket.upper)
-    )
-    return upper - lower
+
+    if len(bracket.rules) > 2:
+        return width_limit(bracket, order, loss_tolerance).spread
+    return abs(root("upper") - root("lower"))
 
 
 def removed_radius(order: MagnitudeOrder, num_removed: int) -> float:
@@ -140,7 +138,7 @@ class ConePoint:
     Attributes:
         num_removed: n = floor(s D).
         lower, value, upper: rho and its bracket.
-        spread: interquartile range of log rho over quadrature rules.
+        spread: semi-interquartile range of log rho over quadrature rules.
     """
 
     num_removed: int
@@ -165,7 +163,7 @@ def cone_point(num_removed: int, removed: SpectralBracket, radius: float, loss_t
     value = float(np.median(rhos))
     low, high = np.percentile(np.log(rhos), [25, 75])
     return ConePoint(
-        num_removed, min(rho(removed.lower), value), value, max(rho(removed.upper), value), float(high - low)
+        num_removed, min(rho(removed.lower), value), value, max(rho(removed.upper), value), (high - low) / 2
     )
 
 
@@ -182,9 +180,14 @@ def cone_root(
     logs = {side: np.log([getattr(point, side) for point in points]) for side in ("lower", "value", "upper")}
 
     def ridges(side: str, n: int) -> float:
-        return width_ridge(removed_radius(order, n), loss_tolerance) * float(np.exp(np.interp(n, at, logs[side])))
+        return width_ridge(removed_radius(order, n), loss_tolerance) * float(
+            np.exp(np.interp(n, at, logs[side]))
+        )
 
-    return dimension_root(bracket, order, ridges)
+    estimate = dimension_root(bracket, order, ridges)
+    # d delta / d log a <= D - delta turns a spread of log rho into one of the dimension, and so of s.
+    of_rho = float(np.interp(estimate.value * order.dim, at, [point.spread for point in points]))
+    return replace(estimate, spread=estimate.spread + of_rho * (1 - estimate.value))
 
 
 def cone_limit(
@@ -195,7 +198,7 @@ def cone_limit(
     start: float,
     tolerance: float,
     max_rounds: int = 6,
-) -> tuple[Estimate, list[ConePoint]]:
+) -> Estimate:
     """The exact cone's limit: rho at a few sparsities, then at each new root until the root rests.
 
     Args:
@@ -206,9 +209,6 @@ def cone_limit(
         start: the width limit, below which the cone limit cannot lie.
         tolerance: the iteration ends when the root moves by less than a tenth of it.
         max_rounds: rounds of refinement at most.
-
-    Returns:
-        The limit and the points it was computed from.
     """
 
     def evaluate(counts: list[int]) -> list[ConePoint]:
@@ -218,10 +218,10 @@ def cone_limit(
         ]
 
     kept = order.dim * (1 - start)
-    first = sorted({min(order.dim, max(1, round(order.dim - kept * part))) for part in (1, 0.75, 0.5, 0.25)})
+    first = sorted({min(order.dim, max(1, round(order.dim - kept * part))) for part in (0.8, 0.35)})
     points = evaluate([n for n in first if order.squared_norm[n] > 0])
     if not points:
-        return Estimate(1.0, 1.0, 1.0), []
+        return Estimate(1.0, 1.0, 1.0)
     estimate = cone_root(bracket, order, points, loss_tolerance)
     for _ in range(max_rounds):
         n = min(max(1, round(estimate.value * order.dim)), order.dim)
@@ -231,46 +231,98 @@ def cone_limit(
         previous, estimate = estimate, cone_root(bracket, order, points, loss_tolerance)
         if abs(estimate.value - previous.value) < 0.1 * tolerance:
             break
-    return estimate, points
+    return estimate
+
+
+class PathPoint(NamedTuple):
+    """The predicted loss after n removals, and its slope along every weight in order of removal.
+
+    Attributes:
+        num_removed: n.
+        loss: q(n) = -g^T c + c^T H c / 2.
+        slope: (D,) (H c - g)_i w_i: what removing weight i adds, to first order.
+    """
+
+    num_removed: int
+    loss: float
+    slope: NDArray[np.float64]
+
+
+def loss_between(left: PathPoint, right: PathPoint) -> tuple[NDArray[np.float64], float]:
+    r"""The predicted loss at every n between two points, from their slopes.
+
+    With d the weights removed since `left` and e those still to be removed until `right`,
+
+        q(n) = q(left) + slope_left . d + x = q(right) - slope_right . e + y
+
+    and x = d^T H d / 2, y = e^T H e / 2.
+
+    x - y is known from these, and x + y lies between Q (weights that do not interact) and
+    (u^2 + (1-u)^2) Q (weights that act as one), where Q is x at `right` and u the fraction removed; the
+    middle is taken, which errs by at most Q / 8 between those two cases.
+
+    Returns:
+        losses: q(n) for n = left + 1 ... right; and the uncertainty |Q| / 8.
+    """
+    span = slice(left.num_removed, right.num_removed)
+    from_left = left.loss + np.cumsum(left.slope[span])
+    from_right = right.loss - np.sum(right.slope[span]) + np.cumsum(right.slope[span])
+    remainder = right.loss - from_left[-1]
+    part = np.arange(1, len(from_left) + 1) / len(from_left)
+    both = remainder * (1 + part**2 + (1 - part) ** 2) / 2
+    return from_left + (both + from_right - from_left) / 2, abs(remainder) / 8
 
 
 def one_shot_limit(
-    increase: Callable[[NDArray], NDArray], dim: int, loss_tolerance: float, tolerance: float, num_points: int = 32
+    path: Callable[[list[int]], list[PathPoint]],
+    start: PathPoint,
+    loss_tolerance: float,
+    tolerance: float,
 ) -> Estimate:
-    """First crossing of the predicted loss of the pruned network, on a grid that is refined where it crosses.
+    """First crossing of eps by the predicted loss of the pruned network.
 
-    An excursion above eps narrower than 1 / num_points can be missed by the first grid.
+    The loss is known at a grid of n, and between by `loss_between`. The first interval in which it may
+    cross eps is divided again, until it is no wider than the tolerance.
 
     Args:
-        increase: predicted increase of the loss at an array of sparsities (one product with H each).
-        dim: D.
+        path: points at several n at once (one product with H each).
+        start: the point n = 0.
         loss_tolerance: eps.
-        tolerance: spacing of the last grid, at most; not finer than 1/D.
-        num_points: intervals a round; the default resolves .001 in two rounds.
+        tolerance: width at which an interval is not divided further, in units of s.
 
     Returns:
-        The crossing by linear interpolation, between its two neighbours on the last grid; 1 without crossing.
-
-    Example:
-        >>> print(one_shot_limit(lambda s: s**2, dim=10**6, loss_tolerance=0.25, tolerance=1e-3))
-        0.5000 [0.5000, 0.5010]
+        The crossing, between the ends of the last interval; 1 if there is none.
     """
-    grid = np.linspace(0, 1, num_points + 1)
-    losses = np.concatenate([[0.0], increase(grid[1:])])
-    while True:
-        above = np.flatnonzero(losses > loss_tolerance)
-        if above.size == 0:
-            return Estimate(1.0, 1.0 - 1 / dim, 1.0)
-        i = int(above[0])
-        low, high, part = grid[i - 1], grid[i], (loss_tolerance - losses[i - 1]) / (losses[i] - losses[i - 1])
-        if high - low <= max(tolerance, 1 / dim):
-            return Estimate(low + part * (high - low), max(low - 1 / dim, 0.0), min(high + 1 / dim, 1.0))
-        grid = np.linspace(low, high, num_points + 1)
-        losses = np.concatenate([[losses[i - 1]], increase(grid[1:-1]), [losses[i]]])
+    dim = len(start.slope)
+    narrow = max(1, int(tolerance * dim))
+
+    def search(left: PathPoint, end: int, pieces: int) -> Estimate | None:
+        counts = np.unique(np.linspace(left.num_removed, end, pieces + 1).round().astype(int))[1:].tolist()
+        for first in range(0, len(counts), BLOCK):
+            for right in path(counts[first : first + BLOCK]):
+                losses, uncertainty = loss_between(left, right)
+                if right.num_removed - left.num_removed <= narrow:
+                    crossed = losses > loss_tolerance
+                    if crossed.any():
+                        value = (left.num_removed + 1 + int(np.argmax(crossed))) / dim
+                        low, high = (left.num_removed - 1) / dim, (right.num_removed + 1) / dim
+                        return Estimate(value, max(low, 0.0), min(high, 1.0))
+                elif np.max(losses) + uncertainty > loss_tolerance:
+                    found = search(left, right.num_removed, PIECES)
+                    if found is not None:
+                        return found
+                left = right
+        return None
+
+    return search(start, dim, INTERVALS) or Estimate(1.0, 1.0 - 1 / dim, 1.0)
 
 
 def readjusted_limit(
-    minimum: Callable[[int], tuple[float, float]], dim: int, loss_tolerance: float, tolerance: float, start: float
+    minimum: Callable[[int], tuple[float, float]],
+    dim: int,
+    loss_tolerance: float,
+    tolerance: float,
+    start: float,
 ) -> Estimate:
     """Largest s whose best readjusted quadratic loss is at most eps, by bisection over nested supports.
 

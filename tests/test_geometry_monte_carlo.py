@@ -6,7 +6,6 @@ The oracles (oracles.py) know neither formula and no ridge; their own tests come
 import numpy as np
 import oracles
 import pytest
-import threadpoolctl
 from scipy import optimize
 
 from jaxlimit import geometry
@@ -22,13 +21,6 @@ NUM_SUBSPACES = 40
 # at D = 100 with 40,000 projections each, D (exact - formula) lay between -.49 and .92 with standard error
 # .05 or less, and did not grow with D. So the allowance on delta / D is 1 / D, whatever the case.
 FINITE_SIZE = 1 / DIMENSION
-
-
-@pytest.fixture(autouse=True)
-def one_blas_thread():
-    """Matrices of order 400 gain nothing from threads, and on busy cores these wait for each other."""
-    with threadpoolctl.threadpool_limits(1, user_api="blas"):
-        yield
 
 
 def spectrum(name: str, dimension: int = DIMENSION) -> np.ndarray:

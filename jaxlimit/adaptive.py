@@ -1,0 +1,260 @@
+r"""What the limits need of a curvature too large for a dense matrix: Lanczos, products and CG, budgeted.
+
+`AdaptiveCurvature` offers what `dense.DenseCurvature` offers, from products alone. Lanczos runs go on until
+the limit they serve is resolved to the tolerance or the budget of products is spent; every result can be
+kept in a checkpoint, from which an interrupted run goes on to the same bits.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlimit import lanczos
+from jaxlimit.checkpoint import Checkpoint
+from jaxlimit.curvature import Curvature
+from jaxlimit.geometry import width_ridge
+from jaxlimit.lanczos import Tridiagonal
+from jaxlimit.magnitude import MagnitudeOrder, flatten, num_removed
+from jaxlimit.quadrature import (
+    SpectralBracket,
+    SpectralMeasure,
+    bracket_indefinite,
+    bracket_semidefinite,
+    gauss,
+    rademacher,
+    stack_rules,
+)
+from jaxlimit.readjust import readjusted_minimum
+from jaxlimit.roots import (
+    Estimate,
+    PathPoint,
+    cone_point,
+    one_shot_limit,
+    quadrature_error,
+    removed_radius,
+    width_limit,
+)
+
+PyTree = Any
+
+
+class BudgetSpent(Exception):
+    """Not enough products are left for the next limit; the limits found so far stand."""
+
+
+class Progress(NamedTuple):
+    """What `pruning_limit` tells about its work, after every block of products.
+
+    Attributes:
+        stage: "dense", "spectrum", "cone", "one_shot" or "readjusted".
+        num_matvecs: products so far.
+        max_matvecs: products at most.
+        lower, upper: where the width limit is known to lie so far.
+    """
+
+    stage: str
+    num_matvecs: int
+    max_matvecs: int
+    lower: float
+    upper: float
+
+
+class Products:
+    """Products with the curvature: counted, limited and reported."""
+
+    def __init__(
+        self, curvature: Curvature, max_matvecs: int, report: Callable[[Progress], None] | None = None
+    ) -> None:
+        self.curvature, self.max_matvecs, self.report = curvature, max_matvecs, report
+        self.count, self.stage, self.lower, self.upper = 0, "", 0.0, 1.0
+
+    @property
+    def left(self) -> int:
+        """Products left of the budget."""
+        return self.max_matvecs - self.count
+
+    def matmat(self, vectors: PyTree) -> PyTree:
+        """H V; counts each vector."""
+        self.count += jax.tree.leaves(vectors)[0].shape[0]
+        if self.report is not None:
+            self.report(Progress(self.stage, self.count, self.max_matvecs, self.lower, self.upper))
+        return self.curvature.matmat(vectors)
+
+    def matvec(self, vector: PyTree) -> PyTree:
+        """H v; counts one."""
+        return jax.tree.map(lambda x: x[0], self.matmat(jax.tree.map(lambda x: x[None], vector)))
+
+
+@dataclass
+class AdaptiveCurvature:
+    """A curvature seen through products.
+
+    Attributes:
+        products: with the curvature.
+        order: of the weights.
+        key: of the random probes.
+        loss_tolerance: eps.
+        tolerance: accuracy of a limit in units of s; each run is resolved to half of it, for the cone
+            rests on two.
+        num_probes: random probes, or None to choose.
+        store: where results are kept.
+        runs: the Lanczos runs from random probes, once `spectrum` was called.
+    """
+
+    products: Products
+    order: MagnitudeOrder
+    key: jax.Array
+    loss_tolerance: float
+    tolerance: float
+    num_probes: int | None
+    store: Checkpoint
+    runs: list[Tridiagonal] = field(default_factory=list)
+
+    @property
+    def measure(self) -> SpectralMeasure:
+        """Gauss rules of the runs from random probes."""
+        return stack_rules([gauss(run) for run in self.runs], self.order.dim)
+
+    def spectrum(self) -> SpectralBracket:
+        """Bracket of the spectral measure, its rigorous bounds resolved around the width limit's ridge."""
+        self.products.stage = "spectrum"
+        self.runs = self._probe_runs()
+        width = self._width(self.runs)
+        self.products.lower, self.products.upper = width.lower, width.upper
+        n = max(int(num_removed(self.order.dim, width.value)), self.order.num_zeros + 1)
+        return self._bracket(self.runs, self.order.dim, n)
+
+    def removed(self, counts: list[int]) -> list[SpectralBracket]:
+        """Brackets of the spectral measure seen from c after n removals, for several n side by side."""
+        self.products.stage = "cone"
+        starts = jax.tree.map(lambda *x: jnp.stack(x), *[self.order.removed_vector(n) for n in counts])
+
+        def error(n: int, run: Tridiagonal) -> float:
+            """Of the dimension, by d delta / d log a <= D - delta, and so of s."""
+            bracket = self._bracket([run], None)
+            point = cone_point(n, bracket, removed_radius(self.order, n), self.loss_tolerance)
+            semidefinite = self.products.curvature.positive_semidefinite
+            of_log_ridge = float(np.log(point.upper / point.lower)) if semidefinite else point.spread
+            return of_log_ridge * (1 - n / self.order.dim)
+
+        def resolved(runs: list[Tridiagonal]) -> bool:
+            return all(error(n, run) <= self.tolerance / 2 for n, run in zip(counts, runs, strict=True))
+
+        runs = self._run_until(starts, resolved, "cone-" + "-".join(map(str, counts)))
+        return [self._bracket([run], None, n) for n, run in zip(counts, runs, strict=True)]
+
+    def one_shot(self) -> Estimate:
+        """First crossing of the predicted loss (signed H); its few products are not kept on disk."""
+        sorted_by = self.order.order
+        weights = flatten(self.order.like)[sorted_by]
+        gradient = flatten(self.products.curvature.gradient)[sorted_by]
+
+        def path(counts: list[int]) -> list[PathPoint]:
+            self.products.stage = "one_shot"
+            if self.products.left < len(counts):
+                raise BudgetSpent
+            vectors = jax.tree.map(lambda *x: jnp.stack(x), *[self.order.removed_vector(n) for n in counts])
+            product = self.products.matmat(vectors)
+            points = []
+            for i, n in enumerate(counts):
+                hc = flatten(jax.tree.map(lambda x, i=i: x[i], product))[sorted_by]
+                loss = float(weights[:n] @ (hc / 2 - gradient)[:n])
+                points.append(PathPoint(n, loss, (hc - gradient) * weights))
+            return points
+
+        start = PathPoint(0, 0.0, -gradient * weights)
+        return one_shot_limit(path, start, self.loss_tolerance, self.tolerance)
+
+    def minimum(self) -> Callable[[int], tuple[float, float]]:
+        """Bounds on the readjusted loss after n removals, by CG, warm-started from the n before."""
+        start = jax.tree.map(jnp.zeros_like, self.order.like)
+
+        def bounds(n: int) -> tuple[float, float]:
+            nonlocal start
+            self.products.stage = "readjusted"
+            name, like = f"readjusted-{n}", {"x": start, "bounds": np.zeros(3)}
+            stored = self.store.load_tree(name, like)
+            if stored is None:
+                if self.products.left < 1:
+                    raise BudgetSpent
+                before = self.products.count
+                vector, mask = self.order.removed_vector(n), self.order.mask(n)
+                lower, upper, start = readjusted_minimum(
+                    self.products.matvec, vector, mask, start, self.loss_tolerance, self.products.left
+                )
+                used = self.products.count - before
+                self.store.save_tree(name, {"x": start, "bounds": np.array([lower, upper, used])})
+                return lower, upper
+            start = jax.tree.map(jnp.asarray, stored["x"])
+            lower, upper, used = map(float, stored["bounds"])
+            self.products.count += int(used)
+            return lower, upper
+
+        return bounds
+
+    def _probe_runs(self) -> list[Tridiagonal]:
+        """Lanczos from random probes: one decides how deep and how many, the others follow.
+
+        A number of probes that was asked for runs as one block.
+        """
+
+        def resolved(runs: list[Tridiagonal]) -> bool:
+            bracket = self._bracket(runs, self.order.dim)
+            error = quadrature_error(bracket, self.order, self.loss_tolerance)
+            value = self._width(runs).value
+            self.products.lower, self.products.upper = max(value - error, 0.0), min(value + error, 1.0)
+            return error <= self.tolerance / 2
+
+        keys, like = jax.random.split(self.key, 2), self.order.like
+        runs = self._run_until(rademacher(keys[0], like, self.num_probes or 1), resolved, "probe")
+        if self.num_probes is not None:
+            return runs
+        # The standard error falls as one over the square root of the number of probes.
+        steps = runs[0].num_steps
+        wanted = int(np.ceil((self._width(runs).probe_error / self.tolerance) ** 2)) - 1
+        extra = min(wanted, self.products.left // (2 * steps))
+        if extra < 1:
+            return runs
+        return runs + self._run_until(rademacher(keys[1], like, extra), lambda _: False, "probes", steps)
+
+    def _run_until(
+        self,
+        starts: PyTree,
+        resolved: Callable[[list[Tridiagonal]], bool],
+        name: str,
+        max_steps: int | None = None,
+    ) -> list[Tridiagonal]:
+        """Extends Lanczos runs by a quarter at a time until resolved, at max_steps or out of budget."""
+        num_runs = jax.tree.leaves(starts)[0].shape[0]
+        state = self.store.load_state(name, lanczos.init(starts))
+        self.products.count += state.diagonal.size
+        if self.products.left < num_runs and state.diagonal.size == 0:
+            raise BudgetSpent
+        while True:
+            steps = state.diagonal.shape[1]
+            runs = state.tridiagonals() if steps else []
+            if runs and (all(run.breakdown for run in runs) or resolved(runs)):
+                return runs
+            extra = max(16, steps // 64 * 16) if max_steps is None else max_steps - steps
+            extra = min(extra, self.products.left // num_runs)
+            if extra < 1:
+                return runs
+            state = lanczos.run(self.products.matmat, state, extra)
+            self.store.save_state(name, state)
+
+    def _width(self, runs: Sequence[Tridiagonal]):
+        return width_limit(self._bracket(runs, self.order.dim), self.order, self.loss_tolerance)
+
+    def _bracket(
+        self, runs: Sequence[Tridiagonal], dim: int | None, num_removed: int | None = None
+    ) -> SpectralBracket:
+        """With rigorous bounds for an indefinite matrix only around the ridge at `num_removed`."""
+        if self.products.curvature.positive_semidefinite:
+            return bracket_semidefinite(runs, dim)
+        radius = None if num_removed is None else removed_radius(self.order, num_removed)
+        ridge = None if radius is None else width_ridge(radius, self.loss_tolerance)
+        return bracket_indefinite(runs, dim, ridge=ridge)

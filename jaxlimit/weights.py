@@ -1,0 +1,45 @@
+"""Parameters of a network on disk, as safetensors: no pickles, read by any framework."""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from jaxlimit.record import write_atomic
+
+
+def save_weights(path: Path, params: Any) -> None:
+    """Writes nested dictionaries of arrays as safetensors, with names like layers.0.kernel."""
+    from safetensors.numpy import save
+
+    flat = traverse_util.flatten_dict(params, sep=".")
+    write_atomic(path, save({name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}))
+
+
+def load_weights(path: Path, like: Any) -> Any:
+    """Reads what `save_weights` wrote, to the same bits.
+
+    Args:
+        path: the file.
+        like: parameters of the network that it is for.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or not of that network.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing.")
+    try:
+        found = load(path.read_bytes())
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    flat: dict[str, Any] = traverse_util.flatten_dict(like, sep=".")
+    expected = {name: leaf.shape for name, leaf in flat.items()}
+    if {name: leaf.shape for name, leaf in found.items()} != expected:
+        raise ValueError(f"{path} is not of this network: names or shapes of its arrays differ.")
+    return traverse_util.unflatten_dict({name: jnp.asarray(leaf) for name, leaf in found.items()}, sep=".")

@@ -1,0 +1,304 @@
+"""The command line, end to end, on a network small enough for seconds (592 weights)."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxlimit import __version__, presets
+from jaxlimit.cli import default_folder, main
+
+TINY = presets.Preset(
+    "tiny", "digits", "64-8-10", epochs=3, learning_rate=0.1, schedule="cosine", l1=5e-4, finetune_steps=5
+)
+RUN = ["run", "tiny", "--curvature", "gauss_newton"]
+FIGURES = {"loss.png", "accuracy.png", "transition.png", "spectrum.png", "sensitivity.png"}
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    done = command([*RUN, "--out", str(folder)])
+    stdout, stderr = done.communicate()
+    assert done.returncode == 0, stderr
+    return folder, stdout
+
+
+def command(args):
+    """The command in a process of its own, with the tiny preset.
+
+    BLAS has one thread, as in this process (conftest.py): eigenvalues depend on their number in the last bit.
+    """
+    code = (
+        "import sys, threadpoolctl; from jaxlimit import presets; from jaxlimit.cli import main; "
+        "threadpoolctl.threadpool_limits(1, user_api='blas'); "
+        f"presets.PRESETS['tiny'] = presets.{TINY!r}; sys.exit(main({args!r}))"
+    )
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def numbers(folder):
+    """All of limit.json that another run of the same configuration must repeat to the bit."""
+    document = json.loads((folder / "limit.json").read_text())
+    return {name: value for name, value in document.items() if name not in ("seconds", "command")}
+
+
+def test_a_run_writes_all_its_files(finished):
+    folder, _ = finished
+    document = json.loads((folder / "limit.json").read_text())
+    assert document["finished"]
+    assert set(document["limits"]) == {"gauss_newton"}
+    assert set(document["measured"]) == {"loss", "accuracy", "finetuned", "finetuned_accuracy"}
+    assert set(document["versions"]) >= {"python", "jax", "jaxlib", "numpy", "jaxlimit"}
+    assert {path.name for path in (folder / "figures").iterdir()} == FIGURES
+    assert {name: leaf.shape for name, leaf in load_file(folder / "weights.safetensors").items()} == {
+        "layers.0.kernel": (64, 8),
+        "layers.0.bias": (8,),
+        "layers.1.kernel": (8, 10),
+        "layers.1.bias": (10,),
+    }
+    with (folder / "curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["sparsity"]) for row in rows] == pytest.approx(np.linspace(0, 1, 401))
+    assert float(rows[0]["train_loss"]) == pytest.approx(document["network"]["train_loss"], rel=1e-5)
+    # A network without weights answers with its last bias, the same for all images.
+    assert float(rows[-1]["test_accuracy"]) < 0.3
+    leftover = [path.name for path in folder.rglob("*") if path.suffix == ".tmp" or "checkpoint" in path.name]
+    assert not leftover
+
+
+def test_the_printed_table_is_limit_json(finished):
+    folder, printed = finished
+    document = json.loads((folder / "limit.json").read_text())
+    for name in ("one_shot", "width", "cone", "readjusted"):
+        (line,) = [line for line in printed.splitlines() if re.match(rf"  {name} +\d", line)]
+        limit = document["limits"]["gauss_newton"][name]
+        kind = "loss" if name == "one_shot" else "finetuned"
+        measured = document["measured"][kind]["value"]
+        shown = [float(number) for number in re.findall(r"[-+]?\d\.\d{4}", line)]
+        expected = [limit["value"], limit["lower"], limit["upper"], measured, limit["value"] - measured]
+        assert shown == pytest.approx(expected, abs=5.1e-5)
+
+
+def test_the_measured_threshold_is_where_the_curve_crosses(finished):
+    folder, _ = finished
+    document = json.loads((folder / "limit.json").read_text())
+    bound = document["network"]["train_loss"] + document["loss_tolerance"]
+    with (folder / "curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for column, kind in (("train_loss", "loss"), ("finetuned_train_loss", "finetuned")):
+        measured = [(float(row["sparsity"]), float(row[column])) for row in rows if row[column]]
+        first = next(i for i, (_, loss) in enumerate(measured) if loss > bound)
+        assert document["measured"][kind] == {"value": measured[first - 1][0], "next": measured[first][0]}
+        assert measured[first][0] - measured[first - 1][0] <= 0.005 + 1e-9
+
+
+def test_a_finished_run_is_not_overwritten(finished, capsys):
+    folder, _ = finished
+    before = (folder / "limit.json").read_bytes()
+    assert main([*RUN, "--out", str(folder)]) == 2
+    assert "holds a finished run" in capsys.readouterr().err
+    assert (folder / "limit.json").read_bytes() == before
+
+
+def test_a_folder_of_something_else_is_not_touched(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for extra in ([], ["--overwrite"]):
+        assert main([*RUN, "--out", str(tmp_path), *extra]) == 2
+        assert "files that are not of a run (thesis.tex" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_overwrite_replaces_the_run_and_nothing_else(finished, tmp_path, capsys):
+    folder = tmp_path / "again"
+    shutil.copytree(finished[0], folder)
+    (folder / "notes.txt").write_text("mine")
+    args = [*RUN, "--finetune-steps", "0", "--out", str(folder), "--overwrite"]
+    assert main(args) == 0
+    assert "not measured" in capsys.readouterr().out
+    document = json.loads((folder / "limit.json").read_text())
+    assert set(document["measured"]) == {"loss", "accuracy"}
+    assert (folder / "notes.txt").read_text() == "mine"
+    # Fine-tuning decides nothing of what comes before it.
+    assert document["limits"] == json.loads((finished[0] / "limit.json").read_text())["limits"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to one process")
+@pytest.mark.parametrize("after", ["writing to", "training"])
+def test_ctrl_c_and_going_on_gives_the_same_bits(finished, tmp_path, capsys, after):
+    """After "writing to" the process trains; after the line of "training" it computes products."""
+    folder = tmp_path / "run"
+    process = command([*RUN, "--out", str(folder)])
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith(after):
+            break
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert f"jaxlimit run tiny --curvature gauss_newton --out {folder}" in stderr
+    json.loads((folder / "config.json").read_text())
+    assert not (folder / "report.html").exists()
+
+    assert main([*RUN, "--out", str(folder)]) == 0
+    assert ("loaded" in capsys.readouterr().err) == (after == "training")
+    assert numbers(folder) == numbers(finished[0])
+    for name in ("curves.csv", "weights.safetensors"):
+        assert (folder / name).read_bytes() == (finished[0] / name).read_bytes()
+
+
+def test_every_finished_stage_is_loaded(finished, tmp_path, capsys):
+    """As if Ctrl-C had come just before the report."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    document = json.loads((folder / "limit.json").read_text())
+    document["finished"] = False
+    del document["seconds"]["report"]
+    (folder / "limit.json").write_text(json.dumps(document))
+    (folder / "report.html").unlink()
+    assert main([*RUN, "--out", str(folder)]) == 0
+    assert capsys.readouterr().err.count("loaded") == 4
+    assert numbers(folder) == numbers(finished[0])
+
+
+def test_going_on_with_other_options_is_refused(finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.copy(finished[0] / "config.json", folder)
+    assert main([*RUN, "--out", str(folder), "--seed", "7", "--l1", "0"]) == 2
+    message = capsys.readouterr().err
+    assert "seed = 0, not 7" in message
+    assert "l1 = 0.0005, not 0.0" in message
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["run", "nonsense"], "there is no preset 'nonsense'; the presets are digits, mnist-fc2"),
+        (["run", "tiny", "--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["run", "tiny", "--l1", "-1"], "l1 must be finite and at least 0, got -1.0"),
+        (["run", "tiny", "--tolerance", "0"], "tolerance must be a positive finite number, got 0.0"),
+        (
+            ["run", "tiny", "--loss-tolerance", "nan"],
+            "loss_tolerance must be a positive finite number, got nan",
+        ),
+        (["run", "tiny", "--num-examples", "9999"], "num_examples must be at most 1438, got 9999"),
+        (["run", "tiny", "--num-examples", "0"], "num_examples must be at least 1, got 0"),
+        (["run", "tiny", "--seed", "-1"], "seed must lie between 0 and 4294967295, got -1"),
+        (["run", "tiny", "--finetune-steps", "-5"], "finetune_steps must be at least 0, got -5"),
+        (
+            ["run", "mnist-fc2", "--data", "nowhere"],
+            "There is no folder nowhere/mnist. Get the four official",
+        ),
+        (["report", "nowhere"], "there is no folder nowhere"),
+    ],
+)
+def test_bad_values_get_one_line_and_code_2(args, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(args) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_words_that_are_no_numbers_are_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "--seed", "seven"])
+    assert stop.value.code == 2
+    assert "seven" in capsys.readouterr().err
+
+
+def test_presets_are_listed(capsys):
+    assert main(["presets"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["preset", *presets.PRESETS]
+    assert lines[1].split() == ["digits", "digits", "64-48-24-10", "400", "0.05", "cosine", "0.0005", "128"]
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"jaxlimit {__version__}\n"
+
+
+def test_missing_packages_are_named(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "rich" else object())
+    assert main(["presets"]) == 1
+    assert 'needs rich: pip install "jaxlimit[cli]"' in capsys.readouterr().err
+
+
+def test_the_default_folder_tells_configurations_apart():
+    options = presets.Options(seed=3, num_examples=100)
+    assert default_folder(TINY, options) == Path("results/tiny-seed3-num-examples-100")
+
+
+def test_the_report_is_made_again_from_the_files_alone(finished, tmp_path, capsys):
+    folder = tmp_path / "moved"
+    shutil.copytree(finished[0], folder)
+    shutil.rmtree(folder / "figures")
+    (folder / "report.html").unlink()
+    (folder / "weights.safetensors").unlink()
+    assert main(["report", str(folder)]) == 0
+    assert str(folder / "report.html") in capsys.readouterr().out
+    # Only the seconds of the report itself were not known when the run wrote it.
+    regenerated = (folder / "report.html").read_text()
+    original = (finished[0] / "report.html").read_text()
+    assert re.sub(r"<tr><th>report</th>.*?</tr>", "", regenerated) == original
+    for name in FIGURES:
+        assert (folder / "figures" / name).read_bytes() == (finished[0] / "figures" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("limit.json", None, "limit.json is missing"),
+        ("limit.json", b"{", "limit.json is damaged, it is not JSON"),
+        ("limit.json", b'{"format": 99}', "limit.json is not of a run of this version"),
+        ("curves.csv", None, "curves.csv is missing"),
+        ("curves.csv", b"sparsity,train_loss\n0.1,x\n", "curves.csv is damaged in line 2"),
+        ("curves.csv", b"", "curves.csv is damaged: its first line must name the columns"),
+        ("spectrum-gauss_newton.npz", None, "spectrum-gauss_newton.npz is missing"),
+        ("spectrum-gauss_newton.npz", b"PK", "spectrum-gauss_newton.npz is damaged"),
+    ],
+)
+def test_a_report_from_damaged_files_is_refused(finished, tmp_path, capsys, name, damage, message):
+    folder = tmp_path / "damaged"
+    shutil.copytree(finished[0], folder)
+    (folder / name).unlink()
+    if damage is not None:
+        (folder / name).write_bytes(damage)
+    assert main(["report", str(folder)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_report_of_an_unfinished_run_is_refused(finished, tmp_path, capsys):
+    folder = tmp_path / "unfinished"
+    shutil.copytree(finished[0], folder)
+    document = json.loads((folder / "limit.json").read_text()) | {"finished": False}
+    (folder / "limit.json").write_text(json.dumps(document))
+    assert main(["report", str(folder)]) == 2
+    assert "is not finished: go on with it first (jaxlimit run tiny" in capsys.readouterr().err

@@ -1,0 +1,699 @@
+"""Products with the Hessian and the Gauss-Newton matrix, against the matrices themselves.
+
+The oracles differentiate the loss of all examples at once as a function of one flat vector, put together by
+hand: they know no batches, no partition of the parameters and no matrix-free product. They always run in
+float64. `jax.hessian` is forward over reverse too, but builds the whole matrix; the Gauss-Newton oracle
+multiplies out an explicit Jacobian, and a second one writes the softmax Hessian in closed form.
+"""
+
+from functools import cached_property
+from itertools import pairwise
+
+import flax.linen as linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_mlp, output_loss, predict
+from flax import nnx
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from jaxlimit.batches import batched
+from jaxlimit.curvature import combine, dense_matrix, gauss_newton, hessian, is_kernel, partition
+from jaxlimit.models import from_nnx
+
+RTOL = {"float32": 1e-5, "float64": 1e-10}
+
+
+def flat(tree):
+    return np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)])
+
+
+class Oracle:
+    """The matrices of the network in conftest, over all examples at once, in float64."""
+
+    def __init__(self, problem):
+        self.params, self.arrays = problem.params, problem.arrays
+        with jax.enable_x64(True):
+            self.vector = jnp.concatenate(
+                [self.params[layer]["kernel"].ravel() for layer in ("hidden", "out")]
+            )
+
+    def outputs(self, vector):
+        return predict(
+            {
+                "hidden": {"kernel": vector[:20].reshape(4, 5), "bias": self.params["hidden"]["bias"]},
+                "out": {"kernel": vector[20:].reshape(5, 3), "bias": self.params["out"]["bias"]},
+            },
+            self.arrays,
+        )
+
+    def loss(self, vector):
+        return output_loss(self.outputs(vector), self.arrays)
+
+    @cached_property
+    def hessian(self):
+        with jax.enable_x64(True):
+            return np.asarray(jax.hessian(self.loss)(self.vector))
+
+    @cached_property
+    def gradient(self):
+        with jax.enable_x64(True):
+            return np.asarray(jax.grad(self.loss)(self.vector))
+
+    @cached_property
+    def gauss_newton(self):
+        with jax.enable_x64(True):
+            outputs = self.outputs(self.vector)
+            jacobian = jax.jacrev(self.outputs)(self.vector).reshape(outputs.size, -1)
+            of_outputs = jax.hessian(lambda z: output_loss(z.reshape(outputs.shape), self.arrays))(
+                outputs.ravel()
+            )
+            return np.asarray(jacobian.T @ of_outputs @ jacobian)
+
+    @cached_property
+    def gauss_newton_of_softmax(self):
+        """mean_n J_n^T (diag p_n - p_n p_n^T) J_n."""
+        with jax.enable_x64(True):
+            jacobian = np.asarray(jax.jacrev(self.outputs)(self.vector))
+            outputs = np.asarray(self.outputs(self.vector))
+        p = np.exp(outputs) / np.sum(np.exp(outputs), axis=1, keepdims=True)
+        terms = [j.T @ (np.diag(q) - np.outer(q, q)) @ j for j, q in zip(jacobian, p, strict=True)]
+        return np.mean(terms, axis=0)
+
+
+@pytest.fixture(scope="session")
+def oracle():
+    return Oracle(make_mlp(np.float64))
+
+
+def curvature_of(kind, problem, batches=None, **options):
+    batches = batched(problem.arrays, problem.batch_size) if batches is None else batches
+    if kind == "hessian":
+        return hessian(problem.loss, problem.params, batches, **options)
+    return gauss_newton(problem.predict, problem.output_loss, problem.params, batches, **options)
+
+
+def assert_close(value, expected, dtype, factor=1.0):
+    error = np.max(np.abs(value - expected))
+    assert error <= factor * RTOL[np.dtype(dtype).name] * np.max(np.abs(expected))
+
+
+def random_vectors(weights, count, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal((count, *x.shape)), x.dtype), weights)
+
+
+in_float32 = pytest.mark.parametrize("dtype", ["float32"], indirect=True)
+in_float64 = pytest.mark.parametrize("dtype", ["float64"], indirect=True)
+kinds = pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
+
+
+@kinds
+def test_matrix(kind, mlp, dtype, oracle):
+    curvature = curvature_of(kind, mlp)
+    matrix = curvature.dense()
+    assert matrix.shape == (35, 35)
+    assert curvature.dim == 35
+    assert curvature.num_examples == 17
+    assert curvature.positive_semidefinite == (kind == "gauss_newton")
+    assert_close(matrix, getattr(oracle, kind), dtype)
+
+
+def test_gauss_newton_in_closed_form(mlp, dtype, oracle):
+    np.testing.assert_allclose(oracle.gauss_newton_of_softmax, oracle.gauss_newton, atol=1e-13)
+    assert_close(curvature_of("gauss_newton", mlp).dense(), oracle.gauss_newton_of_softmax, dtype)
+
+
+def test_the_two_matrices_differ_and_only_one_is_semidefinite(mlp, dtype):
+    of_hessian = np.linalg.eigvalsh(curvature_of("hessian", mlp).dense())
+    of_gauss_newton = np.linalg.eigvalsh(curvature_of("gauss_newton", mlp).dense())
+    assert of_hessian[0] < -0.01 * of_hessian[-1]
+    assert of_gauss_newton[0] > -10 * np.finfo(dtype).eps * of_gauss_newton[-1]
+
+
+@kinds
+def test_gradient(kind, mlp, dtype, oracle):
+    curvature = curvature_of(kind, mlp)
+    assert jax.tree.structure(curvature.gradient) == jax.tree.structure(curvature.weights)
+    assert_close(flat(curvature.gradient), oracle.gradient, dtype)
+
+
+@kinds
+def test_products(kind, mlp, dtype, oracle):
+    curvature, matrix = curvature_of(kind, mlp), getattr(oracle, kind)
+    vectors = random_vectors(curvature.weights, 3)
+    rows = jax.tree.map(lambda x: np.asarray(x, np.float64).reshape(3, -1), jax.tree.leaves(vectors))
+    product = curvature.matmat(vectors)
+    assert jax.tree.map(jnp.shape, product) == jax.tree.map(jnp.shape, vectors)
+    assert all(x.dtype == dtype for x in jax.tree.leaves(product))
+    found = np.concatenate(
+        [np.asarray(x, np.float64).reshape(3, -1) for x in jax.tree.leaves(product)], axis=1
+    )
+    assert_close(found, np.concatenate(rows, axis=1) @ matrix, dtype)
+    for i in range(3):
+        row = curvature.matvec(jax.tree.map(lambda x, i=i: x[i], vectors))
+        assert jax.tree.map(jnp.shape, row) == jax.tree.map(jnp.shape, curvature.weights)
+        assert_close(flat(row), found[i], dtype)
+
+
+@kinds
+def test_products_are_symmetric(kind, mlp, dtype):
+    curvature = curvature_of(kind, mlp)
+    u, v = (random_vectors(curvature.weights, 1, seed) for seed in (1, 2))
+    left = flat(u) @ flat(curvature.matmat(v))
+    right = flat(v) @ flat(curvature.matmat(u))
+    size = np.linalg.norm(flat(u)) * np.linalg.norm(flat(curvature.matmat(v)))
+    assert abs(left - right) <= RTOL[dtype.name] * size
+
+
+@in_float32
+@kinds
+def test_vectors_take_the_dtype_of_the_weights(kind, mlp, dtype, oracle):
+    curvature = curvature_of(kind, mlp)
+    ones = jax.tree.map(lambda x: np.ones(x.shape, int), curvature.weights)
+    product = curvature.matvec(ones)
+    assert all(x.dtype == dtype for x in jax.tree.leaves(product))
+    assert_close(flat(product), np.sum(getattr(oracle, kind), axis=0), dtype)
+
+
+class Stream:
+    """Batches that are cut anew in every pass; `change` may then do something to them."""
+
+    def __init__(self, arrays, sizes, change=lambda passes, batches: batches):
+        edges = np.cumsum([0, *sizes])
+        self.batches = [{name: np.asarray(x[i:j]) for name, x in arrays.items()} for i, j in pairwise(edges)]
+        self.change, self.passes = change, 0
+
+    def __iter__(self):
+        self.passes += 1
+        return iter(self.change(self.passes, self.batches))
+
+
+@in_float64
+@kinds
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_the_cut_into_batches_does_not_matter(kind, batch_size, mlp, dtype):
+    whole = curvature_of(kind, mlp, batched(mlp.arrays, 17)).dense()
+    assert_close(curvature_of(kind, mlp, batched(mlp.arrays, batch_size)).dense(), whole, dtype)
+
+
+@in_float32
+@kinds
+@pytest.mark.parametrize("form", ["list", "stream"])
+def test_lists_and_streams_are_as_good_as_arrays(kind, form, mlp, dtype, oracle):
+    stream = Stream(mlp.arrays, [5, 5, 2, 5])
+    curvature = curvature_of(kind, mlp, stream if form == "stream" else list(stream))
+    assert curvature.num_examples == 17
+    assert_close(curvature.dense(), getattr(oracle, kind), dtype)
+    assert_close(flat(curvature.gradient), oracle.gradient, dtype)
+
+
+@in_float32
+def test_an_order_that_changes_is_harmless(mlp, dtype, oracle):
+    """A sum over examples has no order; only what enters it must be the same."""
+    rng = np.random.default_rng(0)
+    stream = Stream(mlp.arrays, [5, 5, 5, 2], lambda _, batches: rng.permuted(np.array(batches, object)))
+    assert_close(curvature_of("hessian", mlp, stream).dense(), oracle.hessian, dtype)
+
+
+# Which leaves take part.
+
+
+@in_float32
+def test_biases_are_left_out_by_default(mlp):
+    curvature = curvature_of("hessian", mlp)
+    assert jax.tree.map(jnp.shape, curvature.weights) == {
+        "hidden": {"kernel": (4, 5), "bias": None},
+        "out": {"kernel": (5, 3), "bias": None},
+    }
+    assert curvature.weights["hidden"]["kernel"] is mlp.params["hidden"]["kernel"]
+
+
+@in_float64
+def test_prunable_as_tree_and_as_function(mlp, dtype, oracle):
+    full = oracle.hessian
+    tree = {"hidden": {"kernel": False, "bias": False}, "out": {"kernel": True, "bias": False}}
+    by_tree = curvature_of("hessian", mlp, prunable=tree)
+    by_function = curvature_of(
+        "hessian", mlp, prunable=lambda path, leaf: path[0].key == "out" and is_kernel(path, leaf)
+    )
+    assert by_tree.dim == by_function.dim == 15
+    assert_close(by_tree.dense(), full[20:, 20:], dtype)
+    np.testing.assert_array_equal(by_tree.dense(), by_function.dense())
+    assert_close(flat(by_tree.gradient), oracle.gradient[20:], dtype)
+
+
+@in_float64
+def test_every_leaf_may_be_prunable(mlp, dtype):
+    """The last bias shifts the logits: its block of the Gauss-Newton matrix is that of softmax."""
+    curvature = curvature_of("gauss_newton", mlp, prunable=lambda path, leaf: True)
+    assert curvature.dim == 43
+    outputs = np.asarray(mlp.predict(mlp.params, mlp.arrays), np.float64)
+    p = np.exp(outputs) / np.sum(np.exp(outputs), axis=1, keepdims=True)
+    block = np.diag(p.mean(axis=0)) - p.T @ p / 17
+    assert_close(curvature.dense()[25:28, 25:28], block, dtype)
+
+
+@in_float32
+def test_partition_and_back(mlp):
+    weights, rest = partition(mlp.params)
+    assert weights["hidden"]["bias"] is None
+    assert rest["hidden"]["kernel"] is None
+    again = combine(weights, rest)
+    assert jax.tree.structure(again) == jax.tree.structure(mlp.params)
+    assert all(x is y for x, y in zip(jax.tree.leaves(again), jax.tree.leaves(mlp.params), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("leaf", "expected"),
+    [
+        (np.zeros((2, 2), np.float32), True),
+        (jnp.zeros((2, 2, 3, 3), jnp.bfloat16), True),
+        (np.zeros((2, 2), np.int32), False),
+        (np.zeros((2, 2), bool), False),
+        (np.zeros(3, np.float32), False),
+        (np.float32(1.0), False),
+        (1.0, False),
+    ],
+)
+def test_default_of_prunable(leaf, expected):
+    assert is_kernel((), leaf) == expected
+
+
+# The dense matrix is put together from blocks.
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 5, 7, 10, 11, 128])
+def test_dense_matrix_from_blocks(block_size, x64):
+    """D = 10: a divisor, a number with a remainder, D itself and more; a matrix known beforehand."""
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((10, 10))
+    matrix += matrix.T
+    shapes = []
+
+    def matmat(vectors):
+        rows = np.concatenate(
+            [np.asarray(v).reshape(len(v), -1) for v in (vectors["a"], vectors["b"])], axis=1
+        )
+        shapes.append(rows.shape)
+        product = rows @ matrix
+        return {"a": product[:, :6].reshape(-1, 2, 3), "b": product[:, 6:]}
+
+    like = {"a": jnp.zeros((2, 3)), "b": jnp.zeros(4)}
+    np.testing.assert_allclose(dense_matrix(matmat, like, block_size), matrix, rtol=1e-14)
+    assert set(shapes) == {(min(block_size, 10), 10)}  # one shape: one compilation
+
+
+@pytest.mark.parametrize("width", [31, 32, 33])
+def test_dense_of_more_weights_than_a_block(width, x64):
+    """D = 4 * 31 < 128 = 4 * 32 < 4 * 33, against the closed form X^T X / n of least squares."""
+    x = np.random.default_rng(1).standard_normal((9, 4))
+
+    def squares(params, batch):
+        return jnp.mean(jnp.sum((batch @ params) ** 2, axis=1)) / 2
+
+    curvature = hessian(squares, jnp.ones((4, width)), batched(x, 4))
+    np.testing.assert_allclose(curvature.dense(), np.kron(x.T @ x / 9, np.eye(width)), atol=1e-14)
+
+
+# Compilation.
+
+
+def counting(function):
+    """The function, and the list of the batch shapes it is traced with."""
+    traces = []
+
+    def counted(*args):
+        traces.append(jax.tree.map(jnp.shape, args[-1]))
+        return function(*args)
+
+    return counted, traces
+
+
+def counted_curvature(kind, mlp):
+    """A function of the data that makes curvatures of one loss, and the list of its traces."""
+    loss, traces = counting(mlp.loss if kind == "hessian" else mlp.output_loss)
+
+    def make(arrays):
+        if kind == "hessian":
+            return hessian(loss, mlp.params, batched(arrays, 5))
+        return gauss_newton(mlp.predict, loss, mlp.params, batched(arrays, 5))
+
+    return make, traces
+
+
+@in_float32
+@kinds
+def test_products_do_not_compile_twice(kind, mlp):
+    make, traces = counted_curvature(kind, mlp)
+    first = make(mlp.arrays)
+    vector, block = random_vectors(first.weights, 1), random_vectors(first.weights, 4)
+    before = jax.tree.map(np.asarray, (first.matmat(vector), first.matmat(block)))
+    assert traces
+    del traces[:]
+    first.matmat(jax.tree.map(lambda x: 2 * x, vector))
+    first.matmat(jax.tree.map(lambda x: 2 * x, block))
+    assert not traces, "a product with another vector was compiled again"
+
+    other = make({"x": mlp.arrays["x"] + 1, "y": mlp.arrays["y"]})
+    del traces[:]
+    after = other.matmat(vector), other.matmat(block)
+    assert not traces, "a product with a second Curvature of the same loss was compiled again"
+    # Had the data been compiled in as constants, the results would be the old ones.
+    for new, old in zip(after, before, strict=True):
+        assert np.max(np.abs(flat(new) - flat(old))) > 0.01 * np.max(np.abs(flat(old)))
+
+
+@pytest.mark.xfail(
+    strict=True, reason="_Loss and _Gradient hold a bound method, and two of those are never equal"
+)
+@in_float32
+@kinds
+def test_a_second_curvature_compiles_nothing(kind, mlp):
+    make, traces = counted_curvature(kind, mlp)
+    assert make(mlp.arrays).gradient is not None
+    del traces[:]
+    assert make(jax.tree.map(lambda x: x + 1, mlp.arrays)).gradient is not None
+    # What looks at the loss of a batch and of its halves does so outside compiled functions.
+    assert len(traces) <= 3
+
+
+def subjaxprs(jaxpr):
+    """All equations, those inside scans, compiled functions and so on included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: isinstance(x, (Jaxpr, ClosedJaxpr))
+        ):
+            if isinstance(value, ClosedJaxpr):
+                yield from subjaxprs(value.jaxpr)
+            elif isinstance(value, Jaxpr):
+                yield from subjaxprs(value)
+
+
+def compiled_parts(jaxpr):
+    return [
+        e
+        for e in subjaxprs(jaxpr)
+        if e.primitive.name in ("jit", "pjit") and e.params["name"] == "_add_group"
+    ]
+
+
+@in_float32
+@kinds
+def test_data_and_parameters_are_arguments_of_the_compiled_function(kind, mlp):
+    curvature = curvature_of(kind, mlp)
+    jaxpr = jax.make_jaxpr(curvature.matvec)(curvature.weights)
+    parts = compiled_parts(jaxpr.jaxpr)
+    assert len(parts) == 2  # three batches of 5, and one of 2
+    for part, data in zip(parts, [(3, 5, 4), (1, 2, 4)], strict=True):
+        shapes = [x.aval.shape for x in part.invars]
+        assert data in shapes
+        assert {(4, 5), (5, 3)} <= set(shapes)  # the kernels
+        assert {(1, 4, 5), (1, 5, 3)} <= set(shapes)  # the vectors
+        assert {(5,), (3,)} <= set(shapes)  # the biases
+        assert sum(np.size(c) for c in part.params["jaxpr"].consts) <= 1
+        for equation in subjaxprs(part.params["jaxpr"].jaxpr):
+            for variable in equation.invars:
+                if isinstance(variable, Literal):
+                    assert np.size(variable.val) <= 1
+
+
+@in_float32
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [
+        ("highest", jax.lax.Precision.HIGHEST),
+        ("default", jax.lax.Precision.DEFAULT),
+        (None, jax.lax.Precision.HIGHEST),
+    ],
+)
+@kinds
+def test_precision_reaches_every_matrix_product(kind, precision, expected, mlp):
+    options = {} if precision is None else {"precision": precision}
+    curvature = curvature_of(kind, mlp, **options)
+    for vectors in (random_vectors(curvature.weights, 1), random_vectors(curvature.weights, 2)):
+        jaxpr = jax.make_jaxpr(curvature.matmat)(vectors)
+        found = [e.params["precision"] for e in subjaxprs(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
+        assert len(found) >= 6  # forward and back through two layers, twice, less what needs no product
+        assert {part for pair in found for part in (pair or (None, None))} == {expected}
+    assert jax.config.jax_default_matmul_precision is None  # no global state
+
+
+# Models of the libraries people use.
+
+
+def cross_entropy(outputs, batch):
+    return -jnp.mean(jnp.sum(batch["y"] * jax.nn.log_softmax(outputs), axis=-1))
+
+
+def check_model(predict_fn, params, arrays, kernels):
+    """Product with ones in the kernels, against the derivative of the gradient by finite differences."""
+
+    def loss(params, batch):
+        return cross_entropy(predict_fn(params, batch), batch)
+
+    curvature = hessian(loss, params, batched(arrays, 5))
+    assert curvature.dim == kernels
+    ones = jax.tree.map(jnp.ones_like, curvature.weights)
+    step = 1e-5
+    moved = [
+        jax.grad(loss)(
+            jax.tree.map(lambda x, sign=sign: x + sign * step if x.ndim >= 2 else x, params), arrays
+        )
+        for sign in (1, -1)
+    ]
+    expected = jax.tree.map(lambda plus, minus: (plus - minus) / (2 * step), *moved)
+    expected = np.concatenate([np.ravel(x) for x in jax.tree.leaves(expected) if x.ndim >= 2])
+    np.testing.assert_allclose(flat(curvature.matvec(ones)), expected, rtol=1e-6, atol=1e-8)
+    assert gauss_newton(predict_fn, cross_entropy, params, batched(arrays, 5)).matvec(ones) is not None
+
+
+class Small(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(4, 6, rngs=rngs, param_dtype=jnp.float64)
+        self.norm = nnx.BatchNorm(6, rngs=rngs, param_dtype=jnp.float64)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.second = nnx.Linear(6, 3, rngs=rngs, param_dtype=jnp.float64)
+
+    def __call__(self, x):
+        return self.second(self.dropout(jnp.tanh(self.norm(self.first(x)))))
+
+
+@in_float64
+def test_nnx_model(mlp, dtype):
+    model_predict, params = from_nnx(Small(nnx.Rngs(0)))
+    check_model(lambda p, batch: model_predict(p, batch["x"]), params, mlp.arrays, kernels=42)
+
+
+@in_float64
+def test_nnx_state(mlp, dtype):
+    model = Small(nnx.Rngs(0))
+    model.eval()
+    graphdef, state, rest = nnx.split(model, nnx.Param, ...)
+    check_model(lambda p, batch: nnx.merge(graphdef, p, rest)(batch["x"]), state, mlp.arrays, kernels=42)
+
+
+@in_float64
+def test_linen_model(mlp, dtype):
+    model = linen.Sequential(
+        [linen.Dense(6, param_dtype=jnp.float64), jnp.tanh, linen.Dense(3, param_dtype=jnp.float64)]
+    )
+    variables = model.init(jax.random.key(0), mlp.arrays["x"])
+    check_model(lambda p, batch: model.apply(p, batch["x"]), variables, mlp.arrays, kernels=42)
+
+
+def test_a_bare_array_as_parameters():
+    curvature = hessian(
+        lambda w, x: jnp.mean((x @ w) ** 2) / 2, jnp.ones((2, 1)), batched(np.eye(2) * [1, 3], 2)
+    )
+    np.testing.assert_allclose(curvature.dense(), [[0.5, 0], [0, 4.5]])
+
+
+# Bad input, all of it in float32.
+
+
+@in_float32
+@kinds
+@pytest.mark.parametrize(
+    ("prunable", "message"),
+    [
+        (lambda path, leaf: False, "no prunable leaf"),
+        (
+            {"hidden": {"kernel": False, "bias": False}, "out": {"kernel": False, "bias": False}},
+            "no prunable leaf",
+        ),
+        ({"hidden": True, "out": False}, "prunable does not match params: expected the tree"),
+        (True, "prunable does not match params"),
+    ],
+)
+def test_unusable_choices_of_weights(kind, prunable, message, mlp):
+    with pytest.raises(ValueError, match=message):
+        curvature_of(kind, mlp, prunable=prunable)
+
+
+def test_nothing_prunable_by_default():
+    with pytest.raises(ValueError, match=r"no prunable leaf.*2 or more dimensions"):
+        hessian(lambda w, x: jnp.mean(x * w), jnp.ones(3), batched(np.ones((4, 3)), 2))
+
+
+@in_float32
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite(value, mlp):
+    mlp.params["out"]["kernel"] = mlp.params["out"]["kernel"].at[1, 2].set(value)
+    with pytest.raises(ValueError, match=r"\['out'\]\['kernel'\] holds NaN or infinite"):
+        curvature_of("hessian", mlp)
+
+
+@in_float32
+def test_integer_weights(mlp):
+    mlp.params["table"] = jnp.ones((2, 2), int)
+    assert curvature_of("hessian", mlp).dim == 35
+    with pytest.raises(ValueError, match=r"\['table'\] has dtype int32: floating-point"):
+        curvature_of("hessian", mlp, prunable=lambda path, leaf: leaf.ndim == 2)
+
+
+@in_float32
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: {"hidden": v["hidden"]}, "must be a tree like the weights"),
+        (lambda v: jax.tree.leaves(v), "must be a tree like the weights"),
+        (lambda v: {**v, "out": {"kernel": v["out"]["kernel"], "bias": jnp.ones(3)}}, "must be a tree like"),
+        (
+            lambda v: {**v, "out": {"kernel": v["out"]["kernel"].T, "bias": None}},
+            r"\(3, 5\) stands where.*\(5, 3\)",
+        ),
+    ],
+)
+def test_vectors_unlike_the_weights(change, message, mlp):
+    curvature = curvature_of("hessian", mlp)
+    with pytest.raises(ValueError, match=message):
+        curvature.matvec(change(curvature.weights))
+    with pytest.raises(ValueError, match="stands where weights has"):
+        curvature.matmat(curvature.weights)  # no probe axis
+
+
+@in_float32
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda p, b: -jnp.sum(b["y"] * jax.nn.log_softmax(predict(p, b)), axis=-1),
+        lambda p, b: (jnp.mean(predict(p, b)), {"aux": 1.0}),
+        lambda p, b: jnp.mean(predict(p, b), axis=0),
+        lambda p, b: jnp.mean(predict(p, b))[None],
+    ],
+)
+def test_loss_that_is_no_scalar(wrong, mlp):
+    with pytest.raises(ValueError, match="loss_fn must return a scalar"):
+        hessian(wrong, mlp.params, batched(mlp.arrays, 17))
+
+
+@pytest.mark.xfail(
+    strict=True, reason="TypeError of jax: the sum over batches is taken before the shape is looked at"
+)
+@in_float32
+def test_losses_of_examples_in_uneven_batches(mlp):
+    def losses(params, batch):
+        return -jnp.sum(batch["y"] * jax.nn.log_softmax(predict(params, batch)), axis=-1)
+
+    with pytest.raises(ValueError, match="loss_fn must return a scalar"):
+        hessian(losses, mlp.params, batched(mlp.arrays, 5))
+
+
+@in_float32
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_loss_that_is_not_finite(value, mlp):
+    mlp.arrays["y"] = mlp.arrays["y"].at[16, 0].set(value)
+    with pytest.raises(ValueError, match=f"the mean loss is {value}"):
+        curvature_of("gauss_newton", mlp)
+
+
+@in_float32
+@pytest.mark.parametrize("batch_size", [17, 5, 2])
+def test_sum_instead_of_mean(batch_size, mlp):
+    def total(params, batch):
+        return mlp.loss(params, batch) * len(batch["x"])
+
+    with pytest.raises(ValueError, match=r"not a mean over the batch's examples.*a sum instead of a mean"):
+        hessian(total, mlp.params, batched(mlp.arrays, batch_size))
+
+
+@in_float32
+def test_batch_norm_in_train_mode(mlp):
+    def normalised(params, batch):
+        x = (batch["x"] - batch["x"].mean(axis=0)) / (batch["x"].std(axis=0) + 1e-3)
+        return mlp.loss(params, {**batch, "x": x})
+
+    with pytest.raises(ValueError, match=r"not a mean over the batch's examples.*batch norm in train mode"):
+        hessian(normalised, mlp.params, batched(mlp.arrays, 5))
+
+
+@in_float32
+def test_a_mean_with_a_penalty_is_a_mean(mlp, oracle):
+    def penalised(params, batch):
+        return mlp.loss(params, batch) + 0.05 * sum(jnp.sum(p**2) for p in jax.tree.leaves(params))
+
+    curvature = hessian(penalised, mlp.params, batched(mlp.arrays, 5))
+    assert_close(curvature.dense(), oracle.hessian + 0.1 * np.eye(35), np.float32)
+
+
+def augmented(passes, batches):
+    rng = np.random.default_rng(passes)
+    return [{**b, "x": b["x"] + 0.1 * rng.standard_normal(b["x"].shape).astype(np.float32)} for b in batches]
+
+
+def shuffled_and_cut(passes, batches):
+    """A shuffling loader that drops the last batch."""
+    x, y = (np.concatenate([b[name] for b in batches]) for name in "xy")
+    order = np.random.default_rng(passes).permutation(len(x))[:15]
+    return [{"x": x[part], "y": y[part]} for part in np.split(order, 3)]
+
+
+@in_float32
+@kinds
+@pytest.mark.parametrize("change", [augmented, shuffled_and_cut])
+def test_data_that_change_between_passes(kind, change, mlp):
+    with pytest.raises(
+        ValueError, match=r"data changed between two passes: a mean loss of.*shuffling.*augmentation"
+    ):
+        curvature_of(kind, mlp, Stream(mlp.arrays, [5, 5, 5, 2], change))
+
+
+@in_float32
+@kinds
+def test_number_of_examples_that_changes_between_passes(kind, mlp):
+    # The same loss in both passes, so that only the count can tell.
+    arrays = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), mlp.arrays)
+    stream = Stream(arrays, [5, 5, 5, 2], lambda passes, batches: batches[: passes + 1])
+    with pytest.raises(
+        ValueError, match="data changed between two passes: 10 examples in the first, 15 in the sec"
+    ):
+        curvature_of(kind, mlp, stream)
+
+
+@in_float32
+@kinds
+def test_number_of_examples_that_changes_later(kind, mlp, oracle):
+    stream = Stream(mlp.arrays, [5, 5, 5, 2])
+    curvature = curvature_of(kind, mlp, stream)
+    assert_close(flat(curvature.gradient), oracle.gradient, np.float32)
+    stream.change = lambda _, batches: batches[:-1]
+    with pytest.raises(
+        ValueError, match="data changed between two passes: 17 examples in the first, 15 in the sec"
+    ):
+        curvature.matvec(curvature.weights)
+
+
+@in_float32
+@pytest.mark.parametrize("empty", [[], (), Stream({}, [])])
+def test_no_data(empty, mlp):
+    with pytest.raises(ValueError, match=r"batches (is empty|hold no examples)"):
+        curvature_of("hessian", mlp, empty)
+
+
+@in_float32
+def test_a_generator(mlp):
+    with pytest.raises(ValueError, match="iterable more than once, got generator"):
+        curvature_of("hessian", mlp, (batch for batch in batched(mlp.arrays, 5)))

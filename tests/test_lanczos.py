@@ -1,0 +1,403 @@
+"""Lanczos against what linear algebra proves of it, dense eigenvalues of NumPy, and matfree.
+
+The matrices are known beforehand; products with them are plain matrix products. NumPy's `eigvalsh` and the
+spectral measure summed over its eigenvectors know no Krylov space. matfree (another library) tridiagonalises
+through Arnoldi's algorithm.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from matfree import decomp
+
+from jaxlimit import lanczos
+from jaxlimit.lanczos import Tridiagonal, tridiagonalize
+
+
+def symmetric(dim, seed=0, scale=1.0):
+    """A dense indefinite matrix with eigenvalues of both signs over two decades."""
+    rng = np.random.default_rng(seed)
+    vectors = np.linalg.qr(rng.standard_normal((dim, dim)))[0]
+    values = scale * 10.0 ** rng.uniform(-2, 0, dim) * rng.choice([-1, 1], dim)
+    return (vectors * values) @ vectors.T
+
+
+def product_with(matrix, dtype):
+    device = jnp.asarray(matrix, dtype)
+    return jax.jit(lambda v: jnp.matmul(device, v, precision="highest"))
+
+
+def block_product_with(matrix, dtype):
+    device = jnp.asarray(matrix, dtype)
+    return jax.jit(lambda rows: jnp.matmul(rows, device, precision="highest"))
+
+
+def start_vector(dim, dtype, seed=100):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(dim), dtype)
+
+
+def dense(tridiagonal):
+    return (
+        np.diag(tridiagonal.diagonal)
+        + np.diag(tridiagonal.off_diagonal, 1)
+        + np.diag(tridiagonal.off_diagonal, -1)
+    )
+
+
+def integral(tridiagonal, f):
+    values, vectors = np.linalg.eigh(dense(tridiagonal))
+    return np.sum(vectors[0] ** 2 * f(values))
+
+
+def true_integral(matrix, start, f):
+    values, vectors = np.linalg.eigh(matrix)
+    start = np.asarray(start, np.float64)
+    return np.sum((vectors.T @ start) ** 2 * f(values)) / np.sum(start**2)
+
+
+def bump(x):
+    """Smooth, of both parities, and of the order of one on [-1, 1]."""
+    return 1 / (1 + 4 * x**2) + 0.3 * x
+
+
+# The theorems.
+
+
+def test_recurrence_and_orthonormality(dtype):
+    """H Q = Q T + beta q_{k+1} e_k^T, Q^T Q = I, T = Q^T H Q."""
+    dim, steps, eps = 60, 20, float(np.finfo(dtype).eps)
+    matrix = symmetric(dim)
+    starts = jnp.stack([start_vector(dim, dtype, 1), start_vector(dim, dtype, 2)])
+    state = lanczos.run(block_product_with(matrix, dtype), lanczos.init(starts), steps)
+    norm = np.linalg.norm(matrix, 2)
+    for p, run in enumerate(state.tridiagonals()):
+        basis = np.asarray(state.basis[p], np.float64).T
+        assert basis.shape == (dim, steps)
+        following = np.asarray(state.current[p], np.float64)
+        start = np.asarray(starts[p], np.float64)
+        np.testing.assert_allclose(basis[:, 0], start / np.linalg.norm(start), atol=2 * eps)
+        extended = np.column_stack([basis, following])
+        np.testing.assert_allclose(extended.T @ extended, np.eye(steps + 1), atol=10 * eps)
+        residual = matrix @ basis - basis @ dense(run)
+        residual[:, -1] -= run.residual_norm * following
+        assert np.max(np.abs(residual)) <= 20 * eps * norm
+        assert np.max(np.abs(basis.T @ matrix @ basis - dense(run))) <= 20 * eps * norm
+        assert run.residual_norm > 0.01 * norm
+        assert np.all(run.off_diagonal > 0)
+        assert run.num_steps == steps
+        assert not run.breakdown
+        assert run.reorthogonalized
+        assert run.diagonal.dtype == run.off_diagonal.dtype == np.float64
+
+
+def test_full_depth_gives_all_eigenvalues(dtype):
+    matrix = symmetric(30)
+    run = tridiagonalize(product_with(matrix, dtype), start_vector(30, dtype), 30)
+    assert run.num_steps == 30
+    eps = float(np.finfo(dtype).eps)
+    np.testing.assert_allclose(np.linalg.eigvalsh(dense(run)), np.linalg.eigvalsh(matrix), atol=20 * eps)
+    assert run.residual_norm <= 100 * eps  # what is left is rounding
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 25])
+def test_moments_up_to_twice_the_steps(steps, x64):
+    """v^T H^j v = e_1^T T^j e_1 for j < 2 k, and not for j = 2 k."""
+    matrix, start = symmetric(40), start_vector(40, np.float64)
+    tridiagonal = dense(tridiagonalize(product_with(matrix, np.float64), start, steps))
+    unit = np.asarray(start) / np.linalg.norm(start)
+    for power in range(2 * steps):
+        expected = unit @ np.linalg.matrix_power(matrix, power) @ unit
+        found = np.linalg.matrix_power(tridiagonal, power)[0, 0]
+        assert found == pytest.approx(expected, rel=1e-9, abs=1e-13)
+    if steps <= 10:
+        even = unit @ np.linalg.matrix_power(matrix, 2 * steps) @ unit
+        assert np.linalg.matrix_power(tridiagonal, 2 * steps)[0, 0] < (1 - 1e-8) * even
+
+
+@pytest.mark.parametrize("reorthogonalize", [True, False])
+@pytest.mark.parametrize("steps", [1, 2, 12])
+def test_matfree_finds_the_same(steps, reorthogonalize, dtype):
+    matrix, start = symmetric(40), start_vector(40, dtype)
+    product = product_with(matrix, dtype)
+    ours = tridiagonalize(product, start, steps, reorthogonalize=reorthogonalize)
+    method = decomp.tridiag_sym(
+        steps, materialize=False, reortho="full" if reorthogonalize else "none", custom_vjp=False
+    )
+    theirs = method(product, start)
+    diagonal, off_diagonal = theirs.J_small
+    atol = (1e3 if reorthogonalize else 1e5) * float(np.finfo(dtype).eps)
+    np.testing.assert_allclose(ours.diagonal, diagonal, atol=atol)
+    np.testing.assert_allclose(ours.off_diagonal, off_diagonal[: steps - 1], atol=atol)
+    np.testing.assert_allclose(ours.residual_norm, np.linalg.norm(theirs.residual), atol=atol)
+
+
+# Breakdown.
+
+
+def low_rank(dim, rank, seed=0):
+    rng = np.random.default_rng(seed)
+    vectors = np.linalg.qr(rng.standard_normal((dim, rank)))[0]
+    values = np.linspace(0.5, 2, rank) * (-1.0) ** np.arange(rank)
+    return (vectors * values) @ vectors.T
+
+
+# matrix, start and the number of distinct eigenvalues seen from it
+EXHAUSTED = {
+    "identity": (np.eye(20), np.ones(20), 1),
+    "multiple of identity": (3e-6 * np.eye(20), np.arange(20.0), 1),
+    "zero": (np.zeros((20, 20)), np.ones(20), 1),
+    "one dimension": (np.array([[-2.5]]), np.array([7.0]), 1),
+    "one dimension, zero": (np.array([[0.0]]), np.array([1.0]), 1),
+    "eigenvector": (np.diag(np.arange(1.0, 21.0)), np.eye(20)[4], 1),
+    "two eigenvectors": (np.diag(np.arange(1.0, 21.0)), np.eye(20)[4] - 2 * np.eye(20)[9], 2),
+    "three values": (np.diag(np.repeat([-1.0, 0.5, 4.0], 7)), np.ones(21), 3),
+    "rank 1": (low_rank(20, 1), np.ones(20) + np.arange(20), 2),
+    "rank 4": (low_rank(30, 4), np.random.default_rng(5).standard_normal(30), 5),
+    "start in the null space": (
+        np.diag(np.append(np.zeros(5), np.ones(5))),
+        np.append(np.ones(5), np.zeros(5)),
+        1,
+    ),
+    "tiny": (1e-12 * np.diag(np.repeat([1.0, 2.0], 5)), np.ones(10), 2),
+    "huge": (1e12 * np.diag(np.repeat([1.0, 2.0], 5)), np.ones(10), 2),
+}
+
+
+@pytest.mark.parametrize("reorthogonalize", [True, False])
+@pytest.mark.parametrize("name", EXHAUSTED)
+def test_breakdown_is_an_exact_answer(name, reorthogonalize, dtype):
+    matrix, start, steps = EXHAUSTED[name]
+    run = tridiagonalize(
+        product_with(matrix, dtype), jnp.asarray(start, dtype), 15, reorthogonalize=reorthogonalize
+    )
+    assert run.num_steps == len(run.diagonal) == steps
+    assert run.breakdown
+    assert run.residual_norm == 0
+    assert len(run.off_diagonal) == steps - 1
+    assert np.all(run.off_diagonal > 0)
+    scale = max(np.linalg.norm(matrix, 2), 1e-300)
+
+    def f(x):
+        return 1 / (2 + x / scale)
+
+    expected = true_integral(matrix, start, f)
+    assert integral(run, f) == pytest.approx(expected, rel=20 * float(np.finfo(dtype).eps))
+
+
+def test_no_products_after_the_end(x64):
+    products = []
+
+    def matvec(v):
+        products.append(v)
+        return 2 * v
+
+    assert tridiagonalize(matvec, jnp.ones(5), 10).num_steps == 1
+    assert len(products) == 1
+
+
+def test_breakdown_at_the_last_step(dtype):
+    run = tridiagonalize(product_with(np.diag([1.0, 3.0]), dtype), jnp.ones(2, dtype), 2)
+    assert run.breakdown
+    assert run.residual_norm == 0
+
+
+def test_runs_side_by_side_are_those_alone(dtype):
+    """One run ends at the first step, one at the third, and two go on; none disturbs another."""
+    values = np.repeat([-1.0, 0.25, 0.5, 0.75, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 3)
+    rng = np.random.default_rng(3)
+    starts = [
+        np.where(values == 2.0, rng.standard_normal(30), 0),
+        rng.standard_normal(30),
+        np.where(values < 0.6, rng.standard_normal(30), 0),
+        rng.standard_normal(30),
+    ]
+    starts = jnp.asarray(np.stack(starts), dtype)
+    product = jax.jit(lambda rows: rows * jnp.asarray(values, dtype))
+    for reorthogonalize in (True, False):
+        together = lanczos.run(
+            product, lanczos.init(starts, reorthogonalize=reorthogonalize), 8
+        ).tridiagonals()
+        assert [run.num_steps for run in together] == [1, 8, 3, 8]
+        assert [run.breakdown for run in together] == [True, False, True, False]
+        for start, run in zip(starts, together, strict=True):
+            alone = tridiagonalize(product, start, 8, reorthogonalize=reorthogonalize)
+            assert alone.num_steps == run.num_steps
+            assert alone.breakdown == run.breakdown
+            atol = 200 * float(np.finfo(dtype).eps)
+            np.testing.assert_allclose(run.diagonal, alone.diagonal, atol=atol)
+            np.testing.assert_allclose(run.off_diagonal, alone.off_diagonal, atol=atol)
+            assert run.residual_norm == pytest.approx(alone.residual_norm, abs=atol)
+
+
+def test_runs_that_ended_stay_ended_when_resumed(dtype):
+    starts = jnp.asarray([[1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]], dtype)
+    product = jax.jit(lambda rows: rows * jnp.arange(1, 7, dtype=dtype))
+    state = lanczos.run(product, lanczos.init(starts), 2)
+    assert state.num_steps.tolist() == [1, 2]
+    state = lanczos.run(product, state, 2)
+    ended, other = state.tridiagonals()
+    assert (ended.num_steps, ended.breakdown, ended.diagonal.tolist()) == (1, True, [1.0])
+    assert (other.num_steps, other.breakdown) == (4, False)
+    state = lanczos.run(product, state, 20)
+    assert [run.num_steps for run in state.tridiagonals()] == [1, 6]
+    assert all(run.breakdown for run in state.tridiagonals())
+
+
+# In pieces.
+
+
+@pytest.mark.parametrize(
+    ("pieces", "reorthogonalize"),
+    [((16, 16), True), ((32, 0), True), ((16, 16), False), ((1, 31), False), ((5, 11, 9, 7), False)],
+)
+def test_pieces_give_the_same_bits(pieces, reorthogonalize, dtype):
+    state, whole = in_pieces(pieces, reorthogonalize, dtype)
+    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("pieces", [(1, 31), (31, 1), (5, 11, 9, 7)])
+def test_odd_pieces_give_the_same_quadrature(pieces, dtype):
+    """The projections sum over as many vectors as there is room for: other sizes, other roundings."""
+    state, whole = in_pieces(pieces, True, dtype)
+    for ours, theirs in zip(state.tridiagonals(), whole.tridiagonals(), strict=True):
+        np.testing.assert_allclose(ours.diagonal[:12], theirs.diagonal[:12], atol=1e3 * np.finfo(dtype).eps)
+        assert integral(ours, bump) == pytest.approx(
+            integral(theirs, bump), abs=100 * float(np.finfo(dtype).eps)
+        )
+
+
+def in_pieces(pieces, reorthogonalize, dtype):
+    """The states after steps in pieces, and after as many in one go."""
+    product = block_product_with(symmetric(70, seed=4), dtype)
+    starts = jnp.stack([start_vector(70, dtype, seed) for seed in range(3)])
+    state = lanczos.init(starts, reorthogonalize=reorthogonalize)
+    whole = lanczos.run(product, state, sum(pieces))
+    for piece in pieces:
+        state = lanczos.run(product, state, piece)
+    return state, whole
+
+
+@pytest.mark.parametrize("reorthogonalize", [True, False])
+def test_truncation_is_a_shorter_run(reorthogonalize, dtype):
+    product = product_with(symmetric(40), dtype)
+    start = start_vector(40, dtype)
+    long = tridiagonalize(product, start, 20, reorthogonalize=reorthogonalize)
+    for steps in (1, 2, 13, 19, 20):
+        short, cut = (
+            tridiagonalize(product, start, steps, reorthogonalize=reorthogonalize),
+            long.truncate(steps),
+        )
+        atol = (100 if reorthogonalize else 1e4) * float(np.finfo(dtype).eps)
+        np.testing.assert_allclose(cut.diagonal, short.diagonal, atol=atol)
+        np.testing.assert_allclose(cut.off_diagonal, short.off_diagonal, atol=atol)
+        assert cut.residual_norm == pytest.approx(short.residual_norm, abs=atol)
+        assert (cut.num_steps, cut.breakdown, cut.reorthogonalized) == (steps, False, reorthogonalize)
+    assert long.truncate(20) is long
+    assert long.truncate(100) is long
+
+
+def test_truncation_of_an_exhausted_run():
+    run = Tridiagonal(np.array([1.0, 2.0, 3.0]), np.array([0.5, 0.25]), 0.0, breakdown=True)
+    assert run.truncate(3).breakdown
+    shorter = run.truncate(2)
+    assert (shorter.residual_norm, shorter.breakdown) == (0.25, False)
+    with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
+        run.truncate(0)
+
+
+# Without reorthogonalisation.
+
+
+def test_without_reorthogonalisation(dtype):
+    """The first steps agree; later ones do not, yet the quadrature does (Greenbaum 1989)."""
+    rng = np.random.default_rng(8)
+    dim, steps = 300, 120
+    # Outliers, as networks have them: their Ritz values converge early and spoil the orthogonality.
+    values = np.append(rng.uniform(-1, 1, dim - 3), [20.0, 50.0, 100.0])
+    device = jnp.asarray(values, dtype)
+    start = start_vector(dim, dtype)
+    with_basis = tridiagonalize(lambda v: device * v, start, steps)
+    without = tridiagonalize(lambda v: device * v, start, steps, reorthogonalize=False)
+    assert not without.reorthogonalized
+    eps = float(np.finfo(dtype).eps)
+    np.testing.assert_allclose(without.diagonal[:6], with_basis.diagonal[:6], atol=1e5 * eps * 100)
+    difference = np.max(np.abs(without.diagonal - with_basis.diagonal))
+    assert difference > 0.01, "the test needs a matrix on which orthogonality is lost"
+
+    expected = true_integral(np.diag(values), start, bump)
+    assert integral(with_basis, bump) == pytest.approx(expected, abs=100 * eps + 1e-9)
+    assert integral(without, bump) == pytest.approx(expected, abs=1000 * eps + 1e-9)
+
+
+def test_no_basis_is_kept_without_reorthogonalisation():
+    state = lanczos.init(jnp.ones((2, 5)), reorthogonalize=False)
+    assert lanczos.run(lambda rows: rows * jnp.arange(5.0), state, 3).basis is None
+
+
+# Vectors.
+
+
+@pytest.mark.parametrize("factor", [1e-6, 2.0, 1e6])
+def test_the_length_of_the_start_is_irrelevant(factor, dtype):
+    product, start = product_with(symmetric(30), dtype), start_vector(30, dtype)
+    run, scaled = (tridiagonalize(product, x, 8) for x in (start, jnp.asarray(factor, dtype) * start))
+    np.testing.assert_allclose(scaled.diagonal, run.diagonal, atol=100 * float(np.finfo(dtype).eps))
+    np.testing.assert_allclose(scaled.off_diagonal, run.off_diagonal, atol=100 * float(np.finfo(dtype).eps))
+
+
+def test_trees_of_several_leaves_are_one_vector(dtype):
+    matrix = symmetric(26)
+    product, start = product_with(matrix, dtype), start_vector(26, dtype)
+
+    def split(v):
+        return {"b": v[:12].reshape(3, 4), "a": (v[12:24].reshape(2, 3, 2), None, v[24:])}
+
+    def join(tree):
+        return jnp.concatenate([tree["b"].ravel(), tree["a"][0].ravel(), tree["a"][2]])
+
+    flat = tridiagonalize(product, start, 10)
+    tree = tridiagonalize(lambda v: split(product(join(v))), split(start), 10)
+    np.testing.assert_allclose(tree.diagonal, flat.diagonal, atol=200 * float(np.finfo(dtype).eps))
+    np.testing.assert_allclose(tree.off_diagonal, flat.off_diagonal, atol=200 * float(np.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
+def test_unusable_starts_are_refused(bad):
+    with pytest.raises(ValueError, match="start vectors must be finite and not zero"):
+        tridiagonalize(lambda v: v, {"a": jnp.full(3, bad), "b": jnp.zeros(2)}, 3)
+    with pytest.raises(ValueError, match="start vectors must be finite and not zero"):
+        lanczos.init(jnp.stack([jnp.ones(3), jnp.full(3, bad)]))
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_no_steps_are_refused(steps):
+    with pytest.raises(ValueError, match=f"num_matvecs must be at least 1, got {steps}"):
+        tridiagonalize(lambda v: v, jnp.ones(3), steps)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("number", [1, 2, 4])
+@pytest.mark.parametrize("reorthogonalize", [True, False])
+def test_a_product_that_is_not_finite(bad, number, reorthogonalize):
+    products = []
+
+    def matvec(v):
+        products.append(v)
+        product = v * jnp.arange(1.0, 9.0)
+        return product.at[2].set(bad) if len(products) == number else product
+
+    with pytest.raises(FloatingPointError, match=f"product {number} with the matrix is not finite"):
+        tridiagonalize(matvec, jnp.ones(8), 6, reorthogonalize=reorthogonalize)
+
+
+def test_the_number_of_a_bad_product_counts_the_pieces_before():
+    state = lanczos.run(lambda rows: rows * jnp.arange(1.0, 9.0), lanczos.init(jnp.ones((1, 8))), 3)
+    with pytest.raises(FloatingPointError, match="product 4 with the matrix"):
+        lanczos.run(lambda rows: rows * jnp.nan, state, 2)
+
+
+@pytest.mark.xfail(strict=True, raises=IndexError, reason="tridiagonals of a state before its first step")
+def test_a_state_before_the_first_step_has_no_tridiagonal():
+    assert lanczos.init(jnp.ones((2, 3))).tridiagonals() == []

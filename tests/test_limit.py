@@ -1,0 +1,336 @@
+"""pruning_limit against dense truth computed here, by brute force over every number of removed weights.
+
+The oracle shares nothing with the package but the loss: jax.hessian (or an explicit J^T B J) in float64,
+numpy.linalg.eigh, and a scan over all n instead of bisections, grids and interpolation.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.flatten_util import ravel_pytree
+
+import jaxlimit
+from jaxlimit import data, models, training
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    loss: object
+    predict: object
+    params: object
+    batches: jaxlimit.Batches
+    tolerance: float
+
+
+@functools.cache
+def digits_network(
+    seed: int, widths: tuple[int, ...] = (64, 16, 10), epochs: int = 60, l1: float = 5e-4
+) -> Network:
+    digits = data.load_digits()
+    predict, params = models.from_nnx(models.FullyConnected(widths, rngs=nnx.Rngs(seed)))
+    loss = training.classification_loss(predict)
+    arrays = (digits.train_images, digits.train_labels)
+    steps = epochs * training.steps_per_epoch(len(digits.train_labels), 128)
+    rate = optax.cosine_decay_schedule(0.05, steps)
+    key = jax.random.key(seed)
+    params = training.train(loss, params, arrays, key, epochs=epochs, learning_rate=rate, l1=5e-4)
+    batches = jaxlimit.batched(arrays, 128)
+    return Network(loss, predict, params, batches, jaxlimit.loss_statistics(loss, params, batches).batch_std)
+
+
+def curvature_of(network: Network, kind: str) -> jaxlimit.Curvature:
+    if kind == "hessian":
+        return jaxlimit.hessian(network.loss, network.params, network.batches)
+    return jaxlimit.gauss_newton(
+        lambda params, batch: network.predict(params, batch[0]),
+        lambda outputs, batch: training.cross_entropy(outputs, batch[1]),
+        network.params,
+        network.batches,
+    )
+
+
+def dense_truth(network: Network, kind: str) -> dict[str, float]:
+    """All four limits from a dense float64 matrix, scanning every n."""
+    with jax.enable_x64(True):
+        weights, rest = jaxlimit.curvature.partition(network.params)
+        flat, unravel = ravel_pytree(jax.tree.map(lambda x: x.astype(jnp.float64), weights))
+        inputs, labels = network.batches.arrays
+        inputs = jnp.asarray(inputs, jnp.float64)
+
+        def loss(w):
+            return network.loss(jaxlimit.curvature.combine(unravel(w), rest), (inputs, labels))
+
+        def outputs(w):
+            return network.predict(jaxlimit.curvature.combine(unravel(w), rest), inputs)
+
+        gradient = np.asarray(jax.grad(loss)(flat))
+        if kind == "hessian":
+            matrix = np.asarray(jax.hessian(loss)(flat))
+        else:
+            probability = np.asarray(jax.nn.softmax(outputs(flat)))
+            matrix = np.zeros((len(flat), len(flat)))
+            jacobian = np.asarray(jax.jacfwd(outputs)(flat))
+            for p, j in zip(probability, jacobian, strict=True):
+                matrix += j.T @ ((np.diag(p) - np.outer(p, p)) @ j) / len(probability)
+        return truth_of_matrix(matrix, np.asarray(flat), gradient, network.tolerance)
+
+
+def truth_of_matrix(matrix, weights, gradient, eps) -> dict[str, float]:
+    dim = len(weights)
+    order = np.argsort(np.abs(weights), kind="stable")
+    matrix, weights, gradient = matrix[np.ix_(order, order)], weights[order], gradient[order]
+    values, vectors = np.linalg.eigh(matrix)
+    absolute = np.abs(values)
+    full = (vectors * np.maximum(absolute, 1e-13 * absolute.max())) @ vectors.T
+    shot, width, cone, readjusted = [], [], [], []
+    for n in range(1, dim + 1):
+        c = np.where(np.arange(dim) < n, weights, 0.0)
+        squares = (vectors.T @ c) ** 2
+        shot.append(c @ matrix @ c / 2 - gradient @ c <= eps)
+        base = 2 * eps / max(c @ c, 1e-300)
+        width.append(np.mean(base / (base + absolute)) >= n / dim)
+        if squares @ absolute <= 2 * eps:
+            cone.append(True)
+        else:
+            low, high = np.log(base), np.log(base) + 40
+            for _ in range(60):
+                a = np.exp((low + high) / 2)
+                low, high = (
+                    (np.log(a), high)
+                    if a * squares @ (absolute / (absolute + a)) < 2 * eps
+                    else (low, np.log(a))
+                )
+            cone.append(np.mean(a / (a + absolute)) >= n / dim)
+        if n % 8 == 0 or n > 0.8 * dim:  # costs a solve each
+            kept = full[n:, n:]
+            gained = full[n:, :n] @ c[:n]
+            value = c @ full @ c / 2 - (gained @ np.linalg.solve(kept, gained) / 2 if n < dim else 0.0)
+            readjusted.append((n, value <= eps))
+    last = max((n for n, within in readjusted if within), default=0)
+    return {
+        "one_shot": (np.argmin([*shot, False])) / dim,
+        "width": np.sum(width) / dim,
+        "cone": np.sum(cone) / dim,
+        "readjusted": last / dim,
+    }
+
+
+@functools.cache
+def small_truth(seed: int, kind: str) -> dict[str, float]:
+    return dense_truth(digits_network(seed), kind)
+
+
+@pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize("seed", range(5))
+def test_every_interval_holds_the_dense_truth(seed, kind):
+    network = digits_network(seed)
+    curvature = curvature_of(network, kind)
+    truth = small_truth(seed, kind)
+    exact = jaxlimit.pruning_limit(curvature, jax.random.key(seed), loss_tolerance=network.tolerance)
+    sampled = jaxlimit.pruning_limit(
+        curvature, jax.random.key(seed), loss_tolerance=network.tolerance, num_probes=4
+    )
+    assert exact.method == "dense eigendecomposition"
+    assert sampled.method == "Lanczos"
+    for name, value in truth.items():
+        dense, lanczos = exact.estimates()[name], sampled.estimates()[name]
+        assert dense.lower <= value <= dense.upper
+        assert dense.value == pytest.approx(value, abs=2 / curvature.dim)
+        assert lanczos.lower <= value <= lanczos.upper
+        assert dense.lower <= dense.value <= dense.upper
+        assert lanczos.lower <= lanczos.value <= lanczos.upper
+    if kind == "gauss_newton":  # a bracket that says something
+        assert sampled.width.upper - sampled.width.lower < 0.1
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_digits_reproduces_the_published_row_and_the_measured_thresholds(seed):
+    """The row of 64-48-24-10 at L1 5e-4; measured on the real loss, with and without fine-tuning."""
+    network = digits_network(seed, (64, 48, 24, 10), 400)
+    row = {
+        "hessian": {"one_shot": 0.860, "width": 0.887, "cone": 0.909, "readjusted": 0.906},
+        "gauss_newton": {"width": 0.914, "cone": 0.929, "readjusted": 0.969},
+    }
+    limits = {
+        kind: jaxlimit.pruning_limit(
+            curvature_of(network, kind), jax.random.key(0), loss_tolerance=network.tolerance
+        ).estimates()
+        for kind in row
+    }
+    for kind, expected in row.items():
+        for name, value in expected.items():
+            assert limits[kind][name].value == pytest.approx(value, abs=0.02), (kind, name)
+    whole = jaxlimit.batched(network.batches.arrays, network.batches.num_examples)
+    bound = float(network.loss(network.params, network.batches.arrays)) + network.tolerance
+    metrics = training.classification_metrics(network.predict)
+    pruned = jaxlimit.sparsity_sweep(metrics, network.params, whole, np.arange(0.5, 1.0, 0.0025))
+    tuned = jaxlimit.finetuned_sweep(network.loss, network.params, whole, np.arange(0.85, 0.98, 0.01))
+    assert limits["hessian"]["one_shot"].value == pytest.approx(
+        pruned.first_crossing("loss", bound), abs=0.01
+    )
+    for name in ("cone", "readjusted"):
+        reached = tuned.first_crossing("loss", bound) + 0.005
+        assert limits["hessian"][name].value == pytest.approx(reached, abs=0.02), name
+
+
+def regression_loss(weights, batch):
+    inputs, targets = batch
+    return jnp.mean((inputs @ weights - targets) ** 2) / 2
+
+
+DIM = 12
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    decades=st.floats(0.0, 5.0),
+    zeros=st.integers(0, DIM - 2),
+    log_eps=st.floats(-6.0, 1.0),
+)
+def test_order_of_the_limits_on_random_semidefinite_problems(seed, decades, zeros, log_eps):
+    """Width <= cone, and one_shot <= readjusted at a minimum with H psd; all at least the share of zeros."""
+    rng = np.random.default_rng(seed)
+    inputs = rng.standard_normal((20, DIM)) * np.geomspace(1, 10**-decades, DIM)
+    weights = rng.standard_normal((DIM, 1)) * (rng.permutation(DIM) >= zeros)[:, None]
+    weights = jnp.asarray(weights, jnp.float32)
+    targets = jnp.asarray(inputs, jnp.float32) @ weights
+    batches = jaxlimit.batched((jnp.asarray(inputs, jnp.float32), targets), 20)
+    curvature = jaxlimit.hessian(regression_loss, weights, batches)
+    limit = jaxlimit.pruning_limit(curvature, jax.random.key(0), loss_tolerance=10**log_eps)
+    assert limit.width.value <= limit.cone.value + 1e-9
+    assert limit.one_shot.value <= limit.readjusted.upper
+    for estimate in limit.estimates().values():
+        assert zeros / DIM - 1e-9 <= estimate.value <= 1
+        assert 0 <= estimate.lower <= estimate.value <= estimate.upper <= 1
+
+
+def quadratic_network(dim=300, seed=0):
+    rng = np.random.default_rng(seed)
+    inputs = jnp.asarray(rng.standard_normal((400, dim)) * np.geomspace(1, 1e-2, dim), jnp.float32)
+    weights = jnp.asarray(rng.standard_normal((dim, 1)), jnp.float32)
+    return jaxlimit.hessian(regression_loss, weights, jaxlimit.batched((inputs, inputs @ weights), 128))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"loss_tolerance": 0.0}, "loss_tolerance must be a positive finite number, got 0.0"),
+        ({"loss_tolerance": -1.0}, "loss_tolerance must be a positive finite number, got -1.0"),
+        ({"loss_tolerance": float("nan")}, "loss_tolerance must be a positive finite number, got nan"),
+        ({"tolerance": 0.0}, "tolerance must be a positive finite number, got 0.0"),
+        ({"max_matvecs": 3}, "max_matvecs must be at least 16, got 3"),
+        ({"num_probes": 0}, "num_probes must lie between 1 and max_matvecs"),
+        ({"which": ["widht"]}, r"which must name limits among one_shot, .*, got \['widht'\]"),
+        ({"which": "width"}, "which must name limits among"),
+        ({"which": []}, "which must name limits among"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        jaxlimit.pruning_limit(
+            quadratic_network(20), jax.random.key(0), **{"loss_tolerance": 0.1, **arguments}
+        )
+
+
+def test_all_zero_weights_are_refused():
+    batches = jaxlimit.batched((jnp.ones((4, 2)), jnp.ones((4, 1))), 4)
+    curvature = jaxlimit.hessian(regression_loss, jnp.zeros((2, 1)), batches)
+    with pytest.raises(ValueError, match="all prunable weights are zero"):
+        jaxlimit.pruning_limit(curvature, jax.random.key(0), loss_tolerance=0.1)
+
+
+@pytest.mark.parametrize("arguments", [{"num_probes": 2}, {"num_probes": None, "max_matvecs": 290}])
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, arguments):
+    # Indefinite in name (hessian), so that width, cone and one_shot come from Lanczos.
+    curvature = quadratic_network()
+    solve = functools.partial(
+        jaxlimit.pruning_limit,
+        curvature,
+        jax.random.key(1),
+        loss_tolerance=0.05,
+        which=("one_shot", "width", "cone"),
+        **arguments,
+    )
+    whole = solve()
+    assert whole.method == "Lanczos"
+
+    class Stop(Exception):
+        pass
+
+    for stop_after in (5, 60, 150, 250):
+
+        def stop(progress, after=stop_after):
+            if progress.num_matvecs > after:
+                raise Stop
+
+        with pytest.raises(Stop):
+            solve(checkpoint=tmp_path / "run", progress=stop)
+    resumed = solve(checkpoint=tmp_path / "run")
+    assert resumed.to_json() == whole.to_json()
+    np.testing.assert_array_equal(resumed.measure.nodes, whole.measure.nodes)
+    stages = set()
+    again = solve(checkpoint=tmp_path / "run", progress=lambda progress: stages.add(progress.stage))
+    assert again.to_json() == whole.to_json()
+    assert stages == {"one_shot"}  # the only products that are not kept
+    with pytest.raises(ValueError, match="of another problem: loss_tolerance differ"):
+        solve(checkpoint=tmp_path / "run", loss_tolerance=0.06)
+
+
+def test_status_says_what_is_missing_and_what_to_do():
+    curvature = quadratic_network()
+    limit = jaxlimit.pruning_limit(
+        curvature, jax.random.key(0), loss_tolerance=0.05, max_matvecs=40, num_probes=1
+    )
+    assert limit.status.startswith("under-resolved")
+    assert "raise it" in limit.status
+    assert "No product was left for one_shot, cone" in limit.status
+    assert "The probe error" in limit.status
+    assert limit.one_shot is None
+    assert limit.cone is None
+    assert limit.num_matvecs <= 40
+    assert "status: under-resolved" in repr(limit)
+    fine = jaxlimit.pruning_limit(curvature, jax.random.key(0), loss_tolerance=0.05, which=["width"])
+    assert fine.status.startswith("converged")
+    assert set(fine.estimates()) == {"width"}
+
+
+def test_the_budget_is_kept_and_probes_are_chosen_from_the_tolerance():
+    curvature = quadratic_network()
+    coarse, fine = (
+        jaxlimit.pruning_limit(
+            curvature, jax.random.key(0), loss_tolerance=0.05, tolerance=t, which=["width"], max_matvecs=299
+        )
+        for t in (0.1, 0.01)
+    )
+    assert coarse.num_probes < fine.num_probes
+    assert coarse.num_matvecs < fine.num_matvecs <= 299
+
+
+def test_curve_and_sensitivity_agree_with_the_limits():
+    curvature = quadratic_network()
+    limit = jaxlimit.pruning_limit(curvature, jax.random.key(0), loss_tolerance=0.05)
+    curve = limit.curve(np.linspace(0, 1, curvature.dim + 1))
+    crossing = curve.sparsity[curve.width_dimension >= curve.sparsity][-1]
+    assert limit.width.value == pytest.approx(crossing, abs=2 / curvature.dim)
+    assert curve.removed_norm[-1] == pytest.approx(float(jnp.linalg.norm(curvature.weights)), rel=1e-6)
+    sensitivity = limit.sensitivity([0.025, 0.05, 0.1])
+    assert sensitivity.width[1] == pytest.approx(limit.width.value)
+    assert sensitivity.cone[1] == pytest.approx(limit.cone.value, abs=2 / curvature.dim)
+    assert np.all(np.diff(sensitivity.width) > 0)
+    assert np.all(np.diff(sensitivity.cone) > 0)
+    # The neighbours' truth, from a limit of their own.
+    for eps, width, cone in zip([0.025, 0.1], sensitivity.width[::2], sensitivity.cone[::2], strict=True):
+        own = jaxlimit.pruning_limit(curvature, jax.random.key(0), loss_tolerance=eps)
+        assert width == pytest.approx(own.width.value, abs=2 / curvature.dim)
+        assert cone == pytest.approx(own.cone.value, abs=0.02)
+    with pytest.raises(ValueError, match="loss_tolerances must be positive"):
+        limit.sensitivity([0.0])

@@ -1,0 +1,520 @@
+"""Quadrature rules against the discrete measures they are rules for.
+
+A measure with known nodes and weights is turned into its Jacobi matrix by Householder reflections (SciPy's
+`hessenberg` of the diagonal matrix in a basis that begins with the square roots of the weights), which knows
+no Lanczos. The truth is then a plain sum over the nodes. Probe errors are compared with the average over
+all sign vectors.
+"""
+
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from scipy.linalg import circulant, hessenberg
+
+from jaxlimit.batches import batched
+from jaxlimit.curvature import hessian
+from jaxlimit.lanczos import Tridiagonal
+from jaxlimit.quadrature import (
+    FAR,
+    SpectralBracket,
+    SpectralMeasure,
+    anti_gauss,
+    bracket_indefinite,
+    bracket_semidefinite,
+    gauss,
+    gauss_radau,
+    interval_bounds,
+    rademacher,
+    spectral_measure,
+    stack_rules,
+)
+
+quick = settings(max_examples=60)
+
+
+def jacobi(nodes, weights, steps):
+    """The tridiagonal matrix of a discrete measure, cut after `steps` or where the measure is exhausted."""
+    nodes, weights = np.asarray(nodes, float), np.asarray(weights, float) / np.sum(weights)
+    basis = np.linalg.qr(np.column_stack([np.sqrt(weights), np.eye(len(nodes))[:, 1:]]))[0]
+    full = hessenberg(basis.T @ (nodes[:, None] * basis))
+    diagonal, off_diagonal = np.diag(full), np.append(np.abs(np.diag(full, -1)), 0.0)
+    small = np.flatnonzero(off_diagonal <= 1e-12 * np.max(np.abs(nodes)))
+    end = small[0] + 1  # the last one is 0
+    k = min(steps, end)
+    residual = 0.0 if k == end else float(off_diagonal[k - 1])
+    return Tridiagonal(diagonal[:k].copy(), off_diagonal[: k - 1].copy(), residual, breakdown=bool(k == end))
+
+
+def integrate(rule, f):
+    return float(np.sum(rule[1] * f(rule[0])))
+
+
+def random_measure(size=25, seed=0, low=-1.0):
+    rng = np.random.default_rng(seed)
+    weights = rng.exponential(size=size)
+    return rng.uniform(low, 1, size), weights / np.sum(weights)
+
+
+# What each rule is exact for.
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 6])
+def test_gauss_is_exact_to_degree_2k_minus_1(steps):
+    measure = random_measure()
+    rule = gauss(jacobi(*measure, steps))
+    for degree in range(2 * steps):
+        assert integrate(rule, lambda x, d=degree: x**d) == pytest.approx(
+            integrate(measure, lambda x, d=degree: x**d), abs=1e-13
+        )
+    beyond = [integrate(r, lambda x: x ** (2 * steps)) for r in (rule, measure)]
+    assert beyond[0] < beyond[1] - 1e-9
+
+
+@pytest.mark.parametrize("node", [-1.5, 1.5, 0.0, 0.3])
+@pytest.mark.parametrize("steps", [1, 2, 3, 6])
+def test_radau_has_its_node_and_is_exact_to_degree_2k(steps, node):
+    measure = random_measure()
+    nodes, weights = gauss_radau(jacobi(*measure, steps), node)
+    assert len(nodes) == steps + 1
+    assert np.min(np.abs(nodes - node)) < 1e-12
+    for degree in range(2 * steps + 1):
+        assert integrate((nodes, weights), lambda x, d=degree: x**d) == pytest.approx(
+            integrate(measure, lambda x, d=degree: x**d), rel=1e-10, abs=1e-13
+        )
+    beyond = [integrate(r, lambda x: x ** (2 * steps + 1)) for r in ((nodes, weights), measure)]
+    assert abs(beyond[0] - beyond[1]) > 1e-9
+
+
+@pytest.mark.parametrize("steps", [2, 3, 6])
+def test_anti_gauss_errs_as_much_the_other_way(steps):
+    """Of order k: minus the error of the Gauss rule of order k - 1, to degree 2 k - 1 (Laurie 1996)."""
+    measure = random_measure()
+    anti, before = anti_gauss(jacobi(*measure, steps)), gauss(jacobi(*measure, steps - 1))
+    for degree in range(2 * steps):
+        truth, other, rule = (integrate(r, lambda x, d=degree: x**d) for r in (measure, anti, before))
+        assert other - truth == pytest.approx(truth - rule, abs=1e-13)
+        if degree == 2 * steps - 2:
+            assert abs(rule - truth) > 1e-6
+    assert anti_gauss(jacobi(*measure, 1))[0].tolist() == gauss(jacobi(*measure, 1))[0].tolist()
+
+
+def test_anti_gauss_leaves_the_matrix_as_it_was():
+    tridiagonal = jacobi(*random_measure(), 4)
+    before = tridiagonal.off_diagonal.copy()
+    anti_gauss(tridiagonal)
+    np.testing.assert_array_equal(tridiagonal.off_diagonal, before)
+
+
+@pytest.mark.parametrize(
+    "rule", [gauss, anti_gauss, lambda t: gauss_radau(t, 0.1), lambda t: gauss_radau(t, -3.0)]
+)
+@pytest.mark.parametrize("steps", [1, 2, 10, 24])
+def test_weights_sum_to_one(rule, steps):
+    nodes, weights = rule(jacobi(*random_measure(), steps))
+    assert np.sum(weights) == pytest.approx(1, abs=1e-13)
+    assert np.all(weights >= 0)
+    assert np.all(np.diff(nodes) > 0)
+
+
+def test_full_depth_gives_the_measure_back():
+    nodes, weights = random_measure(size=12)
+    order = np.argsort(nodes)
+    tridiagonal = jacobi(nodes, weights, 100)
+    assert tridiagonal.breakdown
+    for rule in (gauss(tridiagonal), gauss_radau(tridiagonal, 0.3)):
+        np.testing.assert_allclose(rule[0], nodes[order], atol=1e-12)
+        np.testing.assert_allclose(rule[1], weights[order], atol=1e-12)
+
+
+@pytest.mark.xfail(
+    strict=True, raises=(np.linalg.LinAlgError, RuntimeWarning), reason="singular T_k - node I"
+)
+@pytest.mark.parametrize(("diagonal", "off_diagonal", "node"), [([2.0], [], 2.0), ([2.0, 2.0], [1.0], 3.0)])
+def test_radau_at_an_eigenvalue(diagonal, off_diagonal, node):
+    """In the limit one node is infinite, with weight 0, and the others are Gauss nodes."""
+    nodes, weights = gauss_radau(Tridiagonal(np.array(diagonal), np.array(off_diagonal), 1.0), node)
+    np.testing.assert_allclose(np.sum(weights[np.abs(nodes - node) < 1e-6]), 1 / len(diagonal), atol=1e-6)
+
+
+# Rigorous brackets.
+
+eigenvalues = st.lists(
+    st.floats(1e-8, 1).map(lambda x: float(np.float32(x))) | st.sampled_from([0.0, 1e-6, 0.5, 1.0]),
+    min_size=1,
+    max_size=30,
+)
+signed = st.lists(
+    st.floats(-1, 1, width=32, allow_subnormal=False)
+    | st.sampled_from([0.0, 0.25, -0.25, 0.5, -0.5, 1e-5, -1e-5]),
+    min_size=1,
+    max_size=30,
+)
+
+
+def seeded_weights(size, seed):
+    weights = np.random.default_rng(seed).exponential(size=size)
+    return weights / np.sum(weights)
+
+
+@settings(max_examples=300)
+@given(eigenvalues, st.integers(1, 30), st.integers(0, 1000), st.floats(-6, 2))
+def test_semidefinite_bracket_contains_the_truth(values, steps, seed, log_ridge):
+    """Gauss <= truth <= Gauss-Radau for the completely monotone a / (a + x)."""
+    values, ridge = np.array(values), 10.0**log_ridge
+    assume(values.max() > 0)
+    weights = seeded_weights(len(values), seed)
+    tridiagonal = jacobi(values, weights, steps)
+    bracket = bracket_semidefinite([tridiagonal])
+
+    def f(x):
+        return ridge / (ridge + x)
+
+    truth = integrate((values, weights), f)
+    lower, upper = bracket.lower.integrate(f)[0], bracket.upper.integrate(f)[0]
+    # Nodes are known to about 1e-15 of the largest, which matters in units of the ridge.
+    rounding = 1e-12 + 1e-13 / ridge
+    assert lower <= truth + rounding
+    assert truth <= upper + rounding
+    assert bracket.dimension("lower", ridge) == pytest.approx(lower, abs=1e-14)
+    assert bracket.dimension("upper", ridge) == pytest.approx(upper, abs=1e-14)
+    assert bracket.dimension("value", ridge) == pytest.approx((lower + upper) / 2, abs=1e-14)
+    assert np.all(bracket.lower.nodes >= 0)
+    assert np.all(bracket.upper.nodes >= 0)
+
+
+def test_semidefinite_bracket_closes():
+    values = np.geomspace(1e-4, 1, 60)
+    weights = np.full(60, 1 / 60)
+
+    def f(x):
+        return 0.01 / (0.01 + x)
+
+    widths = []
+    for steps in (2, 5, 10, 20):
+        bracket = bracket_semidefinite([jacobi(values, weights, steps)])
+        widths.append(bracket.upper.integrate(f)[0] - bracket.lower.integrate(f)[0])
+    assert widths[0] > 0.1
+    assert np.all(np.diff(widths) < 0)
+    assert widths[-1] < 1e-4
+
+
+@settings(max_examples=300)
+@given(signed, st.integers(1, 30), st.integers(0, 1000), st.floats(-5, 0.3))
+@example([0.5, -0.5, 0.0, 0.25], 2, 0, float(np.log10(0.5)))
+@example([0.0] * 5 + [1.0, -1.0, 0.3], 2, 1, -3.0)
+def test_interval_bounds_contain_the_mass(values, steps, seed, log_threshold):
+    values = np.array(values)
+    assume(np.max(np.abs(values)) > 1e-3)
+    weights = seeded_weights(len(values), seed)
+    tridiagonal = jacobi(values, weights, steps)
+    # Eigenvalues are thresholds too, but not where they are nodes to rounding: those may fall on either side.
+    known = np.abs(gauss(tridiagonal)[0])
+    thresholds = [10.0**log_threshold, *np.abs(values)]
+    thresholds = np.array([t for t in thresholds if t > 1e-6 and np.min(np.abs(known - t)) > 1e-6])
+    lower, upper = interval_bounds(tridiagonal, thresholds)
+    for t, low, high in zip(thresholds, lower, upper, strict=True):
+        assert low <= np.sum(weights[np.abs(values) < t]) + 1e-7
+        assert high >= np.sum(weights[np.abs(values) <= t]) - 1e-7
+        assert 0 <= low <= high <= 1
+
+
+def test_interval_bounds_close():
+    rng = np.random.default_rng(0)
+    values, weights = rng.uniform(-1, 1, 40), np.full(40, 1 / 40)
+    thresholds = np.array([0.1, 0.5, 0.9])
+    widths = []
+    for steps in (4, 12, 38, 40):
+        lower, upper = interval_bounds(jacobi(values, weights, steps), thresholds)
+        widths.append(np.max(upper - lower))
+    assert widths[0] > 0.3
+    assert widths[2] < 0.1
+    assert widths[3] == 0
+
+
+@pytest.mark.xfail(
+    strict=True, reason="after a breakdown the eigenvalue -t counts as within (-t, t), t as outside"
+)
+@pytest.mark.parametrize("values", [[-1.0, 2.0], [1.0, -2.0]])
+def test_interval_bounds_of_an_exact_rule_at_its_nodes(values):
+    tridiagonal = Tridiagonal(np.array(values), np.array([0.0]), 0.0, breakdown=True)
+    lower, upper = interval_bounds(tridiagonal, np.array([1.0]))
+    assert lower == 0  # nothing strictly within
+    assert upper == np.sum(gauss(tridiagonal)[1][np.abs(gauss(tridiagonal)[0]) <= 1])
+
+
+@settings(max_examples=100)
+@given(signed, signed, st.integers(1, 25), st.integers(0, 1000), st.floats(-3, 1), st.floats(-2, 2))
+def test_indefinite_bracket_contains_the_truth_of_each_probe(
+    first, second, steps, seed, log_ridge, log_ratio
+):
+    ridge = 10.0**log_ridge
+    measures, runs = [], []
+    for values in (first, second):
+        assume(np.max(np.abs(values)) > 1e-3)
+        measures.append((np.array(values), seeded_weights(len(values), seed)))
+        runs.append(jacobi(*measures[-1], steps))
+    bracket = bracket_indefinite(runs, ridge=ridge)
+    at = ridge * 10.0**log_ratio  # bounds are resolved around the ridge and valid everywhere
+
+    def f(x):
+        return at / (at + np.abs(x))
+
+    for row, measure in enumerate(measures):
+        truth = integrate(measure, f)
+        lower, upper = (
+            float(np.sum(side.weights[row] * f(side.nodes[row]))) for side in (bracket.lower, bracket.upper)
+        )
+        assert lower <= truth + 1e-7
+        assert truth <= upper + 1e-7
+    assert np.all(bracket.lower.weights >= 0)
+    np.testing.assert_allclose(np.sum(bracket.lower.weights, axis=1), 1, atol=1e-12)
+    np.testing.assert_allclose(np.sum(bracket.upper.weights, axis=1), 1, atol=1e-12)
+
+
+def test_indefinite_bracket_is_of_some_use():
+    rng = np.random.default_rng(2)
+    values, weights = rng.uniform(-1, 1, 200), np.full(200, 1 / 200)
+    truth = integrate((values, weights), lambda x: 0.1 / (0.1 + np.abs(x)))
+    widths = []
+    for steps in (10, 40, 120):
+        bracket = bracket_indefinite([jacobi(values, weights, steps)], ridge=0.1)
+        widths.append(bracket.dimension("upper", 0.1) - bracket.dimension("lower", 0.1))
+        assert bracket.dimension("value", 0.1) == pytest.approx(truth, abs=max(0.02, widths[-1] / 4))
+        assert (
+            bracket.dimension("lower", 0.1)
+            <= bracket.dimension("value", 0.1)
+            <= bracket.dimension("upper", 0.1)
+        )
+    assert widths[0] > widths[1] > widths[2]
+    assert widths[2] < 0.1
+
+
+def test_indefinite_bracket_without_a_ridge_knows_nothing():
+    bracket = bracket_indefinite([jacobi(*random_measure(), 5)])
+    assert bracket.dimension("lower", 0.1) == pytest.approx(0, abs=1e-12)
+    assert bracket.dimension("upper", 0.1) == 1
+    assert bracket.lower.nodes.tolist() == [[FAR]]
+
+
+@pytest.mark.parametrize("signs", [np.ones(3), np.array([1, -1, 1])])
+def test_breakdown_makes_all_measures_coincide(signs):
+    values, weights = signs * np.array([0.2, 0.5, 1.0]), np.array([0.5, 0.2, 0.3])
+    run = jacobi(values, weights, 10)
+    assert run.breakdown
+    truth = integrate((values, weights), lambda x: 0.3 / (0.3 + np.abs(x)))
+    brackets = [bracket_indefinite([run, run]), bracket_indefinite([run], ridge=0.3)]
+    if np.all(signs > 0):
+        brackets.append(bracket_semidefinite([run, run]))
+    for bracket in brackets:
+        for side in ("lower", "value", "upper"):
+            assert bracket.dimension(side, 0.3) == pytest.approx(truth, abs=1e-12)
+        assert bracket.spread(0.3) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.xfail(strict=True, reason="anti-Gauss rules are taken of a run that is already exact")
+def test_a_run_that_ended_is_exact_beside_others_that_did_not():
+    values, weights = np.array([-0.2, 0.5, 1.0]), np.array([0.5, 0.2, 0.3])
+    ended, other = jacobi(values, weights, 20), jacobi(*random_measure(40), 20)
+    assert ended.breakdown
+    assert not other.breakdown
+    truth = integrate((values, weights), lambda x: 0.3 / (0.3 + np.abs(x)))
+    for rule in bracket_indefinite([ended, other]).rules:
+        found = np.sum(rule.weights[0] * 0.3 / (0.3 + np.abs(rule.nodes[0])))
+        assert found == pytest.approx(truth, abs=1e-12)
+
+
+def test_infinite_ridge():
+    semidefinite = bracket_semidefinite([jacobi(*random_measure(low=0), 5)])
+    for bracket in (semidefinite, bracket_indefinite([jacobi(*random_measure(), 5)])):
+        assert bracket.dimension("value", np.inf) == 1
+        assert bracket.spread(np.inf) == bracket.probe_error(np.inf) == 0
+
+
+def test_value_is_the_median_of_rules_for_each_probe():
+    rows = [np.array([[0.0], [1.0]]), np.array([[1.0], [1.0]]), np.array([[3.0], [0.0]])]
+    rules = tuple(SpectralMeasure(nodes, np.ones((2, 1)), dim=5) for nodes in rows)
+    bracket = SpectralBracket(rules[0], rules[0], rules)
+    # a / (a + x) at a = 1: probe one 1, 1/2, 1/4; probe two 1/2, 1/2, 1. Half the interquartile ranges are
+    # .375 / 2 and .25 / 2.
+    assert bracket.dimension("value", 1.0) == pytest.approx((0.5 + 0.5) / 2)
+    assert bracket.spread(1.0) == pytest.approx((0.375 + 0.25) / 2 / 2)
+
+
+# Measures.
+
+
+def test_measure_made_by_hand():
+    nodes = np.array([-1.0, 0.5, 2.0, 4.0])
+    measure = SpectralMeasure(nodes, np.full(4, 0.25))
+    assert measure.nodes.shape == measure.weights.shape == (1, 4)
+    assert measure.integrate(np.exp) == (pytest.approx(np.mean(np.exp(nodes))), 0.0)
+    assert measure.probe_error(np.exp) == 0.0
+
+
+def test_measure_of_several_probes():
+    nodes = np.array([[1.0, 2.0], [0.0, 4.0], [3.0, 3.0]])
+    weights = np.array([[0.5, 0.5], [0.25, 0.75], [0.1, 0.9]])
+    mean, error = SpectralMeasure(nodes, weights, dim=10).integrate(lambda x: x**2)
+    values = np.array([2.5, 12.0, 9.0])
+    assert mean == pytest.approx(np.mean(values))
+    assert error == pytest.approx(np.sqrt(np.sum((values - np.mean(values)) ** 2) / 2 / 3))
+
+
+def test_measure_is_a_pytree():
+    measure = SpectralMeasure([[1.0, 2.0]], [[0.5, 0.5]], dim=7)
+    doubled = jax.tree.map(lambda x: 2 * x, measure)
+    assert doubled.dim == 7
+    np.testing.assert_array_equal(doubled.nodes, [[2.0, 4.0]])
+    assert jax.tree.structure(measure) == jax.tree.structure(doubled)
+
+
+def test_nodes_and_weights_of_different_shapes():
+    with pytest.raises(ValueError, match=r"one shape, got \(1, 2\) and \(1, 3\)"):
+        SpectralMeasure([1.0, 2.0], [0.2, 0.3, 0.5])
+
+
+def test_rules_of_different_length_in_one_measure():
+    rules = [(np.array([1.0]), np.array([1.0])), (np.array([2.0, 5.0]), np.array([0.25, 0.75]))]
+    measure = stack_rules(rules, dim=3)
+    np.testing.assert_array_equal(np.sum(measure.weights, axis=1), [1, 1])
+    assert measure.integrate(lambda x: x + 1)[0] == pytest.approx((2 + 0.25 * 3 + 0.75 * 6) / 2)
+    assert measure.dim == 3
+
+
+@pytest.mark.xfail(strict=True, raises=RuntimeWarning, reason="the nodes of weight 0 lie at 0")
+def test_functions_that_are_not_finite_at_zero():
+    rules = [(np.array([1.0]), np.array([1.0])), (np.array([2.0, 4.0]), np.array([0.5, 0.5]))]
+    assert stack_rules(rules).integrate(lambda x: 1 / x)[0] == pytest.approx((1 + 0.375) / 2)
+
+
+# Probes.
+
+
+def all_signs(dim):
+    return np.array(list(product([-1.0, 1.0], repeat=dim)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_probe_error_bounds_the_exact_error(seed):
+    """All 2^9 sign vectors: the variance is 2 sum_{i != j} F_ij^2 / D^2, and the bound is above it."""
+    rng = np.random.default_rng(seed)
+    root = rng.standard_normal((9, 9))
+    values, vectors = np.linalg.eigh(root @ root.T)
+
+    def f(x):
+        return 2.0 / (2.0 + x)
+
+    matrix = (vectors * f(values)) @ vectors.T
+    means = np.einsum("si,ij,sj->s", all_signs(9), matrix, all_signs(9)) / 9
+    off_diagonal = matrix - np.diag(np.diag(matrix))
+    assert np.var(means) == pytest.approx(2 * np.sum(off_diagonal**2) / 81, rel=1e-10)
+    assert np.mean(means) == pytest.approx(np.mean(f(values)), rel=1e-12)
+    measure = SpectralMeasure(values, np.full(9, 1 / 9), dim=9)
+    assert np.std(means) <= measure.probe_error(f) <= 2 * np.std(means)
+    assert measure.probe_error(f) == measure.integrate(f)[1]
+
+
+def test_probe_error_is_sharp():
+    """The bound is the error itself where F has a constant diagonal, as circulant matrices have."""
+    matrix = circulant([3.0, 1.0, 0.2, 0.0, 0.0, 0.0, 0.2, 1.0])
+    values, vectors = np.linalg.eigh(matrix)
+    inverse = (vectors / (1 + values)) @ vectors.T
+    means = np.einsum("si,ij,sj->s", all_signs(8), inverse, all_signs(8)) / 8
+    measure = SpectralMeasure(values, np.full(8, 1 / 8), dim=8)
+    assert measure.probe_error(lambda x: 1 / (1 + x)) == pytest.approx(np.std(means), rel=1e-10)
+    tiled = SpectralMeasure(np.tile(values, (4, 1)), np.full((4, 8), 1 / 8), dim=8)
+    assert tiled.probe_error(lambda x: 1 / (1 + x)) == pytest.approx(np.std(means) / 2, rel=1e-10)
+
+
+def test_a_multiple_of_the_identity_has_no_probe_error():
+    assert SpectralMeasure([[2.0]], [[1.0]], dim=5).probe_error(lambda x: 1 / (1 + x)) == 0
+
+
+def test_sign_vectors(dtype):
+    like = {"a": jnp.zeros((30, 20), dtype), "b": None, "c": [jnp.zeros(500, dtype)]}
+    probes = rademacher(jax.random.key(0), like, 3)
+    assert jax.tree.map(jnp.shape, probes) == {"a": (3, 30, 20), "b": None, "c": [(3, 500)]}
+    for leaf in jax.tree.leaves(probes):
+        assert leaf.dtype == dtype
+        assert set(np.unique(leaf)) == {-1.0, 1.0}
+        assert abs(float(leaf.mean())) < 4 / np.sqrt(leaf.size)
+    again, other = rademacher(jax.random.key(0), like, 3), rademacher(jax.random.key(1), like, 3)
+    np.testing.assert_array_equal(again["a"], probes["a"])
+    assert np.any(np.asarray(other["a"]) != np.asarray(probes["a"]))
+    flat = np.concatenate([np.reshape(x, (3, -1)) for x in jax.tree.leaves(probes)], axis=1)
+    # Rows and leaves are independent.
+    correlation = flat @ flat.T / 1100 - np.eye(3)
+    assert np.max(np.abs(correlation)) < 4 / np.sqrt(1100)
+    assert abs(np.mean(flat[0, :500] * flat[0, 600:])) < 4 / np.sqrt(500)
+
+
+def squared_error(params, batch):
+    return jnp.mean((batch["x"] @ params["kernel"]) ** 2) / 2
+
+
+@pytest.fixture(scope="module")
+def least_squares():
+    """A curvature that is X^T X / N, with its exact eigenvalues."""
+    x = np.random.default_rng(0).standard_normal((40, 12)) * np.geomspace(1, 0.03, 12)
+    mix = np.linalg.qr(np.random.default_rng(1).standard_normal((12, 12)))[0]
+    x = np.asarray(x @ mix, np.float32)
+    curvature = hessian(squared_error, {"kernel": jnp.ones((12, 1)), "b": jnp.ones(1)}, batched({"x": x}, 16))
+    return curvature, np.linalg.eigvalsh(x.astype(float).T @ x.astype(float) / 40)
+
+
+def falling(x):
+    return 0.05 / (0.05 + np.abs(x))
+
+
+def test_spectral_measure_within_its_error(least_squares):
+    curvature, values = least_squares
+    truth = np.mean(falling(values))
+    deviations, errors = [], []
+    for seed in range(8):
+        measure = spectral_measure(curvature, jax.random.key(seed), num_probes=40, num_matvecs=12)
+        assert measure.nodes.shape == (40, 12)
+        assert measure.dim == 12
+        mean, error = measure.integrate(falling)
+        assert abs(mean - truth) <= 4 * error
+        assert error <= 1.5 * measure.probe_error(falling)
+        deviations.append(mean - truth)
+        errors.append(error)
+    assert len(set(deviations)) == 8
+    # The reported error is neither much too small nor much too large.
+    assert 0.4 < np.sqrt(np.mean(np.square(deviations))) / np.mean(errors) < 2.5
+
+
+@pytest.mark.parametrize("reorthogonalize", [True, False])
+def test_spectral_measure_depends_on_the_key_alone(reorthogonalize, least_squares):
+    curvature, values = least_squares
+
+    def measure(seed, steps=6):
+        return spectral_measure(
+            curvature, jax.random.key(seed), num_probes=2, num_matvecs=steps, reorthogonalize=reorthogonalize
+        )
+
+    first, again, other = measure(0), measure(0), measure(1)
+    np.testing.assert_array_equal(first.nodes, again.nodes)
+    np.testing.assert_array_equal(first.weights, again.weights)
+    assert np.all(first.nodes != other.nodes)
+    assert np.any(first.nodes[0] != first.nodes[1])
+    # The moments of each row up to the second are z^T H^j z / D with the probe z itself.
+    probes = np.asarray(rademacher(jax.random.key(0), curvature.weights, 2)["kernel"], float).reshape(2, 12)
+    matrix = curvature.dense()
+    for row, z in enumerate(probes):
+        for power in (0, 1, 2):
+            expected = z @ np.linalg.matrix_power(matrix, power) @ z / 12
+            assert np.sum(first.weights[row] * first.nodes[row] ** power) == pytest.approx(expected, rel=1e-4)
+    assert np.max(first.nodes) == pytest.approx(values[-1], rel=1e-2)
+
+
+@pytest.mark.parametrize("numbers", [(0, 5), (5, 0), (-1, 5)])
+def test_no_probes_or_steps(numbers, least_squares):
+    probes, steps = numbers
+    with pytest.raises(ValueError, match=f"must be at least 1, got {probes} and {steps}"):
+        spectral_measure(least_squares[0], jax.random.key(0), num_probes=probes, num_matvecs=steps)

@@ -1,0 +1,317 @@
+"""The solvers for the pruning limits against brute force over every number of removed weights.
+
+Brute force evaluates the function everywhere and applies the definition: the largest s with f(s) >= s, the
+first n with f(n) > eps, the largest n that reaches eps. No bisection, no stride, no starting point.
+"""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxlimit.roots import Estimate, PathPoint, fixed_point, loss_between, one_shot_limit, readjusted_limit
+
+quick = settings(max_examples=200)
+
+
+def counted(function):
+    calls = []
+
+    def wrapped(n):
+        calls.append(n)
+        return function(n)
+
+    return wrapped, calls
+
+
+# delta(s) / D = s
+
+
+def brute_fixed_point(values, dim):
+    """Supremum of the s in [0, 1] with values[floor(s D)] >= s."""
+    best = 0.0
+    for n in range(dim + 1):
+        # On [n / D, (n + 1) / D) the function is constant.
+        if values[n] >= n / dim:
+            best = max(best, min(values[n], (n + 1) / dim, 1.0))
+    return best
+
+
+@quick
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=50))
+def test_fixed_point_of_random_steps(values):
+    values, dim = sorted(values, reverse=True), len(values) - 1
+    function, calls = counted(lambda n: values[n])
+    assert fixed_point(function, dim) == brute_fixed_point(values, dim)
+    assert all(0 <= n <= dim for n in calls)
+    assert len(calls) <= np.ceil(np.log2(dim + 2)) + 1
+
+
+@quick
+@given(st.integers(1, 40), st.data())
+def test_fixed_point_where_values_lie_on_the_grid(dim, data):
+    """Ties of delta / D with n / D, the cases a strict inequality would get wrong."""
+    values = data.draw(st.lists(st.integers(0, dim), min_size=dim + 1, max_size=dim + 1))
+    values = [n / dim for n in sorted(values, reverse=True)]
+    assert fixed_point(lambda n: values[n], dim) == brute_fixed_point(values, dim)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(0.0, 0.0), (1.0, 1.0), (0.25, 0.25), (0.3, 0.3), (0.999, 0.999), (1e-9, 1e-9)]
+)
+def test_fixed_point_of_a_constant(value, expected):
+    assert fixed_point(lambda n: value, 10) == pytest.approx(expected, abs=1e-15)
+
+
+def test_fixed_point_at_a_jump():
+    assert fixed_point(lambda n: 1.0 if n < 7 else 0.0, 10) == 0.7
+    assert fixed_point(lambda n: 1.0 if n < 10 else 0.0, 10) == 1.0
+    assert fixed_point(lambda n: 1.0 if n < 1 else 0.0, 10) == 0.1
+
+
+def test_fixed_point_of_many_weights_needs_few_evaluations():
+    function, calls = counted(lambda n: 1 - n / 10**9)
+    assert fixed_point(function, 10**9) == pytest.approx(0.5, abs=1e-9)
+    assert len(calls) <= 32
+
+
+# The first crossing of the loss.
+
+
+class Quadratic:
+    """q(n) = -g^T c + c^T H c / 2 of a dense H, in order of removal, at every n."""
+
+    def __init__(self, matrix, gradient, weights):
+        self.matrix, self.gradient, self.weights = matrix, gradient, weights
+        self.dim = len(weights)
+        self.evaluated = []
+        self.losses = np.array([self.point(n).loss for n in range(self.dim + 1)])
+
+    def point(self, n):
+        c = np.where(np.arange(self.dim) < n, self.weights, 0)
+        slope = (self.matrix @ c - self.gradient) * self.weights
+        return PathPoint(n, float(-self.gradient @ c + c @ self.matrix @ c / 2), slope)
+
+    def path(self, counts):
+        self.evaluated += counts
+        return [self.point(n) for n in counts]
+
+    def limit(self, eps, tolerance=0.0):
+        self.evaluated = []
+        return one_shot_limit(self.path, self.point(0), eps, tolerance)
+
+    def first(self, eps):
+        """The smallest n with q(n) > eps; None if there is none."""
+        above = np.flatnonzero(self.losses > eps)
+        return int(above[0]) if above.size else None
+
+
+def sorted_normal(rng, dim):
+    weights = rng.standard_normal(dim)
+    return weights[np.argsort(np.abs(weights))]
+
+
+def quadratic(kind, dim=300, seed=0):
+    rng = np.random.default_rng(seed)
+    weights, noise = sorted_normal(rng, dim), rng.standard_normal((dim, dim))
+    gradient = 0.02 * rng.standard_normal(dim)
+    if kind == "no interaction":
+        return Quadratic(np.diag(rng.exponential(size=dim) ** 2), 10 * gradient, weights)
+    if kind == "as one":  # q is a parabola in n
+        return Quadratic(np.outer(1 / weights, 1 / weights), 5 / weights, weights)
+    if kind == "semidefinite":
+        return Quadratic(noise @ noise.T / dim, gradient, weights)
+    if kind == "indefinite":  # smooth, and falls before it rises
+        vectors = np.linalg.qr(noise)[0]
+        return Quadratic((vectors * rng.uniform(-0.5, 1, dim)) @ vectors.T, gradient, weights)
+    if kind == "wave":  # a loss that crosses, comes back and crosses again
+        curvature = 30 * np.cos(np.linspace(0, 6 * np.pi, dim)) + 8
+        return Quadratic(np.diag(curvature / weights**2), np.zeros(dim), weights)
+    raise ValueError(kind)
+
+
+QUADRATICS = ["no interaction", "as one", "semidefinite", "indefinite", "wave"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", QUADRATICS)
+def test_loss_between_two_points(kind, seed):
+    """Exact at the end; within the stated uncertainty where weights do not interact, or act as one."""
+    problem = quadratic(kind, 60, seed)
+    for start, end in ((0, 60), (0, 1), (10, 35), (59, 60), (30, 32)):
+        losses, uncertainty = loss_between(problem.point(start), problem.point(end))
+        assert len(losses) == end - start
+        assert losses[-1] == pytest.approx(problem.losses[end], rel=1e-9, abs=1e-9)
+        assert uncertainty >= 0
+        if kind in ("no interaction", "as one"):
+            error = np.abs(losses - problem.losses[start + 1 : end + 1])
+            assert np.max(error) <= uncertainty * (1 + 1e-9) + 1e-9
+
+
+def test_loss_between_knows_which_weights_matter():
+    """All of the curvature in one weight: the step is put where that weight goes, by the slopes alone."""
+    curvature = np.zeros(40)
+    curvature[25] = 8.0
+    problem = Quadratic(np.diag(curvature), np.zeros(40), np.ones(40))
+    losses, uncertainty = loss_between(problem.point(0), problem.point(40))
+    assert uncertainty == pytest.approx(4 / 8)
+    assert losses[25] - losses[24] == pytest.approx(4.0, abs=0.1)
+    assert np.max(np.abs(losses - problem.losses[1:])) <= uncertainty
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", QUADRATICS)
+def test_first_crossing(kind, seed):
+    problem = quadratic(kind, seed=seed)
+    dim, top = problem.dim, np.max(problem.losses)
+    for eps in (1e-3 * top, 0.05 * top, 0.3 * top, 0.7 * top, 0.999 * top):
+        first = problem.first(eps)
+        exact = problem.limit(eps)
+        assert exact.value == pytest.approx(first / dim, abs=1e-12)
+        assert len(problem.evaluated) < dim  # fewer products than brute force
+        for tolerance in (0.005, 0.02, 0.1):
+            found = problem.limit(eps, tolerance)
+            assert found.lower <= (first - 1) / dim + 1e-12
+            assert found.upper >= min((first + 1) / dim, 1) - 1e-12
+            assert found.lower <= found.value <= found.upper
+            assert found.upper - found.lower <= tolerance + 3 / dim
+
+
+def test_the_wave_does_what_it_is_for():
+    problem = quadratic("wave")
+    eps = 0.1 * np.max(problem.losses)
+    above = problem.losses > eps
+    assert np.sum(np.diff(above.astype(int)) == 1) >= 2
+    assert np.sum(np.diff(above.astype(int)) == -1) >= 1
+
+
+@quick
+@given(st.integers(1, 40), st.integers(0, 10**6), st.floats(-4, 1))
+def test_first_crossing_of_any_loss_without_interaction(dim, seed, log_eps):
+    """Semidefinite and diagonal: the uncertainty covers every case, so none may be missed."""
+    rng = np.random.default_rng(seed)
+    curvature = rng.exponential(size=dim) * (rng.random(dim) < 0.5)
+    problem = Quadratic(np.diag(curvature), rng.standard_normal(dim), sorted_normal(rng, dim))
+    eps = 10.0**log_eps
+    first, found = problem.first(eps), problem.limit(eps)
+    if first is None:
+        assert found == Estimate(1.0, 1.0 - 1 / dim, 1.0)
+    else:
+        assert found.value == pytest.approx(first / dim, abs=1e-12)
+
+
+def test_no_crossing():
+    problem = quadratic("semidefinite", 100)
+    assert problem.limit(1.001 * np.max(problem.losses)) == Estimate(1.0, 0.99, 1.0)
+    assert len(problem.evaluated) < 60
+
+
+def test_a_loss_equal_to_the_tolerance_is_within_it():
+    problem = Quadratic(np.diag([2.0, 0.0, 2.0, 2.0]), np.zeros(4), np.ones(4))
+    assert problem.losses.tolist() == [0, 1, 1, 2, 3]
+    assert problem.limit(1.0).value == 0.75
+
+
+def test_number_of_evaluations_does_not_grow_with_the_number_of_weights():
+    counts = []
+    for dim in (400, 1600):
+        problem = quadratic("no interaction", dim)
+        problem.limit(0.3 * np.max(problem.losses), tolerance=0.005)
+        counts.append(len(problem.evaluated))
+    assert max(counts) <= 60
+
+
+@pytest.mark.xfail(strict=True, reason="NaN > eps is False, so a loss that is NaN never crosses")
+def test_a_predicted_loss_that_is_not_finite_is_no_answer():
+    def path(counts):
+        return [PathPoint(n, np.nan, np.full(100, np.nan)) for n in counts]
+
+    with pytest.raises((FloatingPointError, ValueError)):
+        one_shot_limit(path, PathPoint(0, 0.0, np.zeros(100)), 1.0, 1e-3)
+
+
+# The readjusted limit.
+
+starts = st.floats(0, 1) | st.sampled_from([0.0, 1.0])
+
+
+def brute_readjusted(values, eps):
+    """The largest n with values[n] <= eps; removing nothing always reaches it."""
+    return max(n for n, value in enumerate(values) if n == 0 or value <= eps)
+
+
+@quick
+@given(st.lists(st.integers(0, 20), min_size=2, max_size=60), st.integers(0, 20), starts)
+def test_readjusted_limit_of_random_sequences(values, eps, start):
+    values = [0, *np.cumsum(sorted(values)).tolist()]
+    eps, dim = eps * 7, len(values) - 1
+    function, calls = counted(lambda n: (values[n], values[n]))
+    found = readjusted_limit(function, dim, eps, 0.0, start)
+    n = brute_readjusted(values, eps)
+    # s between n / D, which reaches eps, and (n + 1) / D, which does not.
+    assert found.value == pytest.approx(min((n + 0.5) / dim, 1.0), abs=1e-15)
+    assert found.lower <= n / dim
+    assert found.upper >= min((n + 1) / dim, 1.0)
+    assert found.lower >= (n - 1) / dim - 1e-15
+    assert found.upper <= (n + 2) / dim + 1e-15
+    assert all(1 <= n <= dim for n in calls)
+    assert len(set(calls)) == len(calls)
+
+
+def test_readjusted_limit_from_every_start():
+    dim = 37
+    for n in range(dim + 1):
+        for start in range(dim + 1):
+            found = readjusted_limit(
+                lambda m, n=n: (float(m), float(m)), dim, n + 0.5, tolerance=0.0, start=start / dim
+            )
+            assert found.value == pytest.approx(min((n + 0.5) / dim, 1.0), abs=1e-15)
+
+
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-2, 0.3])
+def test_readjusted_limit_to_a_tolerance(tolerance):
+    for threshold in (1, 5_000, 77_777, 99_999):
+        for start in (0.0, 0.05, 0.78, 1.0):
+            function, calls = counted(lambda n: (n, n))
+            found = readjusted_limit(function, 10**5, threshold, tolerance, start)
+            true = (threshold + 0.5) / 10**5
+            assert found.lower <= true <= found.upper
+            assert abs(found.value - true) <= tolerance / 2 + 1e-5
+            assert len(calls) <= 20
+
+
+def test_readjusted_limit_with_bounds_that_decide():
+    """Loose bounds on the right side of eps are as good as exact ones."""
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        dim = int(rng.integers(1, 60))
+        values = np.append(0, np.cumsum(rng.random(dim)))
+        eps = float(rng.random() * values[-1] * 1.2)
+
+        def bounds(n, values=values, eps=eps):
+            return (0.0, eps) if values[n] <= eps else (np.nextafter(eps, np.inf), np.inf)
+
+        found = readjusted_limit(bounds, dim, eps, 0.0, float(rng.random()))
+        assert found.value == pytest.approx(min((brute_readjusted(values, eps) + 0.5) / dim, 1.0))
+
+
+@quick
+@given(st.integers(3, 60), st.data(), starts)
+def test_readjusted_limit_says_where_it_cannot_tell(dim, data, start):
+    """Between two counts eps lies within the bounds: the answer lies there, its bracket around all of it."""
+    first = data.draw(st.integers(1, dim))
+    last = data.draw(st.integers(first, dim))
+
+    def bounds(n):
+        if n < first:
+            return 0.0, 0.5
+        return (2.0, 3.0) if n > last else (0.5, 2.0)
+
+    found = readjusted_limit(bounds, dim, 1.0, 0.0, start)
+    assert first / dim <= found.value <= min((last + 0.5) / dim, 1.0)
+    assert found.lower <= (first - 1) / dim + 1e-15
+    assert found.upper >= min((last + 1) / dim, 1.0)
+
+
+def test_estimate_prints_its_bracket():
+    assert str(Estimate(0.5, 0.25, 0.75)) == "0.5000 [0.2500, 0.7500]"
