@@ -63,7 +63,7 @@ class DenseCurvature:
         losses = np.cumsum(c * rows + np.diag(self.matrix) * c**2 / 2 - self.gradient * c)
         crossed = losses > self.loss_tolerance
         n = int(np.argmax(crossed)) + 1 if crossed.any() else dim
-        return Estimate(n / dim, (n - 1) / dim, min((n + 1) / dim, 1.0))
+        return Estimate.between(n / dim, n / dim, n / dim, dim)
 
     def minimum(self) -> Callable[[int], tuple[float, float]]:
         """min_x (c - x)^T |H| (c - x) / 2 over vectors x on the kept weights, as a function of n.

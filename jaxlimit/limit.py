@@ -83,7 +83,7 @@ def pruning_limit(
         >>> curvature = hessian(loss, weights, batched(8 * jnp.eye(64), 64))
         >>> limit = pruning_limit(curvature, jax.random.key(0), loss_tolerance=0.5, which=["width"])
         >>> print(limit.width)  # s = 1 / (1 + R(s)^2) for this H = I
-        0.4181 [0.4024, 0.4337]
+        0.4181 [0.3868, 0.4493]
 
     Source: arXiv 2306.05857 for the question and `width`; docs/theory for the others.
     """
@@ -173,7 +173,7 @@ def _status(
     cone = limits["cone"]
     if cone is not None:
         # Of a semidefinite matrix the cone's interval, less what the probes and the step of R(s) add to it.
-        widened = 2 * STANDARD_ERRORS * cone.probe_error + 2 / curvature.dim
+        widened = 2 * STANDARD_ERRORS * cone.probe_error + 4 / curvature.dim
         error = max(error, cone.upper - cone.lower - widened if semidefinite else cone.spread)
     too_large = "readjusted" in which and not semidefinite and curvature.dim > DENSE_DIM
     missing = [n for n in which if limits[n] is None and not (n == "readjusted" and too_large)]

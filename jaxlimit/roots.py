@@ -42,8 +42,8 @@ class Estimate:
 
     Attributes:
         value: the estimate.
-        lower, upper: the certified quadrature bracket, widened by three probe errors and by 1/D, the
-            step of R(s).
+        lower, upper: the certified quadrature bracket, widened by three probe errors and by 2/D: the step
+            of R(s) to either side, where rules (floor or ceiling, last within or first beyond) differ.
         probe_error: standard error due to the finite number of probes (a bound; 0 if no probe is used).
         spread: semi-interquartile range over quadrature rules of different step counts.
     """
@@ -53,6 +53,14 @@ class Estimate:
     upper: float
     probe_error: float = 0.0
     spread: float = 0.0
+
+    @classmethod
+    def between(
+        cls, value: float, lower: float, upper: float, dim: int, probe_error: float = 0.0, spread: float = 0.0
+    ) -> "Estimate":
+        """From a bracket of the root, which is widened by 2/D, kept around the value and cut to [0, 1]."""
+        lower, upper = min(lower, value) - 2 / dim, max(upper, value) + 2 / dim
+        return cls(value, max(lower, 0.0), min(upper, 1.0), probe_error, spread)
 
     def __str__(self) -> str:
         return f"{self.value:.4f} [{self.lower:.4f}, {self.upper:.4f}]"
@@ -98,10 +106,9 @@ def dimension_root(
     value = root("value")
     probe_error = (root("value", bracket.probe_error) - root("value", lambda a: -bracket.probe_error(a))) / 2
     spread = (root("value", bracket.spread) - root("value", lambda a: -bracket.spread(a))) / 2
-    lower = root("lower", lambda a: -STANDARD_ERRORS * bracket.probe_error(a)) - 1 / order.dim
-    upper = root("upper", lambda a: STANDARD_ERRORS * bracket.probe_error(a)) + 1 / order.dim
-    # The value leaves a rigorous bracket by rounding at most.
-    return Estimate(value, max(min(lower, value), 0.0), min(max(upper, value), 1.0), probe_error, spread)
+    lower = root("lower", lambda a: -STANDARD_ERRORS * bracket.probe_error(a))
+    upper = root("upper", lambda a: STANDARD_ERRORS * bracket.probe_error(a))
+    return Estimate.between(value, lower, upper, order.dim, probe_error, spread)
 
 
 def quadrature_error(bracket: SpectralBracket, order: MagnitudeOrder, loss_tolerance: float) -> float:
@@ -221,7 +228,7 @@ def cone_limit(
     first = sorted({min(order.dim, max(1, round(order.dim - kept * part))) for part in (0.8, 0.35)})
     points = evaluate([n for n in first if order.squared_norm[n] > 0])
     if not points:
-        return Estimate(1.0, 1.0, 1.0)
+        return Estimate.between(1.0, 1.0, 1.0, order.dim)
     estimate = cone_root(bracket, order, points, loss_tolerance)
     for _ in range(max_rounds):
         n = min(max(1, round(estimate.value * order.dim)), order.dim)
@@ -259,10 +266,11 @@ def loss_between(left: PathPoint, right: PathPoint) -> tuple[NDArray[np.float64]
 
     x - y is known from these, and x + y lies between Q (weights that do not interact) and
     (u^2 + (1-u)^2) Q (weights that act as one), where Q is x at `right` and u the fraction removed; the
-    middle is taken, which errs by at most Q / 8 between those two cases.
+    middle is taken. The largest |x - y| serves as uncertainty: an estimate, no bound (on digits networks
+    the error stayed below it in every interval).
 
     Returns:
-        losses: q(n) for n = left + 1 ... right; and the uncertainty |Q| / 8.
+        losses: q(n) for n = left + 1 ... right; and the uncertainty.
     """
     span = slice(left.num_removed, right.num_removed)
     from_left = left.loss + np.cumsum(left.slope[span])
@@ -270,7 +278,8 @@ def loss_between(left: PathPoint, right: PathPoint) -> tuple[NDArray[np.float64]
     remainder = right.loss - from_left[-1]
     part = np.arange(1, len(from_left) + 1) / len(from_left)
     both = remainder * (1 + part**2 + (1 - part) ** 2) / 2
-    return from_left + (both + from_right - from_left) / 2, abs(remainder) / 8
+    difference = from_right - from_left
+    return from_left + (both + difference) / 2, float(np.max(np.abs(difference)))
 
 
 def one_shot_limit(
@@ -305,8 +314,7 @@ def one_shot_limit(
                     crossed = losses > loss_tolerance
                     if crossed.any():
                         value = (left.num_removed + 1 + int(np.argmax(crossed))) / dim
-                        low, high = (left.num_removed - 1) / dim, (right.num_removed + 1) / dim
-                        return Estimate(value, max(low, 0.0), min(high, 1.0))
+                        return Estimate.between(value, left.num_removed / dim, right.num_removed / dim, dim)
                 elif np.max(losses) + uncertainty > loss_tolerance:
                     found = search(left, right.num_removed, PIECES)
                     if found is not None:
@@ -314,7 +322,7 @@ def one_shot_limit(
                 left = right
         return None
 
-    return search(start, dim, INTERVALS) or Estimate(1.0, 1.0 - 1 / dim, 1.0)
+    return search(start, dim, INTERVALS) or Estimate.between(1.0, 1.0, 1.0, dim)
 
 
 def readjusted_limit(
@@ -357,4 +365,4 @@ def readjusted_limit(
                 continue
         n = (low + high) // 2
     value = (low + high) / 2 if boundary is None else boundary
-    return Estimate(min(value / dim, 1.0), max(low - 1, 0) / dim, min((high + 1) / dim, 1.0))
+    return Estimate.between(min(value / dim, 1.0), low / dim, min(high / dim, 1.0), dim)

@@ -40,8 +40,9 @@ SWEEP = np.arange(401) / 400
 # the two around the crossing of the loss.
 FINETUNED_SWEEP = (*range(10, 50, 10), *range(50, 80, 5), *range(80, 100))
 SPLITS = ("train", "test")
-# Examples multiplied at once in curvature products and sweeps; sums over examples do not depend on it.
-EVALUATION_BATCH = 1024
+# Examples at once in curvature products and sweeps: as many as fit a CPU's cache, or fill another device.
+# Sums over examples do not depend on it.
+CPU_BATCH, DEVICE_BATCH = 128, 1024
 # The accuracy threshold: the largest sparsity that costs at most one point of test accuracy.
 ACCURACY_LOSS = 0.01
 
@@ -144,11 +145,11 @@ class _Run:
         """Independent random keys from the seed: 0 for training, 1 for the probes."""
         return jax.random.fold_in(jax.random.key(self.options.seed), purpose)
 
-    def batches(
-        self, split: str, num_examples: int | None = None, size: int = EVALUATION_BATCH
-    ) -> batches.Batches:
-        """Examples of a split in their fixed order."""
-        return batches.batched(tuple(array[:num_examples] for array in self.arrays[split]), size)
+    def batches(self, arrays: Sequence[np.ndarray], size: int | None = None) -> batches.Batches:
+        """Examples in their fixed order."""
+        return batches.batched(
+            tuple(arrays), size or (CPU_BATCH if jax.default_backend() == "cpu" else DEVICE_BATCH)
+        )
 
     def train(self) -> None:
         title, path = "training", self.folder / record.WEIGHTS
@@ -171,7 +172,7 @@ class _Run:
             )
             # The tolerance is defined by the batches of training, in fixed order.
             statistics = batches.loss_statistics(
-                self.loss, self.params, self.batches("train", size=preset.batch_size)
+                self.loss, self.params, self.batches(arrays, preset.batch_size)
             )
             tolerance = self.options.loss_tolerance or statistics.batch_std
             network = self._describe_network() | {"train_loss": statistics.mean}
@@ -191,7 +192,7 @@ class _Run:
             "zero_share": float(np.mean(flat == 0)),
         }
         for split, arrays in self.arrays.items():
-            sweep = measure.sparsity_sweep(self.metrics, self.params, self.batches(split), [0.0])
+            sweep = measure.sparsity_sweep(self.metrics, self.params, self.batches(arrays), [0.0])
             described |= {f"{split}_{name}": float(values[0]) for name, values in sweep.metrics.items()}
             described[f"num_{split}"] = len(arrays[1])
         return described
@@ -208,7 +209,7 @@ class _Run:
             bracket = "" if dense else f"{state.stage}, limit in [{state.lower:.3f}, {state.upper:.3f}]"
             self.monitor.update(state.num_matvecs, bracket or last)
 
-        data = self.batches("train", self.options.num_examples)
+        data = self.batches([array[: self.options.num_examples] for array in self.arrays["train"]])
         checkpoint = record.checkpoint_path(self.folder, name)
         with self.stage(stage, title, dim if dense else 10_000):
             operator = (
@@ -242,7 +243,9 @@ class _Run:
             kernels = curvature.partition(self.params)[0]
             self.columns["removed_norm"] = magnitude.removed_norm(kernels, SWEEP)
             for count, split in enumerate(self.arrays):
-                found = measure.sparsity_sweep(self.metrics, self.params, self.batches(split), SWEEP)
+                found = measure.sparsity_sweep(
+                    self.metrics, self.params, self.batches(self.arrays[split]), SWEEP
+                )
                 self.columns |= {f"{split}_{name}": values for name, values in found.metrics.items()}
                 self.monitor.update(count + 1, split)
             for name in self.document["limits"]:
@@ -286,10 +289,10 @@ class _Run:
         found = measure.finetuned_sweep(
             self.loss,
             self.params,
-            self.batches("train"),
+            self.batches(self.arrays["train"]),
             SWEEP[list(indices)],
             metrics_fn=self._metrics_of_both,
-            eval_batches=batches.batched(both, EVALUATION_BATCH),
+            eval_batches=self.batches(both),
             num_steps=self.preset.finetune_steps,
             progress=lambda count, total: self.monitor.update(before + count),
         )

@@ -6,7 +6,7 @@ float64. `jax.hessian` is forward over reverse too, but builds the whole matrix;
 multiplies out an explicit Jacobian, and a second one writes the softmax Hessian in closed form.
 """
 
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 
 import flax.linen as linen
@@ -94,6 +94,12 @@ def curvature_of(kind, problem, batches=None, **options):
     return gauss_newton(problem.predict, problem.output_loss, problem.params, batches, **options)
 
 
+@cache
+def standard(kind, dtype):
+    """The curvature of the network as it is, compiled once for all tests of a precision."""
+    return curvature_of(kind, make_mlp(dtype))
+
+
 def assert_close(value, expected, dtype, factor=1.0):
     error = np.max(np.abs(value - expected))
     assert error <= factor * RTOL[np.dtype(dtype).name] * np.max(np.abs(expected))
@@ -110,8 +116,8 @@ kinds = pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
 
 
 @kinds
-def test_matrix(kind, mlp, dtype, oracle):
-    curvature = curvature_of(kind, mlp)
+def test_matrix(kind, dtype, oracle):
+    curvature = standard(kind, dtype)
     matrix = curvature.dense()
     assert matrix.shape == (35, 35)
     assert curvature.dim == 35
@@ -120,28 +126,28 @@ def test_matrix(kind, mlp, dtype, oracle):
     assert_close(matrix, getattr(oracle, kind), dtype)
 
 
-def test_gauss_newton_in_closed_form(mlp, dtype, oracle):
+def test_gauss_newton_in_closed_form(dtype, oracle):
     np.testing.assert_allclose(oracle.gauss_newton_of_softmax, oracle.gauss_newton, atol=1e-13)
-    assert_close(curvature_of("gauss_newton", mlp).dense(), oracle.gauss_newton_of_softmax, dtype)
+    assert_close(standard("gauss_newton", dtype).dense(), oracle.gauss_newton_of_softmax, dtype)
 
 
-def test_the_two_matrices_differ_and_only_one_is_semidefinite(mlp, dtype):
-    of_hessian = np.linalg.eigvalsh(curvature_of("hessian", mlp).dense())
-    of_gauss_newton = np.linalg.eigvalsh(curvature_of("gauss_newton", mlp).dense())
+def test_the_two_matrices_differ_and_only_one_is_semidefinite(dtype):
+    of_hessian = np.linalg.eigvalsh(standard("hessian", dtype).dense())
+    of_gauss_newton = np.linalg.eigvalsh(standard("gauss_newton", dtype).dense())
     assert of_hessian[0] < -0.01 * of_hessian[-1]
     assert of_gauss_newton[0] > -10 * np.finfo(dtype).eps * of_gauss_newton[-1]
 
 
 @kinds
-def test_gradient(kind, mlp, dtype, oracle):
-    curvature = curvature_of(kind, mlp)
+def test_gradient(kind, dtype, oracle):
+    curvature = standard(kind, dtype)
     assert jax.tree.structure(curvature.gradient) == jax.tree.structure(curvature.weights)
     assert_close(flat(curvature.gradient), oracle.gradient, dtype)
 
 
 @kinds
-def test_products(kind, mlp, dtype, oracle):
-    curvature, matrix = curvature_of(kind, mlp), getattr(oracle, kind)
+def test_products(kind, dtype, oracle):
+    curvature, matrix = standard(kind, dtype), getattr(oracle, kind)
     vectors = random_vectors(curvature.weights, 3)
     rows = jax.tree.map(lambda x: np.asarray(x, np.float64).reshape(3, -1), jax.tree.leaves(vectors))
     product = curvature.matmat(vectors)
@@ -158,8 +164,8 @@ def test_products(kind, mlp, dtype, oracle):
 
 
 @kinds
-def test_products_are_symmetric(kind, mlp, dtype):
-    curvature = curvature_of(kind, mlp)
+def test_products_are_symmetric(kind, dtype):
+    curvature = standard(kind, dtype)
     u, v = (random_vectors(curvature.weights, 1, seed) for seed in (1, 2))
     left = flat(u) @ flat(curvature.matmat(v))
     right = flat(v) @ flat(curvature.matmat(u))
@@ -169,8 +175,8 @@ def test_products_are_symmetric(kind, mlp, dtype):
 
 @in_float32
 @kinds
-def test_vectors_take_the_dtype_of_the_weights(kind, mlp, dtype, oracle):
-    curvature = curvature_of(kind, mlp)
+def test_vectors_take_the_dtype_of_the_weights(kind, dtype, oracle):
+    curvature = standard(kind, dtype)
     ones = jax.tree.map(lambda x: np.ones(x.shape, int), curvature.weights)
     product = curvature.matvec(ones)
     assert all(x.dtype == dtype for x in jax.tree.leaves(product))
@@ -191,16 +197,14 @@ class Stream:
 
 
 @in_float64
-@kinds
-@pytest.mark.parametrize("batch_size", [1, 16])
-def test_the_cut_into_batches_does_not_matter(kind, batch_size, mlp, dtype):
-    whole = curvature_of(kind, mlp, batched(mlp.arrays, 17)).dense()
-    assert_close(curvature_of(kind, mlp, batched(mlp.arrays, batch_size)).dense(), whole, dtype)
+@pytest.mark.parametrize(("kind", "batch_size"), [("hessian", 1), ("gauss_newton", 16)])
+def test_the_cut_into_batches_does_not_matter(kind, batch_size, mlp, dtype, oracle):
+    curvature = curvature_of(kind, mlp, batched(mlp.arrays, batch_size))
+    assert_close(curvature.dense(), getattr(oracle, kind), dtype)
 
 
 @in_float32
-@kinds
-@pytest.mark.parametrize("form", ["list", "stream"])
+@pytest.mark.parametrize(("kind", "form"), [("hessian", "stream"), ("gauss_newton", "list")])
 def test_lists_and_streams_are_as_good_as_arrays(kind, form, mlp, dtype, oracle):
     stream = Stream(mlp.arrays, [5, 5, 2, 5])
     curvature = curvature_of(kind, mlp, stream if form == "stream" else list(stream))
@@ -221,13 +225,13 @@ def test_an_order_that_changes_is_harmless(mlp, dtype, oracle):
 
 
 @in_float32
-def test_biases_are_left_out_by_default(mlp):
-    curvature = curvature_of("hessian", mlp)
+def test_biases_are_left_out_by_default(mlp, dtype):
+    curvature = standard("hessian", dtype)
     assert jax.tree.map(jnp.shape, curvature.weights) == {
         "hidden": {"kernel": (4, 5), "bias": None},
         "out": {"kernel": (5, 3), "bias": None},
     }
-    assert curvature.weights["hidden"]["kernel"] is mlp.params["hidden"]["kernel"]
+    np.testing.assert_array_equal(curvature.weights["out"]["kernel"], mlp.params["out"]["kernel"])
 
 
 @in_float64
@@ -424,7 +428,6 @@ def test_data_and_parameters_are_arguments_of_the_compiled_function(kind, mlp):
 @pytest.mark.parametrize(
     ("precision", "expected"),
     [
-        ("highest", jax.lax.Precision.HIGHEST),
         ("default", jax.lax.Precision.DEFAULT),
         (None, jax.lax.Precision.HIGHEST),
     ],
@@ -467,7 +470,6 @@ def check_model(predict_fn, params, arrays, kernels):
     expected = jax.tree.map(lambda plus, minus: (plus - minus) / (2 * step), *moved)
     expected = np.concatenate([np.ravel(x) for x in jax.tree.leaves(expected) if x.ndim >= 2])
     np.testing.assert_allclose(flat(curvature.matvec(ones)), expected, rtol=1e-6, atol=1e-8)
-    assert gauss_newton(predict_fn, cross_entropy, params, batched(arrays, 5)).matvec(ones) is not None
 
 
 class Small(nnx.Module):
@@ -567,8 +569,8 @@ def test_integer_weights(mlp):
         ),
     ],
 )
-def test_vectors_unlike_the_weights(change, message, mlp):
-    curvature = curvature_of("hessian", mlp)
+def test_vectors_unlike_the_weights(change, message, dtype):
+    curvature = standard("hessian", dtype)
     with pytest.raises(ValueError, match=message):
         curvature.matvec(change(curvature.weights))
     with pytest.raises(ValueError, match="stands where weights has"):
@@ -652,8 +654,7 @@ def shuffled_and_cut(passes, batches):
 
 
 @in_float32
-@kinds
-@pytest.mark.parametrize("change", [augmented, shuffled_and_cut])
+@pytest.mark.parametrize(("kind", "change"), [("hessian", augmented), ("gauss_newton", shuffled_and_cut)])
 def test_data_that_change_between_passes(kind, change, mlp):
     with pytest.raises(
         ValueError, match=r"data changed between two passes: a mean loss of.*shuffling.*augmentation"
@@ -662,7 +663,7 @@ def test_data_that_change_between_passes(kind, change, mlp):
 
 
 @in_float32
-@kinds
+@pytest.mark.parametrize("kind", ["hessian"])
 def test_number_of_examples_that_changes_between_passes(kind, mlp):
     # The same loss in both passes, so that only the count can tell.
     arrays = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), mlp.arrays)

@@ -25,12 +25,12 @@ def symmetric(dim, seed=0, scale=1.0):
 
 def product_with(matrix, dtype):
     device = jnp.asarray(matrix, dtype)
-    return jax.jit(lambda v: jnp.matmul(device, v, precision="highest"))
+    return lambda v: jnp.matmul(device, v, precision="highest")
 
 
 def block_product_with(matrix, dtype):
     device = jnp.asarray(matrix, dtype)
-    return jax.jit(lambda rows: jnp.matmul(rows, device, precision="highest"))
+    return lambda rows: jnp.matmul(rows, device, precision="highest")
 
 
 def start_vector(dim, dtype, seed=100):
@@ -92,9 +92,9 @@ def test_recurrence_and_orthonormality(dtype):
 
 
 def test_full_depth_gives_all_eigenvalues(dtype):
-    matrix = symmetric(30)
-    run = tridiagonalize(product_with(matrix, dtype), start_vector(30, dtype), 30)
-    assert run.num_steps == 30
+    matrix = symmetric(40)
+    run = tridiagonalize(product_with(matrix, dtype), start_vector(40, dtype), 40)
+    assert run.num_steps == 40
     eps = float(np.finfo(dtype).eps)
     np.testing.assert_allclose(np.linalg.eigvalsh(dense(run)), np.linalg.eigvalsh(matrix), atol=20 * eps)
     assert run.residual_norm <= 100 * eps  # what is left is rounding
@@ -151,16 +151,12 @@ EXHAUSTED = {
     "one dimension, zero": (np.array([[0.0]]), np.array([1.0]), 1),
     "eigenvector": (np.diag(np.arange(1.0, 21.0)), np.eye(20)[4], 1),
     "two eigenvectors": (np.diag(np.arange(1.0, 21.0)), np.eye(20)[4] - 2 * np.eye(20)[9], 2),
-    "three values": (np.diag(np.repeat([-1.0, 0.5, 4.0], 7)), np.ones(21), 3),
-    "rank 1": (low_rank(20, 1), np.ones(20) + np.arange(20), 2),
-    "rank 4": (low_rank(30, 4), np.random.default_rng(5).standard_normal(30), 5),
-    "start in the null space": (
-        np.diag(np.append(np.zeros(5), np.ones(5))),
-        np.append(np.ones(5), np.zeros(5)),
-        1,
-    ),
-    "tiny": (1e-12 * np.diag(np.repeat([1.0, 2.0], 5)), np.ones(10), 2),
-    "huge": (1e12 * np.diag(np.repeat([1.0, 2.0], 5)), np.ones(10), 2),
+    "three values": (np.diag(np.repeat([-1.0, 0.5, 4.0, 4.0], 5)), np.ones(20), 3),
+    "rank 1": (low_rank(20, 1), np.arange(1.0, 21.0), 2),
+    "rank 4": (low_rank(20, 4), np.random.default_rng(5).standard_normal(20), 5),
+    "start in the null space": (np.diag(np.repeat([0.0, 1.0], 10)), np.repeat([1.0, 0.0], 10), 1),
+    "tiny": (1e-12 * np.diag(np.repeat([1.0, 2.0], 10)), np.ones(20), 2),
+    "huge": (1e12 * np.diag(np.repeat([1.0, 2.0], 10)), np.ones(20), 2),
 }
 
 
@@ -230,6 +226,7 @@ def test_runs_side_by_side_are_those_alone(dtype):
             assert run.residual_norm == pytest.approx(alone.residual_norm, abs=atol)
 
 
+@pytest.mark.parametrize("dtype", ["float32"], indirect=True)
 def test_runs_that_ended_stay_ended_when_resumed(dtype):
     starts = jnp.asarray([[1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]], dtype)
     product = jax.jit(lambda rows: rows * jnp.arange(1, 7, dtype=dtype))
@@ -257,7 +254,8 @@ def test_pieces_give_the_same_bits(pieces, reorthogonalize, dtype):
         np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("pieces", [(1, 31), (31, 1), (5, 11, 9, 7)])
+@pytest.mark.parametrize("pieces", [(1, 31), (5, 11, 9, 7)])
+@pytest.mark.parametrize("dtype", ["float32"], indirect=True)
 def test_odd_pieces_give_the_same_quadrature(pieces, dtype):
     """The projections sum over as many vectors as there is room for: other sizes, other roundings."""
     state, whole = in_pieces(pieces, True, dtype)
@@ -341,12 +339,13 @@ def test_no_basis_is_kept_without_reorthogonalisation():
 
 @pytest.mark.parametrize("factor", [1e-6, 2.0, 1e6])
 def test_the_length_of_the_start_is_irrelevant(factor, dtype):
-    product, start = product_with(symmetric(30), dtype), start_vector(30, dtype)
+    product, start = product_with(symmetric(40), dtype), start_vector(40, dtype)
     run, scaled = (tridiagonalize(product, x, 8) for x in (start, jnp.asarray(factor, dtype) * start))
     np.testing.assert_allclose(scaled.diagonal, run.diagonal, atol=100 * float(np.finfo(dtype).eps))
     np.testing.assert_allclose(scaled.off_diagonal, run.off_diagonal, atol=100 * float(np.finfo(dtype).eps))
 
 
+@pytest.mark.parametrize("dtype", ["float32"], indirect=True)
 def test_trees_of_several_leaves_are_one_vector(dtype):
     matrix = symmetric(26)
     product, start = product_with(matrix, dtype), start_vector(26, dtype)

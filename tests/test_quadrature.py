@@ -216,6 +216,7 @@ def test_interval_bounds_contain_the_mass(values, steps, seed, log_threshold):
     known = np.abs(gauss(tridiagonal)[0])
     thresholds = [10.0**log_threshold, *np.abs(values)]
     thresholds = np.array([t for t in thresholds if t > 1e-6 and np.min(np.abs(known - t)) > 1e-6])
+    assume(thresholds.size > 0)
     lower, upper = interval_bounds(tridiagonal, thresholds)
     for t, low, high in zip(thresholds, lower, upper, strict=True):
         assert low <= np.sum(weights[np.abs(values) < t]) + 1e-7

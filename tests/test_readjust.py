@@ -134,6 +134,22 @@ def test_upper_bound_is_certain(kind, seed, removed, max_matvecs, log_eps):
     assert problem.num_products <= max_matvecs
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 6])
+def test_every_iterate_is_the_best_of_its_krylov_space(steps, x64):
+    """The theorem of conjugate gradients: steepest descent, say, would be worse from the second step on."""
+    problem = Dense("outliers", removed=20)
+    kept = problem.kept
+    vectors = [np.where(kept, problem.matrix @ problem.c, 0)]
+    for _ in range(steps - 1):
+        vectors.append(np.where(kept, problem.matrix @ vectors[-1], 0))
+    basis = np.linalg.qr(np.column_stack(vectors))[0]
+    best = basis @ np.linalg.lstsq(problem.root @ basis, problem.root @ problem.c)[0]
+    _, upper, x = problem.solve(np.float64, 1e-9, max_matvecs=steps + 1)
+    assert problem.num_products == steps + 1
+    assert upper == pytest.approx(problem.loss(best), rel=1e-8)
+    np.testing.assert_allclose(x, best, atol=1e-6)
+
+
 def test_losses_rise_with_nested_supports(x64):
     problem, start, bounds, exact = Dense("ill-conditioned"), None, [], []
     for removed in range(0, DIM + 1, 4):
