@@ -137,7 +137,7 @@ def test_upper_bound_is_certain(kind, seed, removed, max_matvecs, log_eps):
 @pytest.mark.parametrize("steps", [1, 2, 3, 6])
 def test_every_iterate_is_the_best_of_its_krylov_space(steps, x64):
     """The theorem of conjugate gradients: steepest descent, say, would be worse from the second step on."""
-    problem = Dense("outliers", removed=20)
+    problem = Dense("well-conditioned", removed=20)
     kept = problem.kept
     vectors = [np.where(kept, problem.matrix @ problem.c, 0)]
     for _ in range(steps - 1):

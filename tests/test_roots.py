@@ -202,6 +202,18 @@ def test_first_crossing_of_any_loss_without_interaction(dim, seed, log_eps):
         assert found.value == pytest.approx(first / dim, abs=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_narrow_excursion_between_two_points_is_looked_for(seed):
+    """A tolerance that the loss exceeds only at its highest point, inside an interval of the grid."""
+    rng = np.random.default_rng(seed)
+    curvature = 0.2 * rng.exponential(size=320) * (rng.random(320) < 0.3)
+    problem = Quadratic(np.diag(curvature), 0.1 * rng.standard_normal(320), sorted_normal(rng, 320))
+    peak = int(np.argmax(problem.losses[:200]))
+    eps = problem.losses[peak] * (1 - 1e-9)
+    assert peak == problem.first(eps)
+    assert problem.limit(eps).value == pytest.approx(peak / 320, abs=1e-12)
+
+
 def test_no_crossing():
     problem = quadratic("semidefinite", 100)
     assert problem.limit(1.001 * np.max(problem.losses)) == Estimate(1.0, 1 - WIDENED / 100, 1.0)
