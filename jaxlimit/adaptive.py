@@ -236,7 +236,7 @@ class AdaptiveCurvature:
             raise BudgetSpent
         while True:
             steps = state.diagonal.shape[1]
-            runs = state.tridiagonals() if steps else []
+            runs = state.tridiagonals()
             if runs and (all(run.breakdown for run in runs) or resolved(runs)):
                 return runs
             extra = max(16, steps // 64 * 16) if max_steps is None else max_steps - steps

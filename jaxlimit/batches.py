@@ -231,4 +231,18 @@ def loss_statistics(
 
 @partial(jax.jit, static_argnums=0)
 def _batch_losses(loss_fn: Callable, params: PyTree, group: PyTree) -> jax.Array:
-    return jax.lax.map(lambda batch: loss_fn(params, batch), group)
+    def loss(batch: PyTree) -> jax.Array:
+        value = loss_fn(params, batch)
+        check_scalar(value)
+        return value
+
+    return jax.lax.map(loss, group)
+
+
+def check_scalar(loss: PyTree) -> None:
+    """Refuses a loss that is not a scalar, with a ValueError; for use while tracing."""
+    shape = () if isinstance(loss, (int, float)) else getattr(loss, "shape", type(loss).__name__)
+    if shape != ():
+        raise ValueError(
+            f"loss_fn must return a scalar, the mean over the batch's examples; got shape {shape}."
+        )

@@ -39,12 +39,17 @@ class Checkpoint:
         self.folder.mkdir(parents=True, exist_ok=True)
         identity = self.folder / "problem.json"
         if not identity.exists():
-            if any(self.folder.iterdir()):
+            if any(path.suffix != ".tmp" for path in self.folder.iterdir()):
                 raise ValueError(f"{self.folder} is not empty and holds no checkpoint: name another folder.")
             temporary = identity.with_suffix(".tmp")
             temporary.write_text(json.dumps(fingerprint, indent=1))
             temporary.replace(identity)
-        stored = json.loads(identity.read_text())
+        try:
+            stored = json.loads(identity.read_text())
+        except ValueError as error:
+            raise ValueError(
+                f"{identity} is damaged ({error}): remove {self.folder} to start anew."
+            ) from error
         different = [name for name in fingerprint if stored.get(name) != fingerprint[name]]
         if different:
             raise ValueError(
@@ -70,7 +75,16 @@ class Checkpoint:
         content = self._read(name)
         if content is None:
             return None
-        return jax.tree.unflatten(jax.tree.structure(like), [content[key] for key in sorted(content)])
+        leaves, structure = jax.tree.flatten(like)
+        if len(content) != len(leaves):
+            raise ValueError(
+                f"the checkpoint {name} in {self.folder} holds {len(content)} arrays, not {len(leaves)}."
+            )
+        # NumPy's format keeps the bytes of bfloat16 but not its name.
+        stored = (content[key] for key in sorted(content))
+        return structure.unflatten(
+            [x.view(leaf.dtype) if x.dtype.kind == "V" else x for x, leaf in zip(stored, leaves, strict=True)]
+        )
 
     def save_state(self, name: str, state: LanczosState) -> None:
         """Stores where a block of Lanczos runs stands, its basis included."""
@@ -99,7 +113,7 @@ class Checkpoint:
         if self.folder is None or not (path := self.folder / f"{name}.npz").exists():
             return None
         try:
-            with np.load(path, allow_pickle=False) as content:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
                 return dict(content)
         except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlimit.batches import batch_length, example_sum, grouped
+from jaxlimit.batches import batch_length, check_scalar, example_sum, grouped
 
 PyTree = Any
 Prunable = PyTree | Callable[[tuple, Any], bool]
@@ -53,7 +53,7 @@ def partition(params: PyTree, prunable: Prunable = is_kernel) -> tuple[PyTree, P
         expected, got = jax.tree.structure(params), jax.tree.structure(prunable)
         if expected != got:
             raise ValueError(f"prunable does not match params: expected the tree {expected}, got {got}.")
-    weights = jax.tree.map(lambda keep, x: x if keep else None, chosen, params)
+    weights = jax.tree.map(lambda keep, x: jnp.asarray(x) if keep else None, chosen, params)
     rest = jax.tree.map(lambda keep, x: None if keep else x, chosen, params)
     _check_weights(weights)
     return weights, rest
@@ -106,7 +106,7 @@ class Curvature:
     @cached_property
     def gradient(self) -> PyTree:
         """Gradient of the mean loss with respect to the weights, same tree; computed on first use."""
-        return self._mean(_Gradient(self._product.loss, self._product.precision))
+        return self._mean(_Gradient(self._product))
 
     def matvec(self, vector: PyTree) -> PyTree:
         """H v for one vector shaped like `weights`. Cost: about two gradients of the loss."""
@@ -291,22 +291,22 @@ _Product = _HessianProduct | _GaussNewtonProduct
 
 @dataclass(frozen=True)
 class _Gradient:
-    loss: Callable
-    precision: str
+    product: _Product
 
     def __call__(self, weights: PyTree, rest: PyTree, batch: PyTree) -> PyTree:
-        with jax.default_matmul_precision(self.precision):
-            return jax.grad(lambda w: self.loss(combine(w, rest), batch))(weights)
+        with jax.default_matmul_precision(self.product.precision):
+            return jax.grad(lambda w: self.product.loss(combine(w, rest), batch))(weights)
 
 
 @dataclass(frozen=True)
 class _Loss:
-    loss: Callable
-    precision: str
+    product: _Product
 
     def __call__(self, weights: PyTree, rest: PyTree, batch: PyTree) -> PyTree:
-        with jax.default_matmul_precision(self.precision):
-            return self.loss(combine(weights, rest), batch)
+        with jax.default_matmul_precision(self.product.precision):
+            loss = self.product.loss(combine(weights, rest), batch)
+        check_scalar(loss)
+        return loss
 
 
 def _count(vectors: PyTree) -> int:
@@ -322,7 +322,7 @@ def _curvature(
 ) -> Curvature:
     weights, rest = partition(params, prunable)
     groups = grouped(batches)
-    loss = _Loss(product.loss, product.precision)
+    loss = _Loss(product)
     num_examples = _check_data(loss, weights, rest, groups)
     return Curvature(weights, positive_semidefinite, num_examples, rest, groups, product)
 
@@ -330,11 +330,6 @@ def _curvature(
 def _check_data(loss: _Loss, weights: PyTree, rest: PyTree, groups: Iterable[PyTree]) -> int:
     """Two passes over the data must agree; the loss must be finite and a mean. Returns the examples."""
     (first, num_first), (second, num_second) = (example_sum(loss, groups, weights, rest) for _ in range(2))
-    shape = getattr(first, "shape", None)
-    if shape != ():
-        raise ValueError(
-            f"loss_fn must return a scalar, the mean over the batch's examples; got shape {shape}."
-        )
     first, second = float(first) / num_first, float(second) / num_second
     if not np.isfinite(first):
         raise ValueError(f"the mean loss is {first}: the parameters or the data are not usable.")

@@ -96,6 +96,8 @@ class LanczosState(NamedTuple):
     def tridiagonals(self) -> list[Tridiagonal]:
         """T of each run, cut where it broke down."""
         steps_taken = self.diagonal.shape[1]
+        if steps_taken == 0:
+            return []
         return [
             Tridiagonal(
                 self.diagonal[p, :k],

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import dtypes
 from numpy.typing import ArrayLike, NDArray
 
 PyTree = Any
@@ -28,7 +29,10 @@ def unflatten(vector: ArrayLike, like: PyTree) -> PyTree:
     ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
     parts = np.split(np.asarray(vector), ends)
     return structure.unflatten(
-        [jnp.asarray(part.reshape(x.shape), x.dtype) for part, x in zip(parts, leaves, strict=True)]
+        [
+            jnp.asarray(part.reshape(x.shape), dtypes.canonicalize_dtype(x.dtype))
+            for part, x in zip(parts, leaves, strict=True)
+        ]
     )
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigh_tridiagonal, solve_banded
+from scipy.linalg import eigh_tridiagonal
 
 from jaxlimit import lanczos
 from jaxlimit.curvature import Curvature
@@ -93,12 +93,11 @@ class SpectralMeasure:
 
 
 def stack_rules(rules: Sequence[Rule], dim: int | None = None) -> SpectralMeasure:
-    """One measure with a row for each rule; shorter rules are filled up with nodes of weight 0."""
+    """One measure with a row for each rule; shorter rules repeat their last node with weight 0."""
     width = max(len(nodes) for nodes, _ in rules)
-    nodes, weights = np.zeros((2, len(rules), width))
-    for row, (node, weight) in enumerate(rules):
-        nodes[row, : len(node)], weights[row, : len(node)] = node, weight
-    return SpectralMeasure(nodes, weights, dim)
+    nodes = [np.pad(node, (0, width - len(node)), mode="edge") for node, _ in rules]
+    weights = [np.pad(weight, (0, width - len(weight))) for _, weight in rules]
+    return SpectralMeasure(np.array(nodes), np.array(weights), dim)
 
 
 def gauss(tridiagonal: Tridiagonal) -> Rule:
@@ -113,10 +112,13 @@ def gauss(tridiagonal: Tridiagonal) -> Rule:
 
 
 def anti_gauss(tridiagonal: Tridiagonal) -> Rule:
-    """Laurie's anti-Gauss rule: its error is minus that of Gauss for polynomials of degree 2k + 1.
+    """Laurie's k-point anti-Gauss rule: its error is minus that of the (k-1)-point Gauss rule.
 
-    T_{k+1} with its last coupling beta_k times sqrt 2 (Laurie 1996); here of order k, from T_k.
+    So for polynomials of degree up to 2k - 1. T_k with its last coupling times sqrt 2 (Laurie 1996). Of a
+    run that broke down the Gauss rule is exact and is returned instead.
     """
+    if tridiagonal.breakdown:
+        return gauss(tridiagonal)
     off_diagonal = tridiagonal.off_diagonal.copy()
     off_diagonal[-1:] *= np.sqrt(2)
     return _rule(tridiagonal.diagonal, off_diagonal)
@@ -133,15 +135,20 @@ def gauss_radau(tridiagonal: Tridiagonal, node: float) -> Rule:
         >>> nodes.tolist()
         [0.0, 2.5]
     """
-    k, beta = tridiagonal.num_steps, tridiagonal.residual_norm
+    beta = tridiagonal.residual_norm
     if beta == 0:
         return gauss(tridiagonal)
-    banded = np.zeros((3, k))
-    banded[0, 1:] = banded[2, :-1] = tridiagonal.off_diagonal
-    banded[1] = tridiagonal.diagonal - node
-    right = np.zeros(k)
-    right[-1] = beta**2
-    last = node + solve_banded((1, 1), banded, right)[-1]
+    # By elimination delta_k = beta_k^2 / (last pivot). At an eigenvalue of T_k that pivot vanishes, and one
+    # node of the rule runs off to infinity: it is stopped where its weight is nothing but rounding.
+    tiny = np.finfo(np.float64).eps * max(beta, float(np.max(np.abs(tridiagonal.diagonal - node))))
+    pivot = np.inf
+    for diagonal, coupling in zip(
+        tridiagonal.diagonal, np.append(0.0, tridiagonal.off_diagonal), strict=True
+    ):
+        pivot = float(diagonal - node - coupling**2 / pivot)
+        if abs(pivot) < tiny:
+            pivot = tiny
+    last = node + beta**2 / pivot
     return _rule(np.append(tridiagonal.diagonal, last), np.append(tridiagonal.off_diagonal, beta))
 
 
@@ -165,9 +172,10 @@ def interval_bounds(tridiagonal: Tridiagonal, thresholds: NDArray[np.float64]) -
 
     def distribution(t: float) -> tuple[float, float]:
         nodes, weights = gauss_radau(tridiagonal, t)
-        at = np.argmin(np.abs(nodes - t)) if tridiagonal.residual_norm > 0 else None
-        below = float(np.sum(weights[nodes < t])) if at is None else float(np.sum(weights[:at]))
-        return below, below + (0.0 if at is None else float(weights[at]))
+        if tridiagonal.residual_norm == 0:
+            return float(np.sum(weights[nodes < t])), float(np.sum(weights[nodes <= t]))
+        at = int(np.argmin(np.abs(nodes - t)))
+        return float(np.sum(weights[:at])), float(np.sum(weights[: at + 1]))
 
     right = np.array([distribution(t) for t in thresholds])
     left = np.array([distribution(-t) for t in thresholds])
@@ -280,7 +288,7 @@ def bracket_semidefinite(runs: Sequence[Tridiagonal], dim: int | None = None) ->
         # Where rounding put an eigenvalue of T_k at or below 0, take the spectrum to begin just below it,
         # and move it to begin at 0.
         smallest = gauss(run)[0][0]
-        node = 0.0 if smallest > 0 else float(smallest - np.finfo(np.float32).eps * run.residual_norm)
+        node = 0.0 if smallest > 0 else float(smallest) - 1e-13 * run.residual_norm
         nodes, weights = gauss_radau(run, node)
         return np.maximum(nodes - node, 0), weights
 

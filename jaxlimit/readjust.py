@@ -34,8 +34,8 @@ def readjusted_minimum(
 ) -> tuple[float, float, PyTree]:
     """Whether readjusting the kept weights brings the quadratic loss down to eps.
 
-    Stops as soon as that is decided. The upper bound is certain. The lower one extrapolates the decrease of
-    the last products, and is an estimate.
+    Stops as soon as that is decided. The upper bound holds to rounding. The lower one extrapolates the
+    decrease of the last products, and is an estimate.
 
     Args:
         matvec: product with a positive semidefinite H.
@@ -47,11 +47,14 @@ def readjusted_minimum(
 
     Returns:
         lower and upper bounds of the minimum, and the x that gives the upper one.
+
+    Raises:
+        FloatingPointError: a product is not finite.
     """
     kept = jax.tree.map(lambda keep, x: jnp.where(keep, x, 0), mask, start)
     vector = jax.tree.map(jnp.subtract, removed, kept)
     product = matvec(vector)
-    loss = _inner(vector, product) / 2
+    loss = max(_inner(vector, product) / 2, 0.0)
     residual = jax.tree.map(lambda keep, x: jnp.where(keep, x, 0), mask, product)
     direction, squared = residual, _inner(residual, residual)
     losses = [loss]
@@ -69,7 +72,7 @@ def readjusted_minimum(
         residual = jax.tree.map(
             lambda keep, r, p, s=step: jnp.where(keep, r - s * p, 0), mask, residual, product
         )
-        loss -= step * squared / 2
+        loss = max(loss - step * squared / 2, 0.0)
         squared, previous = _inner(residual, residual), squared
         direction = _add(residual, direction, squared / previous)
         losses.append(loss)
@@ -83,7 +86,10 @@ def _inner_device(x: PyTree, y: PyTree) -> jax.Array:
 
 
 def _inner(x: PyTree, y: PyTree) -> float:
-    return float(np.sum(np.asarray(_inner_device(x, y), np.float64)))
+    value = float(np.sum(np.asarray(_inner_device(x, y), np.float64)))
+    if not np.isfinite(value):
+        raise FloatingPointError("a product with the curvature is not finite: look for overflow in the loss.")
+    return value
 
 
 @jax.jit

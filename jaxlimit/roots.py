@@ -301,6 +301,9 @@ def one_shot_limit(
 
     Returns:
         The crossing, between the ends of the last interval; 1 if there is none.
+
+    Raises:
+        FloatingPointError: a predicted loss is not finite.
     """
     dim = len(start.slope)
     narrow = max(1, int(tolerance * dim))
@@ -309,6 +312,10 @@ def one_shot_limit(
         counts = np.unique(np.linspace(left.num_removed, end, pieces + 1).round().astype(int))[1:].tolist()
         for first in range(0, len(counts), BLOCK):
             for right in path(counts[first : first + BLOCK]):
+                if not np.isfinite(right.loss):
+                    raise FloatingPointError(
+                        f"the predicted loss after {right.num_removed} removals is not finite."
+                    )
                 losses, uncertainty = loss_between(left, right)
                 if right.num_removed - left.num_removed <= narrow:
                     crossed = losses > loss_tolerance

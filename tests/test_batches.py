@@ -235,7 +235,6 @@ def test_a_loss_that_is_not_finite_is_refused_and_its_batch_named(value, data, p
         loss_statistics(squared_error, params, batched(data, 5))
 
 
-@pytest.mark.xfail(strict=True, reason="np.concatenate complains instead of loss_statistics")
 @pytest.mark.parametrize("batch_size", [17, 5])
 def test_a_loss_that_is_not_a_scalar_is_refused(batch_size, data, params):
     with pytest.raises(ValueError, match="must return a scalar"):

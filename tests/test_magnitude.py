@@ -180,7 +180,6 @@ def test_half_precision():
     assert magnitude_order(weights).removed_vector(1).dtype == jnp.bfloat16
 
 
-@pytest.mark.xfail(strict=True, raises=UserWarning, reason="jnp.asarray with the float64 of a NumPy leaf")
 def test_double_precision_of_numpy_on_a_single_precision_device():
     vector = magnitude_order(np.array([1.0, 2.0])).removed_vector(1)
     np.testing.assert_array_equal(vector, [1.0, 0.0])

@@ -235,7 +235,6 @@ def test_number_of_evaluations_does_not_grow_with_the_number_of_weights():
     assert max(counts) <= 60
 
 
-@pytest.mark.xfail(strict=True, reason="NaN > eps is False, so a loss that is NaN never crosses")
 def test_a_predicted_loss_that_is_not_finite_is_no_answer():
     def path(counts):
         return [PathPoint(n, np.nan, np.full(100, np.nan)) for n in counts]
