@@ -123,9 +123,7 @@ class AdaptiveCurvature:
         """Bracket of the spectral measure, its rigorous bounds resolved around the width limit's ridge."""
         self.products.stage = "spectrum"
         self.runs = self._probe_runs()
-        width = self._width(self.runs)
-        self.products.lower, self.products.upper = width.lower, width.upper
-        n = max(int(num_removed(self.order.dim, width.value)), self.order.num_zeros + 1)
+        n = max(int(num_removed(self.order.dim, self._width(self.runs).value)), self.order.num_zeros + 1)
         return self._bracket(self.runs, self.order.dim, n)
 
     def removed(self, counts: list[int]) -> list[SpectralBracket]:
