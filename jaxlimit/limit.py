@@ -85,7 +85,8 @@ def pruning_limit(
         >>> print(limit.width)  # s = 1 / (1 + R(s)^2) for this H = I
         0.4181 [0.3868, 0.4493]
 
-    Source: arXiv 2306.05857 for the question and `width`; docs/theory for the others.
+    Source: arXiv 2306.05857 for the question and `width`; for the others the modules `geometry` (cone) and
+    `roots` (one_shot, readjusted).
     """
     _check_arguments(loss_tolerance, tolerance, max_matvecs, num_probes, which)
     loss_tolerance = float(loss_tolerance)
@@ -94,7 +95,6 @@ def pruning_limit(
         raise ValueError("all prunable weights are zero: every sparsity leaves the network as it is.")
     store = Checkpoint(checkpoint, _fingerprint(curvature, order, key, loss_tolerance, tolerance, num_probes))
     products = Products(curvature, max_matvecs, progress)
-    fits = curvature.dim <= min(DENSE_DIM, max_matvecs)
 
     def dense() -> DenseCurvature:
         products.stage = "dense"
@@ -102,7 +102,7 @@ def pruning_limit(
             dense_matrix(products.matmat, curvature.weights), order, curvature.gradient, loss_tolerance
         )
 
-    exact = num_probes is None and fits
+    exact = num_probes is None and curvature.dim <= min(DENSE_DIM, max_matvecs)
     if exact:
         source, accuracy = dense(), 0.0
     else:
@@ -118,12 +118,13 @@ def pruning_limit(
     def cone() -> Estimate:
         return cone_limit(bracket, order, seen_from, loss_tolerance, width.value, accuracy)
 
-    def readjusted() -> Estimate | None:
-        if exact or curvature.positive_semidefinite:
-            return readjusted_limit(source.minimum(), order.dim, loss_tolerance, accuracy / 2, width.value)
-        if not fits:  # |H| is not to be had from products alone
-            return None
-        return readjusted_limit(dense().minimum(), order.dim, loss_tolerance, accuracy / 2, width.value)
+    def readjusted() -> Estimate:
+        # |H| is not to be had from products alone, so the Hessian's needs the dense matrix.
+        needs_dense = not (exact or curvature.positive_semidefinite)
+        if needs_dense and curvature.dim > min(DENSE_DIM, products.left):
+            raise BudgetSpent
+        minimum = (dense() if needs_dense else source).minimum()
+        return readjusted_limit(minimum, order.dim, loss_tolerance, accuracy / 2, width.value)
 
     limits: dict[str, Estimate | None] = {"width": width}
     for name, solve in (("one_shot", source.one_shot), ("cone", cone), ("readjusted", readjusted)):

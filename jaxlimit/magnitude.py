@@ -2,7 +2,7 @@ r"""Global magnitude pruning: which weights go at sparsity s, and how far that m
 
 One-shot magnitude pruning at sparsity s sets the floor(s D) smallest |w| to zero, ties broken by index.
 The *removed vector* c(s) holds those weights, and R(s) = ||c(s)|| is the removed norm. One sort and one
-cumulative sum give R(s) for every s (theory: section 1 of arXiv 2306.05857's setting).
+cumulative sum give R(s) for every s.
 """
 
 from dataclasses import dataclass

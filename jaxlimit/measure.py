@@ -123,7 +123,7 @@ def finetuned_sweep(
         metrics_fn: metrics of the network at its lowest loss, evaluated on `eval_batches`; in the result
             their names begin with "eval_".
         eval_batches: default: `batches`.
-        num_steps: Adam steps; 400 is the number of theory section 5's measured values.
+        num_steps: Adam steps; a convention, on which the measured threshold depends.
         learning_rate: of Adam; its customary .001.
         prunable: as for `hessian`.
         chunk_size: sparsities trained side by side.
