@@ -129,7 +129,7 @@ class AdaptiveCurvature:
     def removed(self, counts: list[int]) -> list[SpectralBracket]:
         """Brackets of the spectral measure seen from c after n removals, for several n side by side."""
         self.products.stage = "cone"
-        starts = jax.tree.map(lambda *x: jnp.stack(x), *[self.order.removed_vector(n) for n in counts])
+        starts = self._removed_vectors(counts)
 
         def error(n: int, run: Tridiagonal) -> float:
             """Of the dimension, by d delta / d log a <= D - delta, and so of s."""
@@ -155,8 +155,7 @@ class AdaptiveCurvature:
             self.products.stage = "one_shot"
             if self.products.left < len(counts):
                 raise BudgetSpent
-            vectors = jax.tree.map(lambda *x: jnp.stack(x), *[self.order.removed_vector(n) for n in counts])
-            product = self.products.matmat(vectors)
+            product = self.products.matmat(self._removed_vectors(counts))
             points = []
             for i, n in enumerate(counts):
                 hc = flatten(jax.tree.map(lambda x, i=i: x[i], product))[sorted_by]
@@ -203,7 +202,7 @@ class AdaptiveCurvature:
         def resolved(runs: list[Tridiagonal]) -> bool:
             bracket = self._bracket(runs, self.order.dim)
             error = quadrature_error(bracket, self.order, self.loss_tolerance)
-            value = self._width(runs).value
+            value = width_limit(bracket, self.order, self.loss_tolerance).value
             self.products.lower, self.products.upper = max(value - error, 0.0), min(value + error, 1.0)
             return error <= self.tolerance / 2
 
@@ -242,9 +241,13 @@ class AdaptiveCurvature:
             if extra < 1:
                 return runs
             state = lanczos.run(self.products.matmat, state, extra)
-            self.store.save_state(name, state)
+            self.store.save_tree(name, state)
 
-    def _width(self, runs: Sequence[Tridiagonal]):
+    def _removed_vectors(self, counts: list[int]) -> PyTree:
+        """C after n removals for several n, along a leading axis."""
+        return jax.tree.map(lambda *x: jnp.stack(x), *[self.order.removed_vector(n) for n in counts])
+
+    def _width(self, runs: Sequence[Tridiagonal]) -> Estimate:
         return width_limit(self._bracket(runs, self.order.dim), self.order, self.loss_tolerance)
 
     def _bracket(

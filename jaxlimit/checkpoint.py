@@ -57,18 +57,11 @@ class Checkpoint:
                 "another folder, or remove this one."
             )
 
-    def save_array(self, name: str, array: NDArray[Any]) -> None:
-        """Stores one array."""
-        self._write(name, {"array": np.asarray(array)})
-
-    def load_array(self, name: str) -> NDArray[Any] | None:
-        """The array of that name, or None."""
-        content = self._read(name)
-        return None if content is None else content["array"]
-
     def save_tree(self, name: str, tree: PyTree) -> None:
         """Stores the leaves of a pytree."""
-        self._write(name, {f"leaf_{i:04d}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(tree))})
+        if self.folder is not None:
+            leaves = {f"leaf_{i:04d}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(tree))}
+            self._write(self.folder / name, leaves)
 
     def load_tree(self, name: str, like: PyTree) -> PyTree | None:
         """The pytree of that name with the structure of `like`, or None."""
@@ -86,11 +79,6 @@ class Checkpoint:
             [x.view(leaf.dtype) if x.dtype.kind == "V" else x for x, leaf in zip(stored, leaves, strict=True)]
         )
 
-    def save_state(self, name: str, state: LanczosState) -> None:
-        """Stores where a block of Lanczos runs stands, its basis included."""
-        if self.folder is not None:
-            self.save_tree(name, state)
-
     def load_state(self, name: str, initial: LanczosState) -> LanczosState:
         """The stored state of that name, or the initial one."""
         stored = self.load_tree(name, initial)
@@ -99,15 +87,13 @@ class Checkpoint:
         basis, previous, current, norm = jax.tree.map(jnp.asarray, tuple(stored[:4]))
         return LanczosState(basis, previous, current, norm, *stored[4:])
 
-    def _write(self, name: str, arrays: dict[str, NDArray[Any]]) -> None:
-        if self.folder is None:
-            return
-        temporary = self.folder / f"{name}.tmp"
+    def _write(self, path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+        temporary = path.with_name(f"{path.name}.tmp")
         with temporary.open("wb") as file:
             np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(self.folder / f"{name}.npz")
+        temporary.replace(path.with_name(f"{path.name}.npz"))
 
     def _read(self, name: str) -> dict[str, NDArray[Any]] | None:
         if self.folder is None or not (path := self.folder / f"{name}.npz").exists():

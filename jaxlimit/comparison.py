@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxlimit.plots import TITLES
-from jaxlimit.record import LIMITS
+from jaxlimit.roots import LIMITS
 
 OPTIMISTIC = (
     "Gauss-Newton calls flat what is flat only to first order in the network: read its width, cone and "

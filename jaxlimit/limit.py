@@ -22,6 +22,7 @@ from jaxlimit.magnitude import MagnitudeOrder, flatten, magnitude_order, num_rem
 from jaxlimit.quadrature import SpectralBracket
 from jaxlimit.result import PruningLimit
 from jaxlimit.roots import (
+    LIMITS,
     STANDARD_ERRORS,
     Estimate,
     cone_limit,
@@ -31,9 +32,10 @@ from jaxlimit.roots import (
     width_limit,
 )
 
-LIMITS = ("one_shot", "width", "cone", "readjusted")
 # Up to here a dense eigendecomposition fits in 1 GB and is done in seconds, without any probe error.
 DENSE_DIM = 5_000
+# A budget, not a target: Lanczos stops when the limits are resolved.
+MAX_MATVECS = 10_000
 
 
 def pruning_limit(
@@ -42,7 +44,7 @@ def pruning_limit(
     *,
     loss_tolerance: float,
     tolerance: float = 1e-3,
-    max_matvecs: int = 10_000,
+    max_matvecs: int = MAX_MATVECS,
     num_probes: int | None = None,
     which: Sequence[str] = LIMITS,
     checkpoint: str | None = None,

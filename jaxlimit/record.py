@@ -30,10 +30,9 @@ from numpy.typing import NDArray
 from jaxlimit.presets import CURVATURES
 from jaxlimit.quadrature import SpectralMeasure
 from jaxlimit.result import LimitCurve, PruningLimit, Sensitivity
-from jaxlimit.roots import Estimate
+from jaxlimit.roots import LIMITS, Estimate
 
 FORMAT = 1
-LIMITS = ("one_shot", "width", "cone", "readjusted")
 CONFIG, LIMIT, CURVES, WEIGHTS, REPORT = (
     "config.json",
     "limit.json",

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from jaxlimit import plots, record
 from jaxlimit.comparison import COLUMNS, headline, notes, table_groups
-from jaxlimit.record import LIMITS, Record
+from jaxlimit.record import Record
+from jaxlimit.roots import LIMITS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from jaxlimit.geometry import transition_halfwidth, width_ridge
 from jaxlimit.magnitude import MagnitudeOrder, num_removed
 from jaxlimit.quadrature import SpectralBracket, SpectralMeasure
-from jaxlimit.roots import Estimate, cone_point, cone_root, removed_radius, width_limit
+from jaxlimit.roots import LIMITS, Estimate, cone_point, cone_root, removed_radius, width_limit
 
 # The window in which the probability falls from 95 % to 5 %.
 ETA = 0.05
@@ -101,7 +101,7 @@ class PruningLimit:
 
     def estimates(self) -> dict[str, Estimate]:
         """The limits that were computed, by name."""
-        limits = {name: getattr(self, name) for name in ("one_shot", "width", "cone", "readjusted")}
+        limits = {name: getattr(self, name) for name in LIMITS}
         return {name: limit for name, limit in limits.items() if limit is not None}
 
     def curve(self, sparsities: ArrayLike | None = None) -> LimitCurve:

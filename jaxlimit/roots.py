@@ -24,6 +24,8 @@ from jaxlimit.geometry import cone_ridge, width_ridge
 from jaxlimit.magnitude import MagnitudeOrder
 from jaxlimit.quadrature import SpectralBracket, SpectralMeasure
 
+# From the strongest demand to the weakest.
+LIMITS = ("one_shot", "width", "cone", "readjusted")
 # Standard errors by which the probe error widens [lower, upper]: 99.7 % if the error were normal.
 STANDARD_ERRORS = 3.0
 # The one-shot path: intervals of its first grid, pieces of an interval that is looked at again, and points

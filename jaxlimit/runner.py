@@ -211,7 +211,7 @@ class _Run:
 
         data = self.batches([array[: self.options.num_examples] for array in self.arrays["train"]])
         checkpoint = record.checkpoint_path(self.folder, name)
-        with self.stage(stage, title, dim if dense else 10_000):
+        with self.stage(stage, title, dim if dense else limit.MAX_MATVECS):
             operator = (
                 curvature.hessian(self.loss, self.params, data)
                 if name == "hessian"
@@ -263,7 +263,7 @@ class _Run:
         estimates = [
             found[name]
             for found in self.document["limits"].values()
-            for name in record.LIMITS
+            for name in limit.LIMITS
             if name in found
         ]
         indices = {4 * percent for percent in FINETUNED_SWEEP}

@@ -39,8 +39,8 @@ def same_bits(x, y):
     ],
 )
 def test_arrays_come_back_exactly(array, folder):
-    Checkpoint(folder, FINGERPRINT).save_array("name", array)
-    loaded = Checkpoint(str(folder), FINGERPRINT).load_array("name")
+    Checkpoint(folder, FINGERPRINT).save_tree("name", array)
+    loaded = Checkpoint(str(folder), FINGERPRINT).load_tree("name", 0)
     assert same_bits(loaded, np.ascontiguousarray(array) if array.ndim else array)
 
 
@@ -55,16 +55,16 @@ def test_half_precision_comes_back_exactly(folder):
 
 def test_a_name_is_overwritten_as_a_whole(folder):
     store = Checkpoint(folder, FINGERPRINT)
-    store.save_array("name", np.arange(1000))
-    store.save_array("name", np.arange(3))
-    store.save_array("other", np.zeros(2))
-    assert store.load_array("name").tolist() == [0, 1, 2]
+    store.save_tree("name", np.arange(1000))
+    store.save_tree("name", np.arange(3))
+    store.save_tree("other", np.zeros(2))
+    assert store.load_tree("name", 0).tolist() == [0, 1, 2]
     assert sorted(path.name for path in folder.iterdir()) == ["name.npz", "other.npz", "problem.json"]
 
 
 def test_a_write_that_was_interrupted_leaves_the_old_file(folder, monkeypatch):
     store = Checkpoint(folder, FINGERPRINT)
-    store.save_array("name", np.arange(3))
+    store.save_tree("name", np.arange(3))
 
     def killed(file, **arrays):
         file.write(b"half of it")
@@ -72,8 +72,8 @@ def test_a_write_that_was_interrupted_leaves_the_old_file(folder, monkeypatch):
 
     monkeypatch.setattr(np, "savez", killed)
     with pytest.raises(KeyboardInterrupt):
-        store.save_array("name", np.arange(5))
-    assert Checkpoint(folder, FINGERPRINT).load_array("name").tolist() == [0, 1, 2]
+        store.save_tree("name", np.arange(5))
+    assert Checkpoint(folder, FINGERPRINT).load_tree("name", 0).tolist() == [0, 1, 2]
 
 
 def test_trees(folder):
@@ -87,7 +87,7 @@ def test_trees(folder):
 
 def test_what_was_not_saved_is_none(folder):
     store = Checkpoint(folder, FINGERPRINT)
-    assert store.load_array("name") is None
+    assert store.load_tree("name", 0) is None
     assert store.load_tree("name", [1, 2]) is None
 
 
@@ -108,7 +108,7 @@ def test_lanczos_goes_on_to_the_same_bits(reorthogonalize, folder, dtype):
     state = lanczos.run(product, initial, 6)
     store = Checkpoint(folder, FINGERPRINT)
     assert store.load_state("run", initial) is initial
-    store.save_state("run", state)
+    store.save_tree("run", state)
     loaded = Checkpoint(folder, FINGERPRINT).load_state("run", initial)
     assert jax.tree.structure(loaded) == jax.tree.structure(state)
     assert all(same_bits(x, y) for x, y in zip(jax.tree.leaves(loaded), jax.tree.leaves(state), strict=True))
@@ -125,10 +125,10 @@ def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     store = Checkpoint(None, FINGERPRINT)
     state = lanczos.run(lambda v: 2 * v, lanczos.init(jnp.ones((1, 3))), 1)
-    store.save_array("name", np.ones(3))
+    store.save_tree("name", np.ones(3))
     store.save_tree("tree", [np.ones(3)])
-    store.save_state("state", state)
-    assert store.load_array("name") is None
+    store.save_tree("state", state)
+    assert store.load_tree("name", 0) is None
     assert store.load_tree("tree", [0]) is None
     assert store.load_state("state", state) is state
     assert list(tmp_path.iterdir()) == []
@@ -147,12 +147,12 @@ def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
     ],
 )
 def test_another_problem(change, names, folder):
-    Checkpoint(folder, FINGERPRINT).save_array("name", np.ones(2))
+    Checkpoint(folder, FINGERPRINT).save_tree("name", np.ones(2))
     Checkpoint(folder, dict(FINGERPRINT))
     with pytest.raises(ValueError, match=rf"of another problem: {names} differ\. Name another folder"):
         Checkpoint(folder, {**FINGERPRINT, **change})
     assert json.loads((folder / "problem.json").read_text()) == FINGERPRINT
-    assert Checkpoint(folder, FINGERPRINT).load_array("name").tolist() == [1, 1]
+    assert Checkpoint(folder, FINGERPRINT).load_tree("name", 0).tolist() == [1, 1]
 
 
 def test_a_folder_with_other_things(folder):
@@ -192,16 +192,16 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_damaged_files(damage, folder):
     store = Checkpoint(folder, FINGERPRINT)
-    store.save_array("name", np.arange(200))
+    store.save_tree("name", np.arange(200))
     path = folder / "name.npz"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=r"name\.npz is damaged \(.*\): remove it to go on"):
-        store.load_array("name")
+        store.load_tree("name", 0)
 
 
 def test_damaged_files_are_closed(folder, monkeypatch):
     store = Checkpoint(folder, FINGERPRINT)
-    store.save_array("name", np.arange(200))
+    store.save_tree("name", np.arange(200))
     path = folder / "name.npz"
     path.write_bytes(DAMAGE["half"](path.read_bytes()))
     opened, builtin = [], builtins.open
@@ -213,7 +213,7 @@ def test_damaged_files_are_closed(folder, monkeypatch):
     monkeypatch.setattr(builtins, "open", recorded)
     monkeypatch.setattr(io, "open", recorded)
     with pytest.raises(ValueError, match="is damaged"):
-        store.load_array("name")
+        store.load_tree("name", 0)
     monkeypatch.undo()
     still_open = [file for file in opened if not file.closed]
     for file in still_open:
@@ -224,13 +224,13 @@ def test_damaged_files_are_closed(folder, monkeypatch):
 
 def test_flipped_bits_are_noticed(folder):
     store = Checkpoint(folder, FINGERPRINT)
-    store.save_array("name", np.arange(200))
+    store.save_tree("name", np.arange(200))
     path = folder / "name.npz"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(bytes(data))
     with pytest.raises(ValueError, match="is damaged"):
-        store.load_array("name")
+        store.load_tree("name", 0)
 
 
 class Trap:
@@ -244,10 +244,10 @@ def test_pickles_are_not_opened(folder):
     store = Checkpoint(folder, FINGERPRINT)
     np.savez(folder / "name.npz", array=np.array([Trap()], object))
     with pytest.raises(ValueError, match="is damaged"):
-        store.load_array("name")
+        store.load_tree("name", 0)
     (folder / "name.npz").write_bytes(pickle.dumps(Trap()))
     with pytest.raises(ValueError, match="is damaged"):
-        store.load_array("name")
+        store.load_tree("name", 0)
 
 
 def test_a_damaged_identity(folder):
