@@ -34,7 +34,6 @@ from jaxlimit.roots import (
     PathPoint,
     cone_point,
     one_shot_limit,
-    quadrature_error,
     removed_radius,
     width_limit,
 )
@@ -133,11 +132,9 @@ class AdaptiveCurvature:
 
         def error(n: int, run: Tridiagonal) -> float:
             """Of the dimension, by d delta / d log a <= D - delta, and so of s."""
-            bracket = self._bracket([run], None)
-            point = cone_point(n, bracket, removed_radius(self.order, n), self.loss_tolerance)
-            semidefinite = self.products.curvature.positive_semidefinite
-            of_log_ridge = float(np.log(point.upper / point.lower)) if semidefinite else point.spread
-            return of_log_ridge * (1 - n / self.order.dim)
+            radius = removed_radius(self.order, n)
+            point = cone_point(n, self._bracket([run], None), radius, self.loss_tolerance)
+            return point.spread * (1 - n / self.order.dim)
 
         def resolved(runs: list[Tridiagonal]) -> bool:
             return all(error(n, run) <= self.tolerance / 2 for n, run in zip(counts, runs, strict=True))
@@ -200,11 +197,10 @@ class AdaptiveCurvature:
         """
 
         def resolved(runs: list[Tridiagonal]) -> bool:
-            bracket = self._bracket(runs, self.order.dim)
-            error = quadrature_error(bracket, self.order, self.loss_tolerance)
-            value = width_limit(bracket, self.order, self.loss_tolerance).value
-            self.products.lower, self.products.upper = max(value - error, 0.0), min(value + error, 1.0)
-            return error <= self.tolerance / 2
+            width = self._width(runs)
+            self.products.lower = max(width.value - width.spread, 0.0)
+            self.products.upper = min(width.value + width.spread, 1.0)
+            return width.spread <= self.tolerance / 2
 
         keys, like = jax.random.split(self.key, 2), self.order.like
         runs = self._run_until(rademacher(keys[0], like, self.num_probes or 1), resolved, "probe")

@@ -60,7 +60,7 @@ def batched(arrays: PyTree, batch_size: int) -> Batches:
     Raises:
         ValueError: no examples, leading axes that differ, or a batch size below 1.
 
-    Example:
+    Examples:
         >>> [len(batch) for batch in batched(np.zeros((5, 2)), batch_size=2)]
         [2, 2, 1]
     """
@@ -78,7 +78,7 @@ def batch_length(batch: PyTree) -> int:
     Raises:
         ValueError: the batch has no array, a scalar, or leading axes of different lengths.
 
-    Example:
+    Examples:
         >>> batch_length({"image": np.zeros((3, 4)), "label": np.zeros(3)})
         3
     """
@@ -211,7 +211,7 @@ def loss_statistics(
     Raises:
         ValueError: no batches, or a loss that is not finite.
 
-    Example:
+    Examples:
         >>> batches = batched(np.array([1.0, 2.0, 3.0, 6.0, 5.0]), batch_size=2)
         >>> statistics = loss_statistics(lambda scale, x: jnp.mean(scale * x), 1.0, batches)
         >>> print(f"{statistics.mean:.2f} {statistics.batch_std:.2f}")

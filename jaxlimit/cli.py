@@ -150,7 +150,7 @@ def parse(args: Sequence[str]) -> Run | Presets | Report:
 def default_folder(preset: "Preset", options: "Options") -> Path:
     """results/PRESET-seedSEED, with every other option that is not at its default in the name.
 
-    Example:
+    Examples:
         >>> from jaxlimit.presets import Options, find_preset
         >>> default_folder(find_preset("digits", l1=0.0), Options(seed=1)).name
         'digits-seed1-l1-0'

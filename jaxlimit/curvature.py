@@ -42,7 +42,7 @@ def partition(params: PyTree, prunable: Prunable = is_kernel) -> tuple[PyTree, P
         ValueError: a tree of bools that does not match, nothing prunable, or prunable leaves that are
             not floating-point or not finite.
 
-    Example:
+    Examples:
         >>> partition({"kernel": jnp.ones((1, 2)), "bias": jnp.ones(2)})[0]
         {'bias': None, 'kernel': Array([[1., 1.]], dtype=float32)}
     """
@@ -147,7 +147,7 @@ def dense_matrix(
 
     Cost: D products in blocks of `block_size`; memory 8 D^2 bytes on the host.
 
-    Example:
+    Examples:
         >>> dense_matrix(lambda v: 3 * v, jnp.ones(2)).tolist()
         [[3.0, 0.0], [0.0, 3.0]]
     """
@@ -193,7 +193,7 @@ def hessian(
         ValueError: no batches; nothing prunable; non-finite weights or loss; data that changes from one
             pass to the next; a loss that is not a mean over examples.
 
-    Example:
+    Examples:
         The Hessian of mean(x w)^2 / 2 is the mean of x^2.
 
         >>> from jaxlimit import batched
@@ -231,7 +231,7 @@ def gauss_newton(
     Raises:
         ValueError: as for `hessian`.
 
-    Example:
+    Examples:
         >>> from jaxlimit import batched
         >>> def predict(w, x): return x @ w
         >>> def loss(outputs, x): return jnp.mean(outputs**2) / 2

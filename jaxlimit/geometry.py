@@ -12,6 +12,7 @@ returned as fractions of D.
 """
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,9 @@ from scipy.optimize import brentq
 
 if TYPE_CHECKING:
     from jaxlimit.quadrature import SpectralMeasure
+
+# A cone's ridge of exp(60) times the width formula's makes the dimension D to rounding.
+LOG_INFINITE = 60.0
 
 
 def effective_dimension(measure: "SpectralMeasure", ridge: float) -> float:
@@ -28,7 +32,7 @@ def effective_dimension(measure: "SpectralMeasure", ridge: float) -> float:
         measure: spectral measure of H.
         ridge: a > 0, in units of the eigenvalues.
 
-    Example:
+    Examples:
         >>> from jaxlimit.quadrature import SpectralMeasure
         >>> effective_dimension(SpectralMeasure([[0.0, 1.0]], [[0.5, 0.5]]), ridge=1.0)
         0.75
@@ -43,34 +47,27 @@ def width_ridge(radius: float, loss_tolerance: float) -> float:
     return 2 * loss_tolerance / radius**2 if radius > 0 else math.inf
 
 
-def cone_ridge(removed_measure: "SpectralMeasure", radius: float, loss_tolerance: float) -> float:
+def cone_ridge(rank: Callable[[float], float], radius: float, loss_tolerance: float) -> float:
     """The a > 0 with a c^T |H| (|H| + a)^{-1} c = 2 eps; infinite if c^T |H| c <= 2 eps.
 
     The left side grows with a from 0 to c^T |H| c, so the root is unique, and at least 2 eps / R^2.
 
     Args:
-        removed_measure: spectral measure of H seen from the removed vector c (weights sum to 1).
+        rank: a -> integral of |lambda| / (a + |lambda|) over the spectral measure of H seen from c.
         radius: R = ||c||.
         loss_tolerance: eps > 0.
     """
-
-    def excess(ridge: float) -> float:
-        flat = removed_measure.integrate(lambda x: ridge / (ridge + np.abs(x)))[0]
-        return ridge * radius**2 * (1 - flat) / (2 * loss_tolerance) - 1
-
-    curvature = radius**2 * removed_measure.integrate(np.abs)[0]
-    if curvature <= 2 * loss_tolerance:
-        return math.inf
     low = width_ridge(radius, loss_tolerance)
-    high = low
-    while excess(high) < 0:
-        # Close to c^T |H| c = 2 eps the root runs off to infinity, where the dimension is 1 anyway.
-        if high > 1e15 * low:
-            return math.inf
-        high *= 4
-    if high == low:
+
+    def excess(log_rho: float) -> float:
+        return math.exp(log_rho) * rank(math.exp(log_rho) * low) - 1
+
+    # Beyond, the dimension is D to rounding: a is infinite, or as good as.
+    if excess(LOG_INFINITE) <= 0:
+        return math.inf
+    if excess(0.0) >= 0:  # rank = 1: all curvature along c is infinite next to a
         return low
-    return math.exp(brentq(lambda log_a: excess(math.exp(log_a)), math.log(low), math.log(high), xtol=1e-13))  # pyright: ignore[reportArgumentType, reportReturnType]
+    return low * math.exp(brentq(excess, 0.0, LOG_INFINITE, xtol=1e-13))  # pyright: ignore[reportArgumentType, reportReturnType]
 
 
 def width_dimension(measure: "SpectralMeasure", radius: float, loss_tolerance: float) -> float:
@@ -91,7 +88,7 @@ def width_dimension(measure: "SpectralMeasure", radius: float, loss_tolerance: f
     Raises:
         ValueError: a radius or tolerance out of range.
 
-    Example:
+    Examples:
         >>> from jaxlimit.quadrature import SpectralMeasure
         >>> width_dimension(SpectralMeasure([[0.0, 1.0]], [[0.5, 0.5]]), radius=2.0, loss_tolerance=0.5)
         0.6
@@ -123,7 +120,7 @@ def cone_dimension(
     Raises:
         ValueError: a radius or tolerance out of range.
 
-    Example:
+    Examples:
         With c along the flat direction alone the cone is everything.
 
         >>> from jaxlimit.quadrature import SpectralMeasure
@@ -140,7 +137,11 @@ def cone_dimension(
     _check(radius, loss_tolerance)
     if radius == 0:
         return 1.0
-    return effective_dimension(measure, cone_ridge(removed_measure, radius, loss_tolerance))
+
+    def rank(ridge: float) -> float:
+        return removed_measure.integrate(lambda x: np.abs(x) / (ridge + np.abs(x)))[0]
+
+    return effective_dimension(measure, cone_ridge(rank, radius, loss_tolerance))
 
 
 def transition_halfwidth(dim: int, eta: float) -> float:
@@ -155,7 +156,7 @@ def transition_halfwidth(dim: int, eta: float) -> float:
     Raises:
         ValueError: dim or eta out of range.
 
-    Example:
+    Examples:
         >>> round(transition_halfwidth(10_000, 0.05), 4)
         0.0592
 

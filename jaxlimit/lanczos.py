@@ -34,7 +34,7 @@ BREAKDOWN = 10.0
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["diagonal", "off_diagonal", "residual_norm"],
+    data_fields=["diagonal", "off_diagonal", "residual_norm", "rounding"],
     meta_fields=["breakdown", "reorthogonalized"],
 )
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Tridiagonal:
         residual_norm: beta_k, the coupling to what T_k leaves out; 0 after a breakdown.
         breakdown: whether the Krylov space was exhausted, so that T_k is exact.
         reorthogonalized: whether the whole basis was kept orthogonal.
+        rounding: machine epsilon of the vectors times ||T||, the scale of the errors of eigenvalues.
     """
 
     diagonal: NDArray[np.float64]
@@ -54,6 +55,7 @@ class Tridiagonal:
     residual_norm: float
     breakdown: bool = False
     reorthogonalized: bool = True
+    rounding: float = 0.0
 
     @property
     def num_steps(self) -> int:
@@ -83,7 +85,7 @@ class LanczosState(NamedTuple):
     """Where a block of P Lanczos runs stands: all that is needed to go on, or to resume to the same bits."""
 
     # the Krylov spaces, on the device
-    basis: PyTree | None  # leaves (P, capacity, *shape), or None without reorthogonalisation
+    basis: PyTree | None  # leaves (P, capacity, *shape), 0 beyond step j; None without reorthogonalisation
     previous: PyTree  # leaves (P, *shape): q_{j-1}
     current: PyTree  # leaves (P, *shape): q_j, the next vector to be multiplied; 0 where a run has ended
     norm: jax.Array  # (P,) running estimate of ||T||
@@ -98,6 +100,7 @@ class LanczosState(NamedTuple):
         steps_taken = self.diagonal.shape[1]
         if steps_taken == 0:
             return []
+        rounding = np.asarray(self.norm, np.float64) * float(jnp.finfo(self.norm.dtype).eps)
         return [
             Tridiagonal(
                 self.diagonal[p, :k],
@@ -105,6 +108,7 @@ class LanczosState(NamedTuple):
                 float(self.off_diagonal[p, k - 1]),
                 breakdown=bool(k < steps_taken or self.off_diagonal[p, k - 1] == 0),
                 reorthogonalized=self.basis is not None,
+                rounding=float(rounding[p]),
             )
             for p, k in enumerate(self.num_steps)
         ]
@@ -143,7 +147,7 @@ def run(matmat: Callable[[PyTree], PyTree], state: LanczosState, num_matvecs: in
     """Takes up to `num_matvecs` further steps of all runs; stops early when every run has ended.
 
     Cost: one block product a step; with reorthogonalisation 8 k D more operations a vector, and memory for
-    k + 4 vectors a run.
+    k + 4 vectors a run, or up to 2 k + 4 when a run goes on.
 
     Raises:
         FloatingPointError: a product with the matrix is not finite.
@@ -155,7 +159,7 @@ def run(matmat: Callable[[PyTree], PyTree], state: LanczosState, num_matvecs: in
     taken = state.diagonal.shape[1]
     beta = jnp.asarray(state.off_diagonal[:, -1] if taken else np.zeros(len(alive)), norm.dtype)
     if basis is not None:
-        basis = _grow(basis, num_matvecs)
+        basis = _grow(basis, taken + num_matvecs)
     for index in range(taken, taken + num_matvecs):
         if not np.any(alive):
             break
@@ -173,9 +177,6 @@ def run(matmat: Callable[[PyTree], PyTree], state: LanczosState, num_matvecs: in
         off_diagonal.append(column[1][:, None])
         num_steps[alive] = index + 1
         alive &= column[1] > 0
-    if basis is not None:
-        length = sum(part.shape[1] for part in diagonal)
-        basis = jax.tree.map(lambda x: x[:, :length], basis)
     return LanczosState(
         basis, previous, current, norm, np.hstack(diagonal), np.hstack(off_diagonal), num_steps
     )
@@ -205,7 +206,7 @@ def tridiagonalize(
         ValueError: num_matvecs below 1, or a start vector that is zero or not finite.
         FloatingPointError: a product is not finite.
 
-    Example:
+    Examples:
         >>> T = tridiagonalize(lambda v: jnp.array([1.0, 3.0]) * v, jnp.ones(2), 5)
         >>> T.num_steps, T.diagonal.round(5).tolist(), T.off_diagonal.round(5).tolist()
         (2, [2.0, 2.0], [1.0])
@@ -247,7 +248,12 @@ def _step(basis, previous, current, beta, norm, product):
     return current, new, alpha, new_beta, norm
 
 
-def _grow(basis: PyTree, extra: int) -> PyTree:
+def _grow(basis: PyTree, length: int) -> PyTree:
+    """Room for so many vectors. A run that goes on gets a power of two, so that few shapes are compiled."""
+    capacity = jax.tree.leaves(basis)[0].shape[1]
+    if length <= capacity:
+        return basis
+    extra = (1 << (length - 1).bit_length() if capacity else length) - capacity
     return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2)), basis)
 
 

@@ -23,10 +23,8 @@ from jaxlimit.quadrature import SpectralBracket
 from jaxlimit.result import PruningLimit
 from jaxlimit.roots import (
     LIMITS,
-    STANDARD_ERRORS,
     Estimate,
     cone_limit,
-    quadrature_error,
     readjusted_limit,
     removed_radius,
     width_limit,
@@ -77,7 +75,7 @@ def pruning_limit(
         ValueError: an argument out of range, naming it; weights that are all zero; a foreign checkpoint.
         FloatingPointError: a product with the curvature is not finite.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jaxlimit import batched, hessian
         >>> def loss(w, x): return jnp.mean((x @ (w - 1.0)) ** 2) / 2
@@ -137,8 +135,7 @@ def pruning_limit(
     if exact:
         status = f"converged: exact, from all {order.dim:,} eigenvalues."
     else:
-        error = quadrature_error(bracket, order, loss_tolerance)
-        status = _status(curvature, tolerance, max_matvecs, width, error, limits, which)
+        status = _status(curvature, tolerance, max_matvecs, width, limits, which)
     measure = source.measure
     n = max(int(num_removed(order.dim, width.value)), order.num_zeros + 1)
     return PruningLimit(
@@ -167,17 +164,12 @@ def _status(
     tolerance: float,
     max_matvecs: int,
     width: Estimate,
-    error: float,
     limits: dict[str, Estimate | None],
     which: Sequence[str],
 ) -> str:
     """The verdict first, then one sentence on each thing the reader must know."""
     semidefinite = curvature.positive_semidefinite
-    cone = limits["cone"]
-    if cone is not None:
-        # Of a semidefinite matrix the cone's interval, less what the probes and the step of R(s) add to it.
-        widened = 2 * STANDARD_ERRORS * cone.probe_error + 4 / curvature.dim
-        error = max(error, cone.upper - cone.lower - widened if semidefinite else cone.spread)
+    error = max(limit.spread for limit in (width, limits["cone"]) if limit is not None)
     too_large = "readjusted" in which and not semidefinite and curvature.dim > DENSE_DIM
     missing = [n for n in which if limits[n] is None and not (n == "readjusted" and too_large)]
     kind = "bracket" if semidefinite else "spread over step counts"

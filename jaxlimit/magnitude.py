@@ -101,7 +101,7 @@ def num_removed(dim: int, sparsity: ArrayLike) -> NDArray[np.int64]:
     Raises:
         ValueError: a sparsity outside [0, 1].
 
-    Example:
+    Examples:
         >>> int(num_removed(100, 0.29))
         29
     """
@@ -124,7 +124,7 @@ def removed_norm(weights: PyTree, sparsity: ArrayLike) -> NDArray[np.float64]:
     Raises:
         ValueError: sparsity outside [0, 1], or weights that are empty or not finite.
 
-    Example:
+    Examples:
         >>> removed_norm({"kernel": np.array([3.0, -4.0, 12.0])}, [0, 2 / 3, 1])
         array([ 0.,  5., 13.])
     """
@@ -145,7 +145,7 @@ def magnitude_mask(weights: PyTree, sparsity: float) -> PyTree:
     Raises:
         ValueError: sparsity outside [0, 1], or weights that are empty or not finite.
 
-    Example:
+    Examples:
         >>> magnitude_mask(np.array([1.0, -1.0, 1.0, 2.0]), 0.5)
         Array([False, False,  True,  True], dtype=bool)
     """
@@ -164,7 +164,7 @@ def apply_mask(params: PyTree, mask: PyTree) -> PyTree:
     Raises:
         ValueError: the trees do not match.
 
-    Example:
+    Examples:
         >>> apply_mask({"w": jnp.ones(2), "b": jnp.ones(1)}, {"w": jnp.array([True, False]), "b": None})
         {'b': Array([1.], dtype=float32), 'w': Array([1., 0.], dtype=float32)}
     """

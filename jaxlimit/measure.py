@@ -32,7 +32,7 @@ class Sweep:
         sparsities: (m,) ascending.
         metrics: name -> (m,) float64.
 
-    Example:
+    Examples:
         >>> sweep = Sweep(np.array([0.0, 0.5, 0.9]), {"loss": np.array([0.1, 0.2, 1.0])})
         >>> sweep.largest_sparsity("loss", 0.3)
         0.5
@@ -79,7 +79,7 @@ def sparsity_sweep(
     Raises:
         ValueError: a sparsity outside [0, 1], none at all, or what `hessian` refuses of params.
 
-    Example:
+    Examples:
         >>> from jaxlimit import batched
         >>> def metrics(w, x): return {"output": jnp.mean(x @ w)}
         >>> sweep = sparsity_sweep(metrics, jnp.array([[1.0], [3.0]]), [jnp.ones((1, 2))], [0, 0.5, 1])
@@ -135,7 +135,7 @@ def finetuned_sweep(
     Raises:
         ValueError: as for `sparsity_sweep`; num_steps below 1.
 
-    Example:
+    Examples:
         >>> def loss(w, x): return jnp.mean((x @ w - 2.0) ** 2)
         >>> weights, data = jnp.array([[0.5], [1.5]]), [jnp.ones((1, 2))]
         >>> sweep = finetuned_sweep(loss, weights, data, [0.5, 1], learning_rate=0.1)

@@ -97,7 +97,7 @@ def find_preset(
     Raises:
         ValueError: there is no such preset, or a number is out of range.
 
-    Example:
+    Examples:
         >>> find_preset("digits", l1=0.0).l1
         0.0
     """
@@ -182,7 +182,7 @@ def build_network(preset: Preset, seed: int) -> nnx.Module:
         preset: says which network.
         seed: of the random kernels.
 
-    Example:
+    Examples:
         >>> build_network(find_preset("mnist-fc2"), seed=0).widths
         (784, 100, 10)
     """

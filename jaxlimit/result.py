@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from jaxlimit.geometry import transition_halfwidth, width_ridge
 from jaxlimit.magnitude import MagnitudeOrder, num_removed
-from jaxlimit.quadrature import SpectralBracket, SpectralMeasure
+from jaxlimit.quadrature import Side, SpectralBracket, SpectralMeasure
 from jaxlimit.roots import LIMITS, Estimate, cone_point, cone_root, removed_radius, width_limit
 
 # The window in which the probability falls from 95 % to 5 %.
@@ -110,19 +110,20 @@ class PruningLimit:
         counts = num_removed(self.dim, grid)
         radii = np.sqrt(self._order.squared_norm[counts])
 
-        def dimension(side: str) -> NDArray[np.float64]:
+        def dimension(side: Side) -> NDArray[np.float64]:
             ridges = (width_ridge(float(radius), self.loss_tolerance) for radius in radii)
             return np.array([self._bracket.dimension(side, a) for a in ridges])
 
         counts = sorted(self._removed)
         cone = np.array([self._cone_dimension(n) for n in counts])
-        value, lower, upper = (dimension(side) for side in ("value", "lower", "upper"))
-        return LimitCurve(grid, radii, value, lower, upper, np.array(counts) / self.dim, cone)
+        bounds = dimension("lower"), dimension("upper")
+        return LimitCurve(grid, radii, dimension("value"), *bounds, np.array(counts) / self.dim, cone)
 
     def _cone_dimension(self, n: int) -> float:
         radius = removed_radius(self._order, n)
         point = cone_point(n, self._removed[n], radius, self.loss_tolerance)
-        return self._bracket.dimension("value", point.value * width_ridge(radius, self.loss_tolerance))
+        ridge = width_ridge(radius, self.loss_tolerance) * np.exp(point.log_rho["value"])
+        return self._bracket.dimension("value", ridge)
 
     def sensitivity(self, loss_tolerances: ArrayLike | None = None) -> Sensitivity:
         """How the limits move with the loss tolerance; costs no product.

@@ -12,7 +12,7 @@ they need as numbers and functions, so that the same code serves a dense eigende
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -20,9 +20,9 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlimit.geometry import cone_ridge, width_ridge
+from jaxlimit.geometry import LOG_INFINITE, cone_ridge, width_ridge
 from jaxlimit.magnitude import MagnitudeOrder
-from jaxlimit.quadrature import SpectralBracket, SpectralMeasure
+from jaxlimit.quadrature import SIDES, Side, SpectralBracket
 
 # From the strongest demand to the weakest.
 LIMITS = ("one_shot", "width", "cone", "readjusted")
@@ -47,7 +47,8 @@ class Estimate:
         lower, upper: the certified quadrature bracket, widened by three probe errors and by 2/D: the step
             of R(s) to either side, where rules (floor or ceiling, last within or first beyond) differ.
         probe_error: standard error due to the finite number of probes (a bound; 0 if no probe is used).
-        spread: semi-interquartile range over quadrature rules of different step counts.
+        spread: what further Lanczos steps may still change (`SpectralBracket.spread`): the bracket of a
+            semidefinite matrix; how far the value moved of late for an indefinite one.
     """
 
     value: float
@@ -74,7 +75,7 @@ def fixed_point(dimension: Callable[[int], float], dim: int) -> float:
     delta is constant while floor(s D) = n, and the root of that step function is returned exactly:
     bisection finds the last n with dimension(n) >= n / D. Cost: log2(D) evaluations.
 
-    Example:
+    Examples:
         >>> fixed_point(lambda n: 1 - n / 10, dim=10)
         0.5
     """
@@ -88,46 +89,26 @@ def fixed_point(dimension: Callable[[int], float], dim: int) -> float:
 def dimension_root(
     bracket: SpectralBracket,
     order: MagnitudeOrder,
-    ridges: Callable[[str, int], float],
+    ridges: Callable[[Side, int], float],
 ) -> Estimate:
-    """Root of delta(a(s)) / D = s, with its bracket, probe error and spread over quadrature rules.
+    """Root of delta(a(s)) / D = s, with its bracket, probe error and spread.
 
     Args:
         bracket: of the spectral measure.
         order: of the weights.
-        ridges: `ridges(side, n)`, the ridge after n removals, for side "lower", "value" and "upper".
+        ridges: `ridges(side, n)`, the ridge after n removals, as seen from each side.
     """
 
-    def root(side: str, shift: Callable[[float], float] = lambda _: 0.0) -> float:
+    def root(side: Side, standard_errors: float = 0.0) -> float:
         def dimension(n: int) -> float:
             ridge = ridges(side, n)
-            return bracket.dimension(side, ridge) + shift(ridge)
+            return bracket.dimension(side, ridge) + standard_errors * bracket.probe_error(ridge)
 
         return fixed_point(dimension, order.dim)
 
-    value = root("value")
-    probe_error = (root("value", bracket.probe_error) - root("value", lambda a: -bracket.probe_error(a))) / 2
-    spread = (root("value", bracket.spread) - root("value", lambda a: -bracket.spread(a))) / 2
-    lower = root("lower", lambda a: -STANDARD_ERRORS * bracket.probe_error(a))
-    upper = root("upper", lambda a: STANDARD_ERRORS * bracket.probe_error(a))
-    return Estimate.between(value, lower, upper, order.dim, probe_error, spread)
-
-
-def quadrature_error(bracket: SpectralBracket, order: MagnitudeOrder, loss_tolerance: float) -> float:
-    """What more Lanczos steps could still change of the width limit, in units of s; the probes' error apart.
-
-    The width of the rigorous bracket for a semidefinite matrix, the spread over rules for an indefinite one.
-    """
-
-    def root(side: str) -> float:
-        return fixed_point(
-            lambda n: bracket.dimension(side, width_ridge(removed_radius(order, n), loss_tolerance)),
-            order.dim,
-        )
-
-    if len(bracket.rules) > 2:
-        return width_limit(bracket, order, loss_tolerance).spread
-    return abs(root("upper") - root("lower"))
+    probe_error = (root("value", 1) - root("value", -1)) / 2
+    lower, upper = root("lower", -STANDARD_ERRORS), root("upper", STANDARD_ERRORS)
+    return Estimate.between(root("value"), lower, upper, order.dim, probe_error, bracket.spread(root))
 
 
 def removed_radius(order: MagnitudeOrder, num_removed: int) -> float:
@@ -146,34 +127,25 @@ class ConePoint:
 
     Attributes:
         num_removed: n = floor(s D).
-        lower, value, upper: rho and its bracket.
-        spread: semi-interquartile range of log rho over quadrature rules.
+        log_rho: log rho as seen from each side.
+        spread: of log rho.
     """
 
     num_removed: int
-    lower: float
-    value: float
-    upper: float
+    log_rho: dict[Side, float]
     spread: float
-
-
-# log(rho) beyond this makes the dimension 1 to rounding; it stands for the infinite ridge.
-_LOG_INFINITE = 60.0
 
 
 def cone_point(num_removed: int, removed: SpectralBracket, radius: float, loss_tolerance: float) -> ConePoint:
     """rho(s) from a bracket of the spectral measure seen from c(s)."""
     base = width_ridge(radius, loss_tolerance)
 
-    def rho(measure: SpectralMeasure) -> float:
-        return float(np.exp(min(np.log(cone_ridge(measure, radius, loss_tolerance) / base), _LOG_INFINITE)))
+    def log_rho(side: Side) -> float:
+        ridge = cone_ridge(partial(removed.rank, side), radius, loss_tolerance)
+        return float(min(np.log(ridge / base), LOG_INFINITE))
 
-    rhos = np.array([rho(measure) for measure in removed.rules])
-    value = float(np.median(rhos))
-    low, high = np.percentile(np.log(rhos), [25, 75])
-    return ConePoint(
-        num_removed, min(rho(removed.lower), value), value, max(rho(removed.upper), value), (high - low) / 2
-    )
+    sides: dict[Side, float] = {side: log_rho(side) for side in SIDES}
+    return ConePoint(num_removed, sides, removed.spread(sides.__getitem__))
 
 
 def cone_root(
@@ -186,17 +158,13 @@ def cone_root(
     """
     points = sorted(points, key=lambda point: point.num_removed)
     at = [point.num_removed for point in points]
-    logs = {side: np.log([getattr(point, side) for point in points]) for side in ("lower", "value", "upper")}
+    logs = {side: [point.log_rho[side] for point in points] for side in SIDES}
 
-    def ridges(side: str, n: int) -> float:
-        return width_ridge(removed_radius(order, n), loss_tolerance) * float(
-            np.exp(np.interp(n, at, logs[side]))
-        )
+    def ridges(side: Side, n: int) -> float:
+        log_rho = float(np.interp(n, at, logs[side]))
+        return width_ridge(removed_radius(order, n), loss_tolerance) * np.exp(log_rho)
 
-    estimate = dimension_root(bracket, order, ridges)
-    # d delta / d log a <= D - delta turns a spread of log rho into one of the dimension, and so of s.
-    of_rho = float(np.interp(estimate.value * order.dim, at, [point.spread for point in points]))
-    return replace(estimate, spread=estimate.spread + of_rho * (1 - estimate.value))
+    return dimension_root(bracket, order, ridges)
 
 
 def cone_limit(

@@ -38,7 +38,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     Raises:
         ValueError: if the labels are not integers or do not match the logits in shape.
 
-    Example:
+    Examples:
         >>> round(float(cross_entropy(jnp.zeros((3, 2)), jnp.array([0, 1, 1]))), 5)  # log 2
         0.69315
     """
@@ -59,7 +59,7 @@ def classification_loss(predict: Predict) -> Loss:
     Returns:
         `loss(params, (inputs, labels)) -> scalar`, in nats, the mean over the batch's examples.
 
-    Example:
+    Examples:
         >>> loss = classification_loss(lambda params, inputs: inputs @ params)
         >>> round(float(loss(jnp.zeros((4, 2)), (jnp.ones((3, 4)), jnp.array([0, 1, 1])))), 5)
         0.69315
@@ -82,7 +82,7 @@ def classification_metrics(predict: Predict) -> Callable[[PyTree, Any], dict[str
         `metrics(params, (inputs, labels)) -> {"loss": ..., "accuracy": ...}`: two scalars, means over the
         batch's examples; the loss is the cross entropy in nats, the accuracy a share between 0 and 1.
 
-    Example:
+    Examples:
         >>> metrics = classification_metrics(lambda params, inputs: inputs @ params)
         >>> values = metrics(jnp.eye(2), (jnp.eye(2), jnp.array([0, 0])))
         >>> float(values["accuracy"])
@@ -110,7 +110,7 @@ def l1_norm(params: PyTree) -> jax.Array:
     Returns:
         A scalar. Its gradient is sign(w_j), and 0 where a parameter is exactly 0, as in the paper's code.
 
-    Example:
+    Examples:
         >>> float(l1_norm({"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([-0.5])}))
         3.5
     """
@@ -131,7 +131,7 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     Raises:
         ValueError: if an argument is not an integer of at least 1.
 
-    Example:
+    Examples:
         A cosine from 0.05 to 0 over 400 epochs:
 
         >>> schedule = optax.cosine_decay_schedule(0.05, 400 * steps_per_epoch(1438, 128))
@@ -192,7 +192,7 @@ def train(
             finite.
         FloatingPointError: at the end of the epoch in which the loss or a parameter becomes infinite or NaN.
 
-    Example:
+    Examples:
         Least squares; the minimum of (w - 3)^2 + 2 |w| is at w = 2:
 
         >>> data = jnp.full(10, 3.0)

@@ -129,7 +129,7 @@ def load_cifar10(folder: str | os.PathLike[str] | None = None, *, verify: bool =
         FileNotFoundError: the folder or a file is missing.
         ValueError: a file is truncated, corrupt, or not what its name says.
 
-    Example:
+    Examples:
         >>> load_cifar10()                                                           # doctest: +SKIP
         Dataset(cifar10: 50000 training and 10000 test examples of shape (32, 32, 3), 10 classes)
     """
@@ -153,7 +153,7 @@ def load_cifar100(folder: str | os.PathLike[str] | None = None, *, verify: bool 
         FileNotFoundError: the folder or a file is missing.
         ValueError: a file is truncated, corrupt, or not what its name says.
 
-    Example:
+    Examples:
         >>> load_cifar100()                                                          # doctest: +SKIP
         Dataset(cifar100: 50000 training and 10000 test examples of shape (32, 32, 3), 100 classes)
     """

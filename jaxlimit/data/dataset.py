@@ -36,7 +36,7 @@ class Dataset:
         ValueError: images and labels differ in number, there are none, training and test examples differ in
             shape, or labels are not integers in [0, num_classes).
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> images, labels = np.zeros((3, 4), np.float32), np.array([0, 1, 1], np.int32)
         >>> Dataset(images, labels, images[:2], labels[:2], num_classes=2, name="toy")
@@ -101,7 +101,7 @@ def normalize(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -
     Raises:
         ValueError: images are not uint8 with four axes, or mean and std do not fit their channels.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> normalize(np.full((1, 1, 1, 1), 255, np.uint8), mean=(0.5,), std=(0.25,)).item()
         2.0
@@ -140,7 +140,7 @@ def flatten_channel_first(images: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: images do not have four axes.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> image = np.array([[["r0", "g0"], ["r1", "g1"]]])     # 1 x 2 pixels, 2 channels
         >>> flatten_channel_first(image[None]).tolist()

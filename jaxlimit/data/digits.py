@@ -25,7 +25,7 @@ def load_digits(seed: int = 0) -> Dataset:
         ImportError: scikit-learn is not installed.
         ValueError: the seed is not a non-negative integer.
 
-    Example:
+    Examples:
         >>> load_digits()
         Dataset(digits: 1438 training and 359 test examples of shape (64,), 10 classes)
     """

@@ -41,7 +41,7 @@ def data_folder(name: str, folder: str | os.PathLike[str] | None = None) -> Path
         FileNotFoundError: there is no such folder, or no folder is given and the variable is not set. The
             message says which files to get and where to place them.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> parent = tempfile.mkdtemp()
         >>> data_folder("mnist", parent) == Path(parent)

@@ -53,7 +53,7 @@ def load_mnist(folder: str | os.PathLike[str] | None = None, *, verify: bool = T
         FileNotFoundError: the folder or a file is missing.
         ValueError: a file is truncated, corrupt, or not what its name says.
 
-    Example:
+    Examples:
         >>> load_mnist()                                                             # doctest: +SKIP
         Dataset(mnist: 60000 training and 10000 test examples of shape (28, 28, 1), 10 classes)
     """

@@ -23,7 +23,7 @@ def load_restricted(content: bytes) -> Any:
     Raises:
         ValueError: the pickle asks for another name (which the message gives), or is truncated or corrupt.
 
-    Example:
+    Examples:
         >>> load_restricted(pickle.dumps({"labels": [3, 1]}))
         {'labels': [3, 1]}
         >>> load_restricted(pickle.dumps(print))

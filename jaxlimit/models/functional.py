@@ -32,7 +32,7 @@ def from_nnx(model: nnx.Module) -> tuple[Callable[[Params, jax.Array], jax.Array
     Raises:
         ValueError: if the model has no `nnx.Param`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jaxlimit.models import FullyConnected
         >>> predict, params = from_nnx(FullyConnected([4, 8, 3], rngs=nnx.Rngs(0)))

@@ -36,7 +36,7 @@ class FullyConnected(nnx.Module):
     Raises:
         ValueError: if there are fewer than two widths, or one is below 1.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> network = FullyConnected([4, 8, 3], rngs=nnx.Rngs(0))
         >>> network(jnp.ones((5, 4))).shape
@@ -91,7 +91,7 @@ def fc2(in_features: int, num_classes: int = 10, *, rngs: nnx.Rngs) -> FullyConn
     Raises:
         ValueError: if a width is below 1.
 
-    Example:
+    Examples:
         >>> fc2(784, rngs=nnx.Rngs(0)).widths
         (784, 100, 10)
     """
@@ -114,7 +114,7 @@ def fc5(in_features: int, num_classes: int = 10, *, rngs: nnx.Rngs) -> FullyConn
     Raises:
         ValueError: if a width is below 1.
 
-    Example:
+    Examples:
         >>> fc5(3072, rngs=nnx.Rngs(0)).widths
         (3072, 1000, 600, 300, 100, 10)
     """
@@ -133,7 +133,7 @@ def digits_net(*, rngs: nnx.Rngs) -> FullyConnected:
     Returns:
         The network at its random start.
 
-    Example:
+    Examples:
         >>> digits_net(rngs=nnx.Rngs(0)).widths
         (64, 48, 24, 10)
     """
@@ -157,7 +157,7 @@ class LeNet(nnx.Module):
     Raises:
         ValueError: if num_classes is below 1.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> LeNet(rngs=nnx.Rngs(0))(jnp.ones((2, 32, 32, 3))).shape
         (2, 10)
