@@ -53,4 +53,4 @@ def test_the_documented_commands_are_the_ones_of_continuous_integration():
     assert setup.endswith(".venv/bin/jaxlimit run")
     assert tests.endswith(".venv/bin/pytest")
     script = (ROOT / ".ci" / "run").read_text()
-    assert 'pip install --quiet -e ".[cli,test,dev]"' in script
+    assert 'pip install --quiet -e ".[cli,test,dev,docs]"' in script

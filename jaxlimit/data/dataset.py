@@ -16,8 +16,11 @@ class Normalization(NamedTuple):
 
 # As in the code of Zhang et al., "How Sparse Can We Prune A Deep Network", arXiv 2306.05857.
 MNIST_NORMALIZATION = Normalization((0.1307,), (0.3081,))
+"""Mean and standard deviation of the paper's code for MNIST."""
 CIFAR10_NORMALIZATION = Normalization((0.491, 0.482, 0.447), (0.247, 0.243, 0.262))
+"""Mean and standard deviation of the paper's code for CIFAR-10."""
 CIFAR100_NORMALIZATION = Normalization((0.507, 0.487, 0.441), (0.267, 0.256, 0.276))
+"""Mean and standard deviation of the paper's code for CIFAR-100."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)

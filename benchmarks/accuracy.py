@@ -1,0 +1,526 @@
+"""How many products does each estimator of a limit need, and what else moves the limit?
+
+    python benchmarks/accuracy.py --work DIR [--parts runs subsampling precision table] [--networks fc2-mnist]
+
+Networks: digits (trained here, with and without L1; dense truth), and the FC2 and LeNet of tests/data, which
+the paper's PyTorch code trained, on MNIST and CIFAR-10 from $JAXLIMIT_DATA.
+
+    runs         long Lanczos runs, from which every estimator is computed at every step count
+    subsampling  the width limit on parts of the training set, at the loss tolerance of the whole
+    precision    the width limit in float32 and float64, with and without reorthogonalisation
+    table        all that is there, as results/accuracy.json and accuracy.md
+
+DIR keeps one file for each piece of work; an interrupted run goes on behind them.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import common
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from scipy.linalg import eigh
+
+import jaxlimit
+from jaxlimit import data, lanczos, magnitude, models, quadrature, record, training
+from jaxlimit.geometry import width_ridge
+from jaxlimit.lanczos import Tridiagonal
+from jaxlimit.roots import fixed_point
+
+GOLDEN = Path(__file__).parents[1] / "tests" / "data"
+PARTS = ("runs", "subsampling", "precision", "table")
+CURVATURES = ("hessian", "gauss_newton")
+TOLERANCE = 1e-3
+STEP = 16  # step counts at which the estimators are compared
+BLOCKS = (2, 4)  # block sizes of block Lanczos
+DEFLATED = 32  # outliers that are deflated
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained network with its examples; the loss is the mean over the first `num_examples`."""
+
+    name: str
+    num_examples: int
+    steps: dict[str, int]
+    num_probes: int = 2
+    l1: float = 5e-5
+
+    @cached_property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Images and labels."""
+        if self.name.startswith("digits"):
+            dataset = data.load_digits()
+        else:
+            dataset = data.load_mnist() if self.name == "fc2-mnist" else data.load_cifar10()
+        images = dataset.train_images
+        if self.name == "fc2-mnist":
+            images = data.flatten_channel_first(images)
+        return images[: self.num_examples], dataset.train_labels[: self.num_examples]
+
+    @cached_property
+    def trained(self) -> tuple[Callable, Any]:
+        """Predict function and parameters."""
+        rngs = nnx.Rngs(0)
+        if self.name == "fc2-mnist":
+            predict, params = models.from_nnx(models.fc2(784, rngs=rngs))
+            return predict, jax.tree.map(np.asarray, load_golden("golden_fc2_mnist", params))
+        if self.name == "lenet-cifar10":
+            network = models.LeNet(rngs=rngs)
+            network.conv1.conv_general_dilated = network.conv2.conv_general_dilated = common.convolve
+            predict, params = models.from_nnx(network)
+            return predict, load_golden("golden_lenet_cifar10", params)
+        predict, params = models.from_nnx(models.digits_net(rngs=rngs))
+        rate = optax.cosine_decay_schedule(0.05, 400 * 12)
+        loss = training.classification_loss(predict)
+        key = jax.random.key(0)
+        return predict, training.train(
+            loss, params, self.arrays, key, epochs=400, learning_rate=rate, l1=self.l1
+        )
+
+    @property
+    def label(self) -> str:
+        """Name for files and tables."""
+        return f"{self.name}-{self.num_examples}"
+
+    def curvature(self, kind: str, num_examples: int | None = None) -> jaxlimit.Curvature:
+        """Of the mean loss over the first examples."""
+        predict, params = self.trained
+        batches = jaxlimit.batched(tuple(x[:num_examples] for x in self.arrays), 128)
+        if kind == "hessian":
+            return jaxlimit.hessian(training.classification_loss(predict), params, batches)
+        return jaxlimit.gauss_newton(
+            lambda params, batch: predict(params, batch[0]),
+            lambda outputs, batch: training.cross_entropy(outputs, batch[1]),
+            params,
+            batches,
+        )
+
+    @cached_property
+    def loss_tolerance(self) -> float:
+        """The spread of the losses of the batches of 128, as in the paper."""
+        predict, params = self.trained
+        batches = jaxlimit.batched(self.arrays, 128)
+        loss = training.classification_loss(predict)
+        return jaxlimit.loss_statistics(loss, params, batches).batch_std
+
+
+NETWORKS = (
+    Network("digits-l1-0", 1_438, {"hessian": 448, "gauss_newton": 160}, l1=0.0),
+    Network("digits-l1-5e-4", 1_438, {"hessian": 448, "gauss_newton": 160}, l1=5e-4),
+    Network("fc2-mnist", 10_000, {"hessian": 512, "gauss_newton": 96}),
+    Network("lenet-cifar10", 512, {"hessian": 320, "gauss_newton": 96}, num_probes=1),
+    Network("fc2-mnist", 60_000, {"hessian": 384, "gauss_newton": 96}, num_probes=1),
+)
+
+
+def load_golden(folder: str, params: Any) -> Any:
+    """Weights with PyTorch's names and layouts, as the tree `params` of the same network here."""
+    with np.load(GOLDEN / folder / "weights.npz") as file:
+        arrays = [file[name] for name in file.files if name != "__order__"]
+
+    def layout(array: np.ndarray, like: Any) -> np.ndarray:
+        if array.ndim == 4:  # (out, in, height, width)
+            return array.transpose(2, 3, 1, 0)
+        if array.ndim == 2 and folder.endswith("cifar10") and array.shape[1] == 800:
+            array = array.reshape(-1, 32, 5, 5).transpose(0, 2, 3, 1).reshape(-1, 800)
+        return array.T.reshape(like.shape)
+
+    # Both list weight and bias layer by layer; a tree sorts bias before kernel.
+    leaves, structure = jax.tree.flatten(params)
+    pairs = [arrays[i ^ 1] for i in range(len(arrays))]
+    return structure.unflatten([layout(a, like) for a, like in zip(pairs, leaves, strict=True)])
+
+
+class Spectrum:
+    """Lanczos runs of one network and curvature, and the roots that estimators make of them."""
+
+    def __init__(self, arrays: dict[str, np.ndarray]):
+        self.squared_norm, self.eps = arrays["squared_norm"], float(arrays["loss_tolerance"])
+        self.dim = len(self.squared_norm) - 1
+        self.runs = [
+            Tridiagonal(diagonal, off_diagonal[:-1], float(off_diagonal[-1]))
+            for diagonal, off_diagonal in zip(arrays["diagonal"], arrays["off_diagonal"], strict=True)
+        ]
+        self.steps = self.runs[0].num_steps
+        self.eigenvalues, self.weights = arrays.get("eigenvalues"), arrays.get("weights")
+
+    def root(self, dimension: Callable[[float], float]) -> float:
+        """The width limit, for a dimension as a function of the ridge."""
+
+        def of_count(n: int) -> float:
+            norm = self.squared_norm[n]
+            return dimension(width_ridge(float(np.sqrt(norm)), self.eps)) if norm > 0 else 1.0
+
+        return fixed_point(of_count, self.dim)
+
+    def root_of_rules(self, rules: Iterable[quadrature.Rule]) -> float:
+        """The same, for the mean over rules."""
+        rules = [(np.abs(nodes), weights) for nodes, weights in rules]
+        return self.root(lambda a: float(np.mean([np.sum(w * (a / (a + x))) for x, w in rules])))
+
+    def truth(self, probe: int) -> float:
+        """From all eigenvalues as this probe sees them; else from the bracket of the longest run."""
+        if self.eigenvalues is not None and self.weights is not None:
+            return self.root_of_rules([(self.eigenvalues, self.weights[probe])])
+        return self.root_of_bracket(self.runs[probe], "value")
+
+    def root_of_bracket(self, run: Tridiagonal, side: quadrature.Side) -> float:
+        """What the library makes of a run."""
+        semidefinite = np.min(quadrature.gauss(run)[0]) > -1e-6 * np.max(np.abs(run.diagonal))
+        bracket = (quadrature.bracket_semidefinite if semidefinite else quadrature.bracket_indefinite)([run])
+        return self.root(partial(bracket.dimension, side))
+
+
+def anti_gauss(run: Tridiagonal) -> quadrature.Rule:
+    """Laurie's rule: the last coupling times sqrt 2."""
+    off_diagonal = np.append(run.off_diagonal[:-1], run.off_diagonal[-1:] * np.sqrt(2))
+    return quadrature.gauss(Tridiagonal(run.diagonal, off_diagonal, run.residual_norm))
+
+
+def last_quarter(run: Tridiagonal) -> list[quadrature.Rule]:
+    """Gauss and anti-Gauss rules after 16 step counts of the last quarter."""
+    counts = np.unique(np.linspace(0.75 * run.num_steps, run.num_steps, 16).astype(int))
+    return [rule(run.truncate(int(k))) for k in counts for rule in (quadrature.gauss, anti_gauss)]
+
+
+def squared(run: Tridiagonal) -> list[quadrature.Rule]:
+    """Gauss and Gauss-Radau rules of H^2, whose moments a run of H knows to half the degree."""
+    nodes, weights = quadrature.gauss_radau(run, 0.0)
+    jacobi = lanczos_of_diagonal(nodes**2, np.sqrt(weights)[:, None], run.num_steps // 2)
+    run = Tridiagonal(np.diag(jacobi), np.diag(jacobi, 1)[:-1], float(jacobi[-1, -2]))
+    run = Tridiagonal(run.diagonal[:-1], run.off_diagonal, run.residual_norm)
+    rules = quadrature.gauss(run), quadrature.gauss_radau(run, 0.0)
+    return [(np.sqrt(np.abs(nodes)), weights) for nodes, weights in rules]
+
+
+def lanczos_of_diagonal(values: np.ndarray, starts: np.ndarray, steps: int) -> np.ndarray:
+    """Block tridiagonal matrix of diag(values) from the columns of `starts`, reorthogonalised, in float64.
+
+    `steps` blocks and the coupling to the next: order (steps + 1) times the block size.
+    """
+    size = starts.shape[1]
+    basis = np.zeros((len(values), (steps + 1) * size))
+    basis[:, :size] = np.linalg.qr(starts)[0]
+    matrix = np.zeros((basis.shape[1], basis.shape[1]))
+    for j in range(steps):
+        now, after = slice(j * size, (j + 1) * size), slice((j + 1) * size, (j + 2) * size)
+        product = values[:, None] * basis[:, now]
+        matrix[now, now] = basis[:, now].T @ product
+        for _ in range(2):
+            product -= basis[:, : after.start] @ (basis[:, : after.start].T @ product)
+        basis[:, after], coupling = np.linalg.qr(product)
+        matrix[after, now], matrix[now, after] = coupling, coupling.T
+    return matrix
+
+
+def block_rules(spectrum: Spectrum, size: int, products: int) -> list[quadrature.Rule]:
+    """Block Lanczos from `size` probes at once: the Gauss rule of each, at the same number of products."""
+    assert spectrum.eigenvalues is not None
+    assert spectrum.weights is not None
+    starts = np.sqrt(spectrum.weights[:size]).T * np.sign(np.random.default_rng(0).standard_normal(size))
+    order = products // size * size
+    matrix = lanczos_of_diagonal(spectrum.eigenvalues, starts, products // size)[:order, :order]
+    nodes, vectors = eigh(matrix)
+    coordinates = np.linalg.qr(starts)[1]
+    return [(nodes, (c @ vectors[:size]) ** 2) for c in coordinates.T]
+
+
+def deflated(spectrum: Spectrum, probe: int, products: int) -> float:
+    """The largest eigenvalues known exactly, at a cost of one product each, Lanczos for the rest."""
+    assert spectrum.eigenvalues is not None
+    assert spectrum.weights is not None
+    weights, top = spectrum.weights[probe], np.argsort(np.abs(spectrum.eigenvalues))[-DEFLATED:]
+    rest = np.delete(np.arange(len(weights)), top)
+    share = float(np.sum(weights[rest]))
+    matrix = lanczos_of_diagonal(
+        spectrum.eigenvalues[rest], np.sqrt(weights[rest])[:, None], products - DEFLATED
+    )
+    diagonal, off_diagonal = np.diag(matrix)[:-1], np.diag(matrix, 1)
+    bracket = quadrature.bracket_indefinite(
+        [Tridiagonal(diagonal, off_diagonal[:-1], float(off_diagonal[-1]))]
+    )
+    known, at = weights[top], np.abs(spectrum.eigenvalues[top])
+    return spectrum.root(
+        lambda a: share * bracket.dimension("value", a) + float(np.sum(known * (a / (a + at))))
+    )
+
+
+ESTIMATORS: dict[str, Callable[[Spectrum, Tridiagonal], float]] = {
+    "Gauss": lambda s, run: s.root_of_rules([quadrature.gauss(run)]),
+    "Gauss and anti-Gauss, mean over the last quarter": lambda s, run: s.root_of_rules(last_quarter(run)),
+    "Gauss and anti-Gauss, median over the last quarter": lambda s, run: float(
+        np.median([s.root_of_rules([rule]) for rule in last_quarter(run)])
+    ),
+    "Gauss and Gauss-Radau of the square": lambda s, run: s.root_of_rules(squared(run)),
+    "Gauss-Radau at 0": lambda s, run: s.root_of_rules([quadrature.gauss_radau(run, 0.0)]),
+    "Gauss and Gauss-Radau at 0, mean": lambda s, run: s.root_of_rules(
+        [quadrature.gauss(run), quadrature.gauss_radau(run, 0.0)]
+    ),
+    "jaxlimit": lambda s, run: s.root_of_bracket(run, "value"),
+}
+
+
+def products_needed(counts: np.ndarray, errors: np.ndarray) -> int | None:
+    """The count from which on the error stays within the tolerance; None if it never does."""
+    beyond = np.flatnonzero(np.abs(errors) > TOLERANCE)
+    last = int(beyond[-1]) if beyond.size else -1
+    return None if last == len(counts) - 1 else int(counts[last + 1])
+
+
+def compare(spectrum: Spectrum, semidefinite: bool) -> dict[str, Any]:
+    """Errors of every estimator at every step count, the worse of the probes."""
+    counts = np.arange(2 * STEP, spectrum.steps + 1, STEP)
+    truths = [spectrum.truth(p) for p in range(len(spectrum.runs))]
+    roots = {
+        name: np.array([[estimate(spectrum, run.truncate(int(k))) for k in counts] for run in spectrum.runs])
+        for name, estimate in ESTIMATORS.items()
+    }
+    errors = {name: found - np.array(truths)[:, None] for name, found in roots.items()}
+    if spectrum.eigenvalues is not None and not semidefinite:
+        sparse = counts[counts % 32 == 0]
+        mean = float(np.mean(truths))
+        for size in BLOCKS:
+            if size <= len(spectrum.runs):
+                found = [spectrum.root_of_rules(block_rules(spectrum, size, int(k))) for k in sparse]
+                errors[f"block Lanczos, {size} probes"] = np.array([found]) - mean
+        halves = [
+            np.mean([spectrum.root_of_bracket(run.truncate(int(k) // 2), "value") for run in spectrum.runs])
+            for k in sparse
+        ]
+        errors["jaxlimit, two runs of half the steps"] = np.array([halves]) - mean
+        known = sparse[sparse > DEFLATED]
+        errors[f"jaxlimit, {DEFLATED} outliers deflated"] = np.array(
+            [[deflated(spectrum, p, int(k)) - truths[p] for k in known] for p in range(len(truths))]
+        )
+    table = {}
+    for name, error in errors.items():
+        worst = np.max(np.abs(error), axis=0)
+        at = counts[-len(worst) :] if len(worst) == len(counts) else (counts[counts % 32 == 0])[-len(worst) :]
+        table[name] = {
+            "products": products_needed(at, worst),
+            "error": {int(k): float(e) for k, e in zip(at, worst, strict=True) if k % 32 == 0},
+        }
+    return {"truth": truths, "steps": spectrum.steps, "estimators": table}
+
+
+def store(
+    work: Path, missing: bool, name: str, make: Callable[[], dict[str, Any]]
+) -> dict[str, np.ndarray] | None:
+    """A piece of work from its file; if that is not there it is made, where `missing` allows it."""
+    path = work / f"{name}.npz"
+    if not path.exists():
+        if not missing:
+            return None
+        start = time.perf_counter()
+        arrays = make()
+        temporary = work / f"{name}.tmp.npz"
+        np.savez(temporary, **arrays, seconds=time.perf_counter() - start)
+        temporary.replace(path)
+        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    with np.load(path) as file:
+        return dict(file)
+
+
+def run_lanczos(network: Network, kind: str) -> dict[str, Any]:
+    """The long runs, and for digits the exact spectrum as each probe sees it."""
+    curvature = network.curvature(kind)
+    starts = quadrature.rademacher(jax.random.key(0), curvature.weights, network.num_probes)
+    state = lanczos.run(curvature.matmat, lanczos.init(starts), network.steps[kind])
+    order = magnitude.magnitude_order(curvature.weights)
+    found: dict[str, Any] = {
+        "diagonal": state.diagonal,
+        "off_diagonal": state.off_diagonal,
+        "squared_norm": order.squared_norm,
+        "loss_tolerance": network.loss_tolerance,
+    }
+    if network.name.startswith("digits"):
+        values, vectors = np.linalg.eigh(curvature.dense())
+        probes = np.stack(
+            [magnitude.flatten(jax.tree.map(lambda x, p=p: x[p], starts)) for p in range(network.num_probes)]
+        )
+        found |= {"eigenvalues": values, "weights": (probes @ vectors) ** 2 / len(values)}
+    return found
+
+
+def run_subsample(network: Network, kind: str, num_examples: int) -> dict[str, Any]:
+    """The width limit from the first examples only."""
+    limit = jaxlimit.pruning_limit(
+        network.curvature(kind, num_examples),
+        jax.random.key(0),
+        loss_tolerance=network.loss_tolerance,
+        which=["width"],
+    )
+    assert limit.width is not None
+    return {"width": limit.width.value, "products": limit.num_matvecs}
+
+
+def subsamples(network: Network) -> list[int]:
+    """All examples, and three times a half to a sixth of those before."""
+    sizes = {"digits": (180, 360, 720, 1_438), "fc2-mnist": (2_000, 5_000, 10_000, 20_000, 60_000)}
+    return list(sizes.get(network.name.partition("-l1")[0], (256, 512, 1_024, 2_048)))
+
+
+def extrapolations(sizes: list[int], widths: list[float]) -> dict[str, float]:
+    """The last limit as foretold from those before: linear in log N, and a power law with a limit."""
+    logs = np.log(sizes)
+    slope = (widths[-2] - widths[-3]) / (logs[-2] - logs[-3])
+    linear = widths[-2] + slope * (logs[-1] - logs[-2])
+    before, now = widths[-3] - widths[-4], widths[-2] - widths[-3]
+    ratio = now / before
+    power = widths[-2] + now * ratio if ratio < 1 else linear
+    return {"log-linear": linear - widths[-1], "geometric": power - widths[-1]}
+
+
+def run_precision(name: str, dtype: str, reorthogonalize: bool) -> dict[str, Any]:
+    """The width limit in one precision and mode, by 256 steps on the first 2,048 examples."""
+    with jax.enable_x64(dtype == "float64"):
+        network = Network(name, 1_438 if name.startswith("digits") else 2_048, {}, l1=5e-4)
+        curvature = network.curvature("hessian")
+        if dtype == "float64":
+            params = jax.tree.map(lambda x: np.asarray(x, np.float64), network.trained[1])
+            images, labels = network.arrays
+            loss = training.classification_loss(network.trained[0])
+            batches = jaxlimit.batched((np.asarray(images, np.float64), labels), 128)
+            curvature = jaxlimit.hessian(loss, params, batches)
+        starts = quadrature.rademacher(jax.random.key(0), curvature.weights, 1)
+        state = lanczos.init(starts, reorthogonalize=reorthogonalize)
+        run = lanczos.run(curvature.matmat, state, 256).tridiagonals()[0]
+        order = magnitude.magnitude_order(curvature.weights)
+        spectrum = Spectrum(
+            {
+                "diagonal": run.diagonal[None],
+                "off_diagonal": np.append(run.off_diagonal, run.residual_norm)[None],
+                "squared_norm": order.squared_norm,
+                "loss_tolerance": np.array(network.loss_tolerance),
+            }
+        )
+        sides: tuple[quadrature.Side, ...] = ("value", "upper")
+        return {side: spectrum.root_of_bracket(run, side) for side in sides}
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """The tables of the documentation."""
+    runs = list(document["estimators"])
+    names = list(dict.fromkeys(name for run in runs for name in document["estimators"][run]["estimators"]))
+    lines = ["| estimator | " + " | ".join(runs) + " |", "|---|" + "---:|" * len(runs)]
+    for name in names:
+        cells = []
+        for run in runs:
+            found = document["estimators"][run]["estimators"].get(name)
+            steps = document["estimators"][run]["steps"]
+            cells.append("" if found is None else str(found["products"] or f"> {steps}"))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    if document["subsampling"]:
+        lines += ["", "| network | curvature | width limit by number of examples | foretold, error |"]
+        lines += ["|---|---|---|---|"]
+    for name, found in document["subsampling"].items():
+        widths = ", ".join(
+            f"{n:,}: {w:.4f}" for n, w in zip(found["num_examples"], found["width"], strict=True)
+        )
+        error = ", ".join(f"{key} {value:+.4f}" for key, value in found["foretold_error"].items())
+        lines.append(f"| {name} | {found['curvature']} | {widths} | {error} |")
+    if document["precision"]:
+        lines += ["", "| network | precision | reorthogonalised | width | upper bound |"]
+        lines += ["|---|---|---|---:|---:|"]
+    for row in document["precision"]:
+        lines.append(
+            f"| {row['network']} | {row['dtype']} | {'yes' if row['reorthogonalize'] else 'no'} "
+            f"| {row['value']:.5f} | {row['upper']:.5f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def runs_part(networks: list[Network], stored: Callable[..., Any]) -> dict[str, Any]:
+    """Comparison of the estimators on every run."""
+    found = {}
+    for network in networks:
+        for kind in CURVATURES:
+            name = f"{network.label}-{kind}"
+            arrays = stored(f"run-{name}", partial(run_lanczos, network, kind))
+            if arrays is not None:
+                found[name] = partial(compare, Spectrum(arrays), kind == "gauss_newton")
+    return found
+
+
+def subsampling_part(networks: list[Network], stored: Callable[..., Any]) -> dict[str, Any]:
+    """Width limits by number of examples; LeNet's Hessian at all sizes would take an hour."""
+    found = {}
+    for network in (n for n in NETWORKS[1:4] if n in networks):
+        sizes = subsamples(network)
+        network = Network(network.name, sizes[-1], {}, l1=network.l1)
+        for kind in CURVATURES[network.name == "lenet-cifar10" :]:
+            limits = [
+                stored(f"subsample-{network.name}-{kind}-{n}", partial(run_subsample, network, kind, n))
+                for n in sizes
+            ]
+            if all(limit is not None for limit in limits):
+                widths = [float(limit["width"]) for limit in limits]
+                found[f"{network.name}, {kind}"] = {
+                    "curvature": kind,
+                    "num_examples": sizes,
+                    "width": widths,
+                    "products": [int(limit["products"]) for limit in limits],
+                    "loss_tolerance": network.loss_tolerance,
+                    "foretold_error": extrapolations(sizes, widths),
+                }
+    return found
+
+
+def precision_part(networks: list[Network], stored: Callable[..., Any]) -> list[dict[str, Any]]:
+    """The width limit in both precisions and modes."""
+    rows = []
+    for name in sorted({n.name for n in networks} & {"digits-l1-5e-4", "fc2-mnist"}):
+        for dtype in ("float32", "float64"):
+            for reorthogonalize in (True, False):
+                piece = f"precision-{name}-{dtype}-{reorthogonalize}"
+                found = stored(piece, partial(run_precision, name, dtype, reorthogonalize))
+                if found is not None:
+                    row = {"network": name, "dtype": dtype, "reorthogonalize": reorthogonalize}
+                    rows.append(row | {side: float(found[side]) for side in ("value", "upper")})
+    return rows
+
+
+COLLECT = {"runs": runs_part, "subsampling": subsampling_part, "precision": precision_part}
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    names = sorted({network.name for network in NETWORKS})
+    parser.add_argument("--networks", nargs="+", default=names, choices=names)
+    arguments = parser.parse_args()
+    networks = [network for network in NETWORKS if network.name in arguments.networks]
+    work = arguments.work
+    work.mkdir(parents=True, exist_ok=True)
+    found = {
+        part: collect(networks, partial(store, work, part in arguments.parts))
+        for part, collect in COLLECT.items()
+    }
+    if "table" in arguments.parts:
+        document = {
+            "command": f"python benchmarks/accuracy.py --work DIR --networks {' '.join(arguments.networks)}",
+            "tolerance": TOLERANCE,
+            **common.environment(),
+            "estimators": {name: comparison() for name, comparison in found["runs"].items()},
+            "subsampling": found["subsampling"],
+            "precision": found["precision"],
+        }
+        record.write_json(common.RESULTS / "accuracy.json", document)
+        record.write_atomic(common.RESULTS / "accuracy.md", markdown(document))
+        print(markdown(document))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The documentation builds without a warning, and every public name is in it.
+
+Names are looked up in the site's inventory (objects.inv), which mkdocstrings writes for other projects to
+link to: a name is there only if its docstring was rendered.
+"""
+
+import html
+import inspect
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+
+import jaxlimit
+from jaxlimit import (
+    curvature,
+    data,
+    geometry,
+    lanczos,
+    magnitude,
+    models,
+    plots,
+    presets,
+    quadrature,
+    result,
+    roots,
+    training,
+    weights,
+)
+
+ROOT = Path(__file__).parents[1]
+pytest.importorskip("mkdocs", reason="needs the docs extra")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    assert built.returncode == 0, built.stderr
+    return folder
+
+
+def documented(site):
+    inventory = (site / "objects.inv").read_bytes().split(b"\n", 4)[4]
+    return {line.split()[0] for line in zlib.decompress(inventory).decode().splitlines()}
+
+
+def public_names(module):
+    """What a module defines, or re-exports where it is a package."""
+    names = getattr(module, "__all__", None) or [
+        name
+        for name, thing in vars(module).items()
+        if not name.startswith("_")
+        and (inspect.isfunction(thing) or inspect.isclass(thing))
+        and thing.__module__.startswith(module.__name__)
+    ]
+    return {f"{module.__name__}.{name}" for name in names}
+
+
+def test_every_public_name_is_documented(site):
+    names = documented(site)
+    assert not {f"jaxlimit.{name}" for name in jaxlimit.__all__} - names
+    # A name at the top level need not be there a second time under its module.
+    top = set(jaxlimit.__all__)
+    helpers = {"flatten", "unflatten"}  # between a pytree and one vector
+    for module in (
+        curvature,
+        data,
+        geometry,
+        lanczos,
+        magnitude,
+        models,
+        plots,
+        presets,
+        quadrature,
+        result,
+        roots,
+    ):
+        missing = public_names(module) - names
+        assert not {name for name in missing if name.rpartition(".")[2] not in top | helpers}, module
+    for module in (training, weights):
+        assert not public_names(module) - names
+
+
+@pytest.mark.parametrize("name", ["accuracy", "predicted_vs_measured"])
+def test_tables_of_the_benchmarks_are_shown(site, name):
+    page = {"accuracy": "numerics", "predicted_vs_measured": "limits"}[name]
+    rows = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text().splitlines()
+    first = [cell.strip() for cell in rows[2].strip("|").split("|")]
+    text = (site / page / "index.html").read_text()
+    assert first[0] in text
+    assert all(f">{html.escape(cell)}</td>" in text for cell in first[1:] if cell)

@@ -1,0 +1,42 @@
+"""The notebooks: stored without outputs, and every cell, with the assertions that end each, runs."""
+
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+SECONDS_A_CELL = 600
+
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def read(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    return notebook
+
+
+def test_there_are_notebooks():
+    assert len(NOTEBOOKS) == 3
+
+
+@every_notebook
+def test_no_outputs_are_stored(path):
+    for cell in read(path).cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == []
+            assert cell.execution_count is None
+
+
+@every_notebook
+def test_ends_in_a_comparison(path):
+    assert "assert " in read(path).cells[-1].source
+
+
+@every_notebook
+def test_runs(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in conftest.py: small matrices gain nothing from more
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(read(path), timeout=SECONDS_A_CELL, resources=resources).execute()
