@@ -44,13 +44,15 @@ SPARSITIES = np.arange(401) / 400
 TEST_SPARSITIES, FINETUNED_SPARSITIES = SPARSITIES[::4], SPARSITIES[::2]
 ACCURACY_LOSS = 0.01
 TOLERANCE = 1e-3
-# Columns of the Markdown table, and where their values are in a case.
-COLUMNS = {
-    "accuracy": ("test_accuracy",),
+# Columns of the two Markdown tables, and where their values are in a case. A measured threshold is bold, and
+# stands before its predictions.
+PRUNED = {
+    "test accuracy": ("test_accuracy",),
     "1 point less": ("thresholds", "accuracy"),
     "**pruned**": ("thresholds", "loss"),
     "one_shot": ("hessian", "one_shot", "value"),
-    "GN one_shot": ("gauss_newton", "one_shot", "value"),
+}
+FINETUNED = {
     "**fine-tuned**": ("thresholds", "finetuned"),
     "width": ("hessian", "width", "value"),
     "cone": ("hessian", "cone", "value"),
@@ -337,16 +339,16 @@ def row(case: Case, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def markdown_table(document: Mapping[str, Any]) -> str:
+def markdown_table(document: Mapping[str, Any], columns: Mapping[str, Sequence[str]]) -> str:
     """Measured thresholds (bold) and the limits: means over the seeds, with half their range.
 
-    A limit that is not resolved to the tolerance for every seed is marked with a ~.
+    A limit that is not resolved to the tolerance for every seed is marked with a ~, one that is known for the
+    first seed alone with a *.
     """
-    rows = [("network", "weights", "N", "L1", *COLUMNS), ("---", *["---:"] * (3 + len(COLUMNS)))]
+    rows = [("network", "L1", *columns), ("---", *["---:"] * (1 + len(columns)))]
     for (network, l1), group in groupby(document["cases"], key=lambda case: (case["network"], case["l1"])):
         cases = list(group)
-        sizes = (f"{cases[0][name]:,}" for name in ("num_weights", "num_examples"))
-        rows.append((network, *sizes, f"{l1:g}", *(_cell(cases, path) for path in COLUMNS.values())))
+        rows.append((network, f"{l1:g}", *(_cell(cases, path) for path in columns.values())))
     return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 
 
@@ -358,7 +360,8 @@ def _cell(cases: Sequence[Mapping[str, Any]], path: Sequence[str]) -> str:
     curvatures = [case[path[0]] for case in cases if path[0] in CURVATURES]
     resolved = all(found is None or found["status"].startswith("converged") for found in curvatures)
     half_range = round((max(known) - min(known)) / 2, 3)
-    return f"{'' if resolved else '~'}{np.mean(known):.3f}" + (f" ± {half_range:.3f}" if half_range else "")
+    marks = ("" if resolved else "~"), ("*" if len(known) < len(values) else "")
+    return f"{marks[0]}{np.mean(known):.3f}{marks[1]}" + (f" ± {half_range:.3f}" if half_range else "")
 
 
 def _value(case: Mapping[str, Any], path: Sequence[str]) -> float | None:
@@ -372,8 +375,9 @@ def write_table(work: Path) -> None:
     """The stage `table`."""
     document = collect(work)
     record.write_json(common.RESULTS / f"{NAME}.json", document)
-    record.write_atomic(common.RESULTS / f"{NAME}.md", markdown_table(document))
-    print(markdown_table(document), end="", flush=True)
+    tables = [markdown_table(document, columns) for columns in (PRUNED, FINETUNED)]
+    record.write_atomic(common.RESULTS / f"{NAME}.md", "\n".join(tables))
+    print("\n".join(tables), end="", flush=True)
 
 
 def select(names: Sequence[str], work: Path) -> list[Case]:
