@@ -177,8 +177,16 @@ class AdaptiveCurvature:
                     raise BudgetSpent
                 before = self.products.count
                 vector, mask = self.order.removed_vector(n), self.order.mask(n)
+                # The logarithm of the minimum rises by 7 to 280 in a unit of s on a 64-10-10 network trained
+                # on digits: the tolerance of s allows for several times that of the loss, in units of eps.
                 lower, upper, start = readjusted_minimum(
-                    self.products.matvec, vector, mask, start, self.loss_tolerance, self.products.left
+                    self.products.matvec,
+                    vector,
+                    mask,
+                    start,
+                    self.loss_tolerance,
+                    self.products.left,
+                    accuracy=self.tolerance / 10,
                 )
                 used = self.products.count - before
                 self.store.save_tree(name, {"x": start, "bounds": np.array([lower, upper, used])})

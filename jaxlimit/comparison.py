@@ -15,6 +15,8 @@ OPTIMISTIC = (
     "Gauss-Newton calls flat what is flat only to first order in the network: read its width, cone and "
     "readjusted limits as optimistic."
 )
+# Key of the width limit on the first half of the examples, where not all of them are used.
+HALF = "width_of_half_the_examples"
 # Characters a line of the text.
 WIDTH = 98
 COLUMNS = ("", "predicted", "interval", "measured", "difference", "test accuracy there")
@@ -150,6 +152,12 @@ def notes(document: Mapping[str, Any]) -> list[str]:
     for name, found in document["limits"].items():
         if not found["status"].startswith("converged: exact"):
             notes.append(f"{TITLES[name]}: {found['status']}")
+        if HALF in found:
+            used, half = found["num_examples"], found[HALF]
+            notes.append(
+                f"{TITLES[name]}: from {used:,} of {network['num_train']:,} training examples. From half of "
+                f"these, width is {half:.4f} ({half - found['width']['value']:+.4f})."
+            )
     return notes
 
 

@@ -20,8 +20,6 @@ PyTree = Any
 # would be needed to reach eps: the decision could then only change if convergence sped up a hundredfold.
 WINDOW = 10
 DECISIVE = 0.01
-# ... or when they lowered it by less than this fraction of eps, at the root itself.
-NEGLIGIBLE = 1e-4
 
 
 def readjusted_minimum(
@@ -31,6 +29,7 @@ def readjusted_minimum(
     start: PyTree,
     loss_tolerance: float,
     max_matvecs: int,
+    accuracy: float = 1e-4,
 ) -> tuple[float, float, PyTree]:
     """Whether readjusting the kept weights brings the quadratic loss down to eps.
 
@@ -44,6 +43,7 @@ def readjusted_minimum(
         start: first guess of x (any pytree like c; only its kept part is used).
         loss_tolerance: eps > 0.
         max_matvecs: products at most; at least 1.
+        accuracy: share of eps by which the last products must have lowered the loss for more to follow.
 
     Returns:
         lower and upper bounds of the minimum, and the x that gives the upper one.
@@ -60,7 +60,7 @@ def readjusted_minimum(
     losses = [loss]
     for _ in range(max_matvecs - 1):
         recent = losses[-WINDOW - 1] - loss if len(losses) > WINDOW else np.inf
-        undecided = recent > max(DECISIVE * (loss - loss_tolerance), NEGLIGIBLE * loss_tolerance)
+        undecided = recent > max(DECISIVE * (loss - loss_tolerance), accuracy * loss_tolerance)
         if loss <= loss_tolerance or squared == 0 or not undecided:
             break
         product = matvec(direction)

@@ -209,31 +209,39 @@ class _Run:
             bracket = "" if dense else f"{state.stage}, limit in [{state.lower:.3f}, {state.upper:.3f}]"
             self.monitor.update(state.num_matvecs, bracket or last)
 
-        data = self.batches([array[: self.options.num_examples] for array in self.arrays["train"]])
-        checkpoint = record.checkpoint_path(self.folder, name)
-        with self.stage(stage, title, dim if dense else limit.MAX_MATVECS):
-            operator = (
-                curvature.hessian(self.loss, self.params, data)
-                if name == "hessian"
-                else curvature.gauss_newton(
-                    lambda params, batch: self.predict(params, batch[0]),
-                    lambda outputs, batch: training.cross_entropy(outputs, batch[1]),
-                    self.params,
-                    data,
-                )
-            )
-            found = limit.pruning_limit(
-                operator,
+        def limits_of(num_examples: int | None, which: Sequence[str], folder: Path) -> limit.PruningLimit:
+            return limit.pruning_limit(
+                self._curvature(name, num_examples),
                 self.key(1),
                 loss_tolerance=self.document["loss_tolerance"],
                 tolerance=self.options.tolerance,
-                checkpoint=str(checkpoint),
+                which=which,
+                checkpoint=str(folder),
                 progress=progress,
             )
+
+        num_examples, checkpoint = self.options.num_examples, record.checkpoint_path(self.folder, name)
+        with self.stage(stage, title, dim if dense else limit.MAX_MATVECS):
+            found = limits_of(num_examples, limit.LIMITS, checkpoint / "all")
             record.save_spectrum(record.spectrum_path(self.folder, name), found, SWEEP)
             self.document["limits"][name] = found.to_json()
+            if num_examples is not None and 1 < num_examples < len(self.arrays["train"][1]):
+                half = limits_of(num_examples // 2, ["width"], checkpoint / "half")
+                self.document["limits"][name][comparison.HALF] = half.estimates()["width"].value
         shutil.rmtree(checkpoint, ignore_errors=True)
         self.monitor.finish(", ".join(f"{key} {value.value:.3f}" for key, value in found.estimates().items()))
+
+    def _curvature(self, name: str, num_examples: int | None) -> curvature.Curvature:
+        """Of the loss over the first so many training examples."""
+        data = self.batches([array[:num_examples] for array in self.arrays["train"]])
+        if name == "hessian":
+            return curvature.hessian(self.loss, self.params, data)
+        return curvature.gauss_newton(
+            lambda params, batch: self.predict(params, batch[0]),
+            lambda outputs, batch: training.cross_entropy(outputs, batch[1]),
+            self.params,
+            data,
+        )
 
     def sweep(self) -> None:
         title = "sparsity sweep"

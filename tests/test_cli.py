@@ -10,11 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxlimit import __version__, presets
+import jaxlimit
+from jaxlimit import __version__, models, presets, training, weights
 from jaxlimit.cli import default_folder, main
 
 TINY = presets.Preset(
@@ -113,6 +115,32 @@ def test_the_measured_threshold_is_where_the_curve_crosses(finished):
         first = next(i for i, (_, loss) in enumerate(measured) if loss > bound)
         assert document["measured"][kind] == {"value": measured[first - 1][0], "next": measured[first][0]}
         assert measured[first][0] - measured[first - 1][0] <= 0.005 + 1e-9
+
+
+def test_a_limit_from_part_of_the_examples_says_so(tmp_path, capsys):
+    """And how much it would change on half of them, at the loss tolerance of them all."""
+    folder = tmp_path / "part"
+    assert main([*RUN, "--num-examples", "300", "--out", str(folder)]) == 0
+    document = json.loads((folder / "limit.json").read_text())
+    found = document["limits"]["gauss_newton"]
+    predict, like = models.from_nnx(presets.build_network(TINY, 0))
+    params = weights.load_weights(folder / "weights.safetensors", like)
+    images, labels = presets.load_arrays(TINY, presets.Options())[0]
+    operator = jaxlimit.gauss_newton(
+        lambda params, batch: predict(params, batch[0]),
+        lambda outputs, batch: training.cross_entropy(outputs, batch[1]),
+        params,
+        jaxlimit.batched((images[:150], labels[:150]), 50),
+    )
+    half = jaxlimit.pruning_limit(
+        operator, jax.random.key(0), loss_tolerance=document["loss_tolerance"], which=["width"]
+    ).width.value
+    assert found["num_examples"] == 300
+    assert found["width_of_half_the_examples"] == pytest.approx(half, abs=2e-5)
+    assert half != found["width"]["value"]
+    printed = " ".join(capsys.readouterr().out.split())
+    change = f"{half:.4f} ({half - found['width']['value']:+.4f})"
+    assert f"from 300 of 1,438 training examples. From half of these, width is {change}." in printed
 
 
 def test_a_finished_run_is_not_overwritten(finished, capsys):
