@@ -100,8 +100,10 @@ def test_data_folder_prefers_the_folder_that_is_given(tmp_path, monkeypatch):
     ("load", "layout"),
     [
         (data.load_mnist, "train-images-idx3-ubyte"),
+        (data.load_fashion_mnist, "train-images-idx3-ubyte"),
         (data.load_cifar10, "cifar-10-batches-bin"),
         (data.load_cifar100, "cifar-100-python"),
+        (data.load_tiny_imagenet, "tiny-imagenet-200"),
     ],
 )
 def test_no_folder_says_what_to_do(load, layout, value, monkeypatch):
@@ -116,7 +118,8 @@ def test_no_folder_says_what_to_do(load, layout, value, monkeypatch):
 def test_data_folder_refuses(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"There is no folder .*absent.*binary version"):
         data.data_folder("cifar10", tmp_path / "absent")
-    with pytest.raises(ValueError, match="mnist, cifar10, cifar100, got 'imagenet'"):
+    names = "mnist, fashion-mnist, cifar10, cifar100, tiny-imagenet"
+    with pytest.raises(ValueError, match=f"{names}, got 'imagenet'"):
         data.data_folder("imagenet", tmp_path)
 
 
@@ -182,19 +185,19 @@ def idx(shape, content, magic=None):
 
 @pytest.fixture
 def small_mnist(tmp_path, monkeypatch):
-    """Seven training and three test examples, whose checksums count as the official ones."""
+    """Seven training and three test examples, whose checksums count as the official ones of both."""
     generator = np.random.default_rng(0)
-    contents, official = {}, {}
+    contents, shapes = {}, {}
     for images, labels, count in ((IMAGES, LABELS, 7), (TEST_IMAGES, TEST_LABELS, 3)):
         contents[images] = idx((count, 28, 28), generator.bytes(count * 784))
         contents[labels] = idx((count,), bytes(range(10 - count, 10)))
-        official[images] = (count, 28, 28)
-        official[labels] = (count,)
+        shapes |= {images: (count, 28, 28), labels: (count,)}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    table = {name: (shape, hashlib.sha256(contents[name]).hexdigest()) for name, shape in official.items()}
-    monkeypatch.setattr(mnist, "_TRAIN", {name: table[name] for name in (IMAGES, LABELS)})
-    monkeypatch.setattr(mnist, "_TEST", {name: table[name] for name in (TEST_IMAGES, TEST_LABELS)})
+    monkeypatch.setattr(mnist, "_SHAPES", shapes)
+    for official in ("_MNIST_SHA256", "_FASHION_MNIST_SHA256"):
+        checksums = tuple(hashlib.sha256(contents[name]).hexdigest() for name in shapes)
+        monkeypatch.setattr(mnist, official, checksums)
     return tmp_path
 
 
@@ -203,12 +206,17 @@ def compress(path):
     path.unlink()
 
 
+@pytest.mark.parametrize(
+    ("load", "name", "mean", "std"),
+    [(data.load_mnist, "mnist", 0.1307, 0.3081), (data.load_fashion_mnist, "fashion-mnist", 0.2860, 0.3530)],
+)
 @pytest.mark.parametrize("compressed", [(), (LABELS,), (IMAGES, LABELS, TEST_IMAGES, TEST_LABELS)])
-def test_mnist_places_every_byte(small_mnist, compressed):
+def test_mnist_places_every_byte(small_mnist, compressed, load, name, mean, std):
     raw = (small_mnist / IMAGES).read_bytes()
-    for name in compressed:
-        compress(small_mnist / name)
-    dataset = data.load_mnist(small_mnist)
+    for file in compressed:
+        compress(small_mnist / file)
+    dataset = load(small_mnist)
+    assert dataset.name == name
     assert dataset.train_images.shape == (7, 28, 28, 1)
     assert dataset.test_images.shape == (3, 28, 28, 1)
     assert dataset.train_images.dtype == dataset.test_images.dtype == np.float32
@@ -216,8 +224,22 @@ def test_mnist_places_every_byte(small_mnist, compressed):
     np.testing.assert_array_equal(dataset.train_labels, range(3, 10))
     np.testing.assert_array_equal(dataset.test_labels, range(7, 10))
     for n, h, w in ((0, 0, 0), (0, 3, 17), (4, 27, 0), (6, 27, 27)):
-        expected = (raw[16 + (n * 28 + h) * 28 + w] / 255 - 0.1307) / 0.3081
+        expected = (raw[16 + (n * 28 + h) * 28 + w] / 255 - mean) / std
         np.testing.assert_allclose(dataset.train_images[n, h, w, 0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("official", [mnist._MNIST_SHA256, mnist._FASHION_MNIST_SHA256])
+def test_mnist_checksums_are_four_of_each(official):
+    assert [len(bytes.fromhex(sha256)) for sha256 in official] == [32] * 4
+    assert len({*mnist._MNIST_SHA256, *mnist._FASHION_MNIST_SHA256}) == 8
+
+
+def test_fashion_mnist_is_not_mistaken_for_mnist(small_mnist, monkeypatch):
+    monkeypatch.setattr(mnist, "_FASHION_MNIST_SHA256", ("0" * 64,) * 4)
+    data.load_mnist(small_mnist)
+    with pytest.raises(ValueError, match=rf"{IMAGES} is not the official file"):
+        data.load_fashion_mnist(small_mnist)
+    assert data.load_fashion_mnist(small_mnist, verify=False).name == "fashion-mnist"
 
 
 def test_mnist_names_every_missing_file(small_mnist):
@@ -245,7 +267,7 @@ def flipped(content, position):
         (LABELS, lambda _: idx((7, 28, 28), bytes(7 * 784)), "idx file of labels: .*a file of images"),
         (IMAGES, lambda _: idx((3, 28, 28), bytes(3 * 784)), r"shape \(3, 28, 28\), expected \(7, 28, 28\)"),
         (IMAGES, lambda _: idx((7, 14, 56), bytes(7 * 784)), r"shape \(7, 14, 56\)"),
-        (LABELS, gzip.compress, "no file of MNIST"),
+        (LABELS, gzip.compress, "neither images nor labels"),
     ],
 )
 def test_mnist_refuses_a_damaged_file(small_mnist, name, damage, message, verify):
@@ -624,6 +646,14 @@ def test_real_mnist():
     # The digit one is taller than wide: rows are rows.
     one = raw[dataset.train_labels == 1].mean(axis=0)[..., 0]
     assert np.count_nonzero(one.sum(axis=1) > 0.5) > np.count_nonzero(one.sum(axis=0) > 0.5)
+
+
+def test_real_fashion_mnist():
+    dataset = real(data.load_fashion_mnist, "fashion-mnist")
+    assert np.bincount(dataset.train_labels).tolist() == [6000] * 10
+    assert np.bincount(dataset.test_labels).tolist() == [1000] * 10
+    raw = dataset.train_images.astype(np.float64) * 0.3530 + 0.2860
+    np.testing.assert_allclose([raw.mean(), raw.std()], [0.2860, 0.3530], atol=1e-4)
 
 
 @pytest.mark.cifar10

@@ -21,6 +21,11 @@ CIFAR10_NORMALIZATION = Normalization((0.491, 0.482, 0.447), (0.247, 0.243, 0.26
 """Mean and standard deviation of the paper's code for CIFAR-10."""
 CIFAR100_NORMALIZATION = Normalization((0.507, 0.487, 0.441), (0.267, 0.256, 0.276))
 """Mean and standard deviation of the paper's code for CIFAR-100."""
+# The paper's code has none for the following.
+FASHION_MNIST_NORMALIZATION = Normalization((0.2860,), (0.3530,))
+"""Mean and standard deviation of the training pixels of Fashion-MNIST."""
+TINY_IMAGENET_NORMALIZATION = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and standard deviation of ImageNet, which Tiny ImageNet is drawn from, as torchvision uses them."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)

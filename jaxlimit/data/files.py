@@ -9,12 +9,14 @@ from pathlib import Path
 
 _VARIABLE = "JAXLIMIT_DATA"
 
+_IDX_REMEDY = (
+    "Get the four official {title} files from the data set's home page and place them, plain or as .gz, in "
+    "{{folder}}: train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, "
+    "t10k-labels-idx1-ubyte."
+)
 _REMEDY = {
-    "mnist": (
-        "Get the four official MNIST files from the data set's home page and place them, plain or as .gz, in "
-        "{folder}: train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, "
-        "t10k-labels-idx1-ubyte."
-    ),
+    "mnist": _IDX_REMEDY.format(title="MNIST"),
+    "fashion-mnist": _IDX_REMEDY.format(title="Fashion-MNIST"),
     "cifar10": (
         "Get the official CIFAR-10 binary version (or the Python version) from the data set's home page and "
         "unpack it in {folder}, which then holds cifar-10-batches-bin (or cifar-10-batches-py)."
@@ -23,6 +25,10 @@ _REMEDY = {
         "Get the official CIFAR-100 Python version from the data set's home page and unpack it in {folder}, "
         "which then holds cifar-100-python."
     ),
+    "tiny-imagenet": (
+        "Get the official Tiny ImageNet from the data set's home page and unpack it in {folder}, which then "
+        "holds tiny-imagenet-200."
+    ),
 }
 
 
@@ -30,14 +36,14 @@ def data_folder(name: str, folder: str | os.PathLike[str] | None = None) -> Path
     """Find the folder of a data set: the one given, or $JAXLIMIT_DATA/name.
 
     Args:
-        name: "mnist", "cifar10" or "cifar100".
+        name: "mnist", "fashion-mnist", "cifar10", "cifar100" or "tiny-imagenet".
         folder: the data set's own folder; by default the environment variable decides.
 
     Returns:
         An existing folder. What it holds is checked by the loaders.
 
     Raises:
-        ValueError: the name is none of the three.
+        ValueError: the name is none of these.
         FileNotFoundError: there is no such folder, or no folder is given and the variable is not set. The
             message says which files to get and where to place them.
 
