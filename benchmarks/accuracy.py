@@ -70,13 +70,12 @@ class Network:
         """Predict function and parameters."""
         rngs = nnx.Rngs(0)
         if self.name == "fc2-mnist":
-            predict, params = models.from_nnx(models.fc2(784, rngs=rngs))
-            return predict, jax.tree.map(np.asarray, load_golden("golden_fc2_mnist", params))
+            network = models.fc2(784, rngs=rngs)
+            return models.from_nnx(models.load_torch_state(network, GOLDEN / "golden_fc2_mnist/weights.npz"))
         if self.name == "lenet-cifar10":
-            network = models.LeNet(rngs=rngs)
-            network.conv1.conv_general_dilated = network.conv2.conv_general_dilated = common.convolve
-            predict, params = models.from_nnx(network)
-            return predict, load_golden("golden_lenet_cifar10", params)
+            network = common.fast_on_cpu(models.LeNet(rngs=rngs))
+            file = GOLDEN / "golden_lenet_cifar10/weights.npz"
+            return models.from_nnx(models.load_torch_state(network, file))
         predict, params = models.from_nnx(models.digits_net(rngs=rngs))
         rate = optax.cosine_decay_schedule(0.05, 400 * 12)
         loss = training.classification_loss(predict)
@@ -119,24 +118,6 @@ NETWORKS = (
     Network("lenet-cifar10", 512, {"hessian": 320, "gauss_newton": 96}, num_probes=1),
     Network("fc2-mnist", 60_000, {"hessian": 384, "gauss_newton": 96}, num_probes=1),
 )
-
-
-def load_golden(folder: str, params: Any) -> Any:
-    """Weights with PyTorch's names and layouts, as the tree `params` of the same network here."""
-    with np.load(GOLDEN / folder / "weights.npz") as file:
-        arrays = [file[name] for name in file.files if name != "__order__"]
-
-    def layout(array: np.ndarray, like: Any) -> np.ndarray:
-        if array.ndim == 4:  # (out, in, height, width)
-            return array.transpose(2, 3, 1, 0)
-        if array.ndim == 2 and folder.endswith("cifar10") and array.shape[1] == 800:
-            array = array.reshape(-1, 32, 5, 5).transpose(0, 2, 3, 1).reshape(-1, 800)
-        return array.T.reshape(like.shape)
-
-    # Both list weight and bias layer by layer; a tree sorts bias before kernel.
-    leaves, structure = jax.tree.flatten(params)
-    pairs = [arrays[i ^ 1] for i in range(len(arrays))]
-    return structure.unflatten([layout(a, like) for a, like in zip(pairs, leaves, strict=True)])
 
 
 class Spectrum:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxlimit.compat import ReferenceLimit
 from jaxlimit.plots import TITLES
 from jaxlimit.roots import LIMITS
 
@@ -152,6 +153,8 @@ def notes(document: Mapping[str, Any]) -> list[str]:
     for name, found in document["limits"].items():
         if not found["status"].startswith("converged: exact"):
             notes.append(f"{TITLES[name]}: {found['status']}")
+        if "reference" in found:
+            notes.append(ReferenceLimit(**found["reference"]).against(found["width"]["value"]))
         if HALF in found:
             used, half = found["num_examples"], found[HALF]
             notes.append(

@@ -11,7 +11,7 @@ weighted by their numbers of examples. Data and parameters are arguments of the 
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -102,6 +102,16 @@ class Curvature:
     def dim(self) -> int:
         """Number of prunable weights D."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.weights))
+
+    @property
+    def params(self) -> PyTree:
+        """All parameters, those outside the matrix too."""
+        return combine(self.weights, self._rest)
+
+    def of(self, prunable: Prunable) -> "Curvature":
+        """The same curvature on other parameters: `prunable` as in `hessian`."""
+        weights, rest = partition(self.params, prunable)
+        return replace(self, weights=weights, _rest=rest)
 
     @cached_property
     def gradient(self) -> PyTree:

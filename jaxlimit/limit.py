@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxlimit.adaptive import AdaptiveCurvature, BudgetSpent, Products, Progress
 from jaxlimit.checkpoint import Checkpoint
+from jaxlimit.compat import reference_limit
 from jaxlimit.curvature import Curvature, dense_matrix
 from jaxlimit.dense import DenseCurvature, dense_curvature
 from jaxlimit.geometry import width_ridge
@@ -47,6 +48,7 @@ def pruning_limit(
     which: Sequence[str] = LIMITS,
     checkpoint: str | None = None,
     progress: Callable[[Progress], None] | None = None,
+    compat: str | None = None,
 ) -> PruningLimit:
     r"""How sparse the network can be pruned while its loss rises by at most `loss_tolerance`.
 
@@ -67,6 +69,8 @@ def pruning_limit(
         checkpoint: folder for intermediate results. A run that was interrupted goes on from there and
             gives the same bits; a folder of a different problem is refused.
         progress: called with a `Progress` after every block of products.
+        compat: "reference" adds what the paper's own code would predict (`compat.reference_limit`, for a
+            Hessian), by 228 products outside the budget; None leaves it out.
 
     Returns:
         The limits asked for, with brackets, and a status sentence; `print` shows them as a table.
@@ -89,6 +93,8 @@ def pruning_limit(
     `roots` (one_shot, readjusted).
     """
     _check_arguments(loss_tolerance, tolerance, max_matvecs, num_probes, which)
+    if compat not in (None, "reference"):
+        raise ValueError(f'compat must be None or "reference", got {compat!r}.')
     loss_tolerance = float(loss_tolerance)
     order = magnitude_order(curvature.weights)
     if order.squared_norm[-1] == 0:
@@ -136,6 +142,9 @@ def pruning_limit(
         status = f"converged: exact, from all {order.dim:,} eigenvalues."
     else:
         status = _status(curvature, tolerance, max_matvecs, width, limits, which)
+    reference = None
+    if compat is not None:
+        reference = reference_limit(curvature, jax.random.fold_in(key, 1), loss_tolerance=loss_tolerance)
     measure = source.measure
     n = max(int(num_removed(order.dim, width.value)), order.num_zeros + 1)
     return PruningLimit(
@@ -153,6 +162,7 @@ def pruning_limit(
         largest_eigenvalue=float(np.max(np.abs(measure.nodes))),
         ridge=width_ridge(removed_radius(order, n), loss_tolerance),
         status=status,
+        reference=reference,
         _order=order,
         _bracket=bracket,
         _removed=removed,

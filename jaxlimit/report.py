@@ -167,7 +167,7 @@ def _row(cells: Sequence[str]) -> str:
 
 def _details(document: Mapping[str, Any], name: str) -> dict[str, Any]:
     found = document["limits"].get(name, {})
-    return {key: value for key, value in found.items() if key not in LIMITS}
+    return {key: value for key, value in found.items() if key not in (*LIMITS, "reference")}
 
 
 def _definitions(title: str, values: Mapping[str, Any]) -> str:

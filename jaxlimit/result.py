@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from jaxlimit.compat import ReferenceLimit
 from jaxlimit.geometry import transition_halfwidth, width_ridge
 from jaxlimit.magnitude import MagnitudeOrder, num_removed
 from jaxlimit.quadrature import Side, SpectralBracket, SpectralMeasure
@@ -71,6 +72,7 @@ class PruningLimit:
         largest_eigenvalue: of |H|.
         ridge: a = 2 eps / R^2 at the width limit; largest_eigenvalue / ridge is what Lanczos must resolve.
         status: a sentence: converged or not, why, and what to do.
+        reference: what the paper's own code would predict, where that was asked for.
     """
 
     one_shot: Estimate | None
@@ -90,6 +92,7 @@ class PruningLimit:
     largest_eigenvalue: float
     ridge: float
     status: str
+    reference: ReferenceLimit | None
     _order: MagnitudeOrder = field(repr=False)
     _bracket: SpectralBracket = field(repr=False)
     _removed: dict[int, SpectralBracket] = field(repr=False)
@@ -155,7 +158,8 @@ class PruningLimit:
             "positive_semidefinite method largest_eigenvalue ridge status transition_halfwidth"
         )
         limits = {name: vars(estimate) for name, estimate in self.estimates().items()}
-        return {**limits, **{name: getattr(self, name) for name in names.split()}}
+        reference = {} if self.reference is None else {"reference": vars(self.reference)}
+        return {**limits, **{name: getattr(self, name) for name in names.split()}, **reference}
 
     def __repr__(self) -> str:
         kind = "Gauss-Newton" if self.positive_semidefinite else "Hessian, |H|"
@@ -176,4 +180,6 @@ class PruningLimit:
             f"lambda_max / a = {self.largest_eigenvalue / self.ridge:.3g}",
             f"status: {self.status}",
         ]
+        if self.reference is not None and self.width is not None:
+            lines.append(self.reference.against(self.width.value))
         return "\n".join(lines)

@@ -209,7 +209,9 @@ class _Run:
             bracket = "" if dense else f"{state.stage}, limit in [{state.lower:.3f}, {state.upper:.3f}]"
             self.monitor.update(state.num_matvecs, bracket or last)
 
-        def limits_of(num_examples: int | None, which: Sequence[str], folder: Path) -> limit.PruningLimit:
+        def limits_of(
+            num_examples: int | None, which: Sequence[str], folder: Path, compat: str | None = None
+        ) -> limit.PruningLimit:
             return limit.pruning_limit(
                 self._curvature(name, num_examples),
                 self.key(1),
@@ -218,11 +220,13 @@ class _Run:
                 which=which,
                 checkpoint=str(folder),
                 progress=progress,
+                compat=compat,
             )
 
         num_examples, checkpoint = self.options.num_examples, record.checkpoint_path(self.folder, name)
         with self.stage(stage, title, dim if dense else limit.MAX_MATVECS):
-            found = limits_of(num_examples, limit.LIMITS, checkpoint / "all")
+            compat = "reference" if name == "hessian" else None
+            found = limits_of(num_examples, limit.LIMITS, checkpoint / "all", compat)
             record.save_spectrum(record.spectrum_path(self.folder, name), found, SWEEP)
             self.document["limits"][name] = found.to_json()
             if num_examples is not None and 1 < num_examples < len(self.arrays["train"][1]):

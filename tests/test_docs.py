@@ -16,6 +16,7 @@ import pytest
 
 import jaxlimit
 from jaxlimit import (
+    compat,
     curvature,
     data,
     geometry,
@@ -69,6 +70,7 @@ def test_every_public_name_is_documented(site):
     top = set(jaxlimit.__all__)
     helpers = {"flatten", "unflatten"}  # between a pytree and one vector
     for module in (
+        compat,
         curvature,
         data,
         geometry,

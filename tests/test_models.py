@@ -1,5 +1,7 @@
 """Networks against hand counts, NumPy, SciPy's correlation, and the distribution they must start from."""
 
+import math
+from functools import partial
 from itertools import pairwise
 
 import jax
@@ -9,7 +11,20 @@ import pytest
 from flax import nnx
 from scipy.signal import correlate
 
-from jaxlimit.models import FullyConnected, LeNet, digits_net, fc2, fc5, from_nnx
+from jaxlimit.models import (
+    VGG,
+    AlexNet,
+    CNet,
+    FullyConnected,
+    LeNet,
+    ResNet,
+    digits_net,
+    fc2,
+    fc5,
+    fc12,
+    fc13,
+    from_nnx,
+)
 
 
 class Everything(nnx.Module):
@@ -26,25 +41,39 @@ class Everything(nnx.Module):
         return self.dropout(self.norm(inputs))
 
 
-def kernel_and_total_size(model: nnx.Module) -> tuple[int, int]:
-    _, params = from_nnx(model)
-    leaves = jax.tree.leaves(params)
-    return sum(leaf.size for leaf in leaves if leaf.ndim >= 2), sum(leaf.size for leaf in leaves)
+# Kernel weights and parameters by hand: kernels, biases of dense layers and of convolutions that have one,
+# and two numbers a channel of batch norm. VGG16, say: 9 (3 64 + 64 64 + 64 128 + 128 128 + 128 256 +
+# 2 256 256 + 256 512 + 5 512 512) + 512 10 kernel weights, 3 (2 64 + 2 128 + 3 256 + 6 512) + 10 others.
+COUNTS = {
+    "digits": (digits_net, 4_464, 4_546),
+    "fc2": (partial(fc2, 784), 79_400, 79_510),
+    "fc5-mnist": (partial(fc5, 784), 1_595_000, 1_597_010),
+    "fc5": (partial(fc5, 3072), 3_883_000, 3_885_010),
+    "fc12": (partial(fc12, 3072), 7_263_000, 7_269_610),
+    "fc13": (partial(fc13, 3072), 7_333_000, 7_339_860),
+    "lenet": (LeNet, 120_920, 121_182),
+    "lenet-100": (partial(LeNet, 100), 128_480, 128_832),
+    "cnet": (CNet, 305_000, 305_742),
+    "alexnet": (AlexNet, 46_778_400, 46_787_978),
+    "vgg11": (partial(VGG, 11), 9_222_848, 9_231_114),
+    "vgg13": (partial(VGG, 13), 9_407_168, 9_416_010),
+    "vgg16": (partial(VGG, 16), 14_715_584, 14_728_266),
+    "vgg19": (partial(VGG, 19), 20_024_000, 20_040_522),
+    "resnet18": (partial(ResNet, 18), 11_164_352, 11_173_962),
+    "resnet34": (partial(ResNet, 34), 21_265_088, 21_282_122),
+    "resnet50": (partial(ResNet, 50), 23_467_712, 23_520_842),
+    "resnet101": (partial(ResNet, 101), 42_407_616, 42_512_970),
+    "resnet152": (partial(ResNet, 152), 58_005_184, 58_156_618),
+}
 
 
-@pytest.mark.parametrize(
-    ("model", "kernels", "total"),
-    [
-        (lambda rngs: digits_net(rngs=rngs), 4_464, 4_546),
-        (lambda rngs: fc2(784, rngs=rngs), 79_400, 79_510),
-        (lambda rngs: fc5(784, rngs=rngs), 1_595_000, 1_597_010),
-        (lambda rngs: fc5(3072, rngs=rngs), 3_883_000, 3_885_010),
-        (lambda rngs: LeNet(rngs=rngs), 120_920, 121_182),
-        (lambda rngs: LeNet(100, rngs=rngs), 128_480, 128_832),
-    ],
-)
-def test_parameter_counts_are_the_hand_derived_ones(model, kernels, total):
-    assert kernel_and_total_size(model(nnx.Rngs(0))) == (kernels, total)
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameter_counts_are_the_hand_derived_ones(name):
+    make, kernels, total = COUNTS[name]
+    state = nnx.state(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))), nnx.Param)
+    sizes = [(len(leaf.shape), math.prod(leaf.shape)) for leaf in jax.tree.leaves(state)]
+    assert sum(size for dims, size in sizes if dims >= 2) == kernels
+    assert sum(size for _, size in sizes) == total
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -75,8 +104,8 @@ def lenet_by_scipy(params, images: np.ndarray) -> np.ndarray:
     """LeNet in float64 from `scipy.signal.correlate`, one image and one output channel at a time."""
     logits = []
     for features in images.astype(np.float64):
-        for name in ("conv1", "conv2"):
-            kernel, bias = np.float64(params[name]["kernel"]), np.float64(params[name]["bias"])
+        for layer in params["convolutions"].values():
+            kernel, bias = np.float64(layer["kernel"]), np.float64(layer["bias"])
             maps = [correlate(features, kernel[..., out], mode="valid")[..., 0] for out in range(len(bias))]
             features = np.maximum(np.stack(maps, axis=-1) + bias, 0)
             corners = [features[i::2, j::2] for i in (0, 1) for j in (0, 1)]
@@ -238,3 +267,25 @@ def test_widths_of_the_presets_are_those_of_the_paper():
         layers = from_nnx(model)[1]["layers"]
         shapes = [layers[str(position)]["kernel"].shape for position in range(len(layers))]
         assert shapes == list(pairwise(widths))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (partial(VGG, 12), "depth must be one of 11, 13, 16, 19, got 12"),
+        (partial(ResNet, 20), "depth must be one of 18, 34, 50, 101, 152, got 20"),
+        (partial(LeNet, image_shape=(8, 8, 1)), r"image_shape \(8, 8, 1\) is too small"),
+    ],
+)
+def test_networks_that_do_not_exist_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("make", [LeNet, CNet, AlexNet, partial(VGG, 11), partial(ResNet, 18)])
+def test_other_shapes_and_numbers_of_classes(make):
+    shape = (64, 64, 1)
+    outputs = nnx.eval_shape(
+        lambda: make(num_classes=7, image_shape=shape, rngs=nnx.Rngs(0))(jnp.ones((2, *shape)))
+    )
+    assert outputs.shape == (2, 7)

@@ -1,0 +1,148 @@
+"""What the paper's code predicts. Oracle: its own stored outputs, for two networks it trained."""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxlimit
+from jaxlimit import compat, data, models, quadrature, training
+from jaxlimit.magnitude import magnitude_order
+from jaxlimit.roots import width_limit
+
+GOLDEN = Path(__file__).parent / "data"
+CASES = {"golden_fc2_mnist": (0.892, 0.0), "golden_lenet_cifar10": (0.566, 0.17)}
+
+
+@pytest.fixture(params=CASES)
+def golden(request):
+    """Its Ritz values, and what it makes of them."""
+    folder = GOLDEN / request.param
+    summary = json.loads((folder / "summary.json").read_text())["modes"]["det64"]
+    with np.load(folder / "det64.npz") as arrays:
+        return {"folder": folder, "summary": summary, "published": CASES[request.param], **arrays}
+
+
+def test_prediction_from_its_ritz_values(golden):
+    prediction, zero_share = golden["published"]
+    nodes, weights, radii = golden["eigen"], golden["weight"], golden["R_list"]
+    eps = golden["summary"]["ep=loss_std"]
+    assert compat.reference_prediction(nodes, weights, radii, eps, zero_share) == prediction
+    without = golden["summary"].get("pred_binned_intR_grid_q0", prediction)
+    assert compat.reference_prediction(nodes, weights, radii, eps) == without
+
+
+def test_radii_are_its_r_list(golden):
+    with np.load(golden["folder"] / "weights.npz") as file:
+        kernels = [file[name] for name in file.files if name.endswith("weight")]
+    np.testing.assert_allclose(compat.reference_radii(magnitude_order(kernels)), golden["R_list"], rtol=1e-12)
+
+
+def test_direct_root_is_the_one_it_would_find_without_binning(golden):
+    with np.load(golden["folder"] / "weights.npz") as file:
+        order = magnitude_order([file[name] for name in file.files if name.endswith("weight")])
+    summary = golden["summary"]
+    bracket = quadrature.SpectralBracket.exact(jaxlimit.SpectralMeasure(golden["eigen"], golden["weight"]))
+    expected = summary.get("pred_nobin_contR_root_q0", summary["pred_nobin_contR_root"])
+    assert width_limit(bracket, order, summary["ep=loss_std"]).value == pytest.approx(expected, abs=2e-4)
+
+
+def test_binned_spectrum_keeps_mass_by_chance():
+    """A Gaussian narrower than the spacing: on a point it keeps too much, between two hardly any."""
+    spacing = 200.02 / 99_999
+    between, on = 50_000.5 * spacing - 0.01, 70_000 * spacing - 0.01
+    points, mass = compat.binned_spectrum(np.array([0.0, between, on, 200.0]), np.array([0.0, 0.5, 0.5, 0.0]))
+    assert (points[0], points[-1], len(points)) == (-0.01, 200.01, 100_000)
+    assert np.sum(mass) == pytest.approx(1)
+    # exp(-x^2 / 2 sigma^2) at twice half a spacing against once 0.
+    expected = 2 * np.exp(-((spacing / 2) ** 2) / (2e-10 * 200.02))
+    kept = np.sum(mass[np.abs(points - between) < 1]) / np.sum(mass[np.abs(points - on) < 1])
+    assert kept == pytest.approx(expected, rel=1e-3)
+    assert kept < 1e-9
+
+
+def test_weights_without_curvature_are_counted():
+    """A dead unit: a quarter of the kernel weights feed an output that is not used."""
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(rng.standard_normal((50, 8)), jnp.float32)
+    batches = jaxlimit.batched(jnp.asarray(rng.standard_normal((64, 50)), jnp.float32), 32)
+
+    def loss(params, inputs):
+        return jnp.mean((inputs @ params["kernel"])[:, :6] ** 2) + params["bias"].sum() * 0
+
+    curvature = jaxlimit.hessian(loss, {"kernel": kernel, "bias": jnp.ones(3)}, batches)
+    share = compat.zero_row_share(curvature, magnitude_order(curvature.weights))
+    order = magnitude_order(curvature.weights).order[np.maximum(np.arange(100) * 4, 1) - 1]
+    assert share == pytest.approx(np.mean(order % 8 >= 6))
+    assert 0.1 < share < 0.4
+
+
+def test_spectrum_leaves_out_batch_norm_and_keeps_biases():
+    params = {
+        "dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+        "norm": {"scale": jnp.ones(2), "bias": jnp.ones(2), "count": jnp.array(3)},
+    }
+    chosen = compat.spectrum_parameters(params)
+    assert chosen == {
+        "dense": {"kernel": True, "bias": True},
+        "norm": {"scale": False, "bias": False, "count": False},
+    }
+
+
+@pytest.mark.mnist
+@pytest.mark.skipif("JAXLIMIT_DATA" not in os.environ, reason="needs MNIST under $JAXLIMIT_DATA")
+def test_prediction_from_its_weights():
+    """From weights, data and start vector to the prediction, by our products and our Lanczos."""
+    folder = GOLDEN / "golden_fc2_mnist"
+    network = models.load_torch_state(models.fc2(784, rngs=nnx.Rngs(0)), folder / "weights.npz")
+    predict, params = models.from_nnx(network)
+    mnist = data.load_mnist()
+    examples = (data.flatten_channel_first(mnist.train_images[:2048]), mnist.train_labels[:2048])
+    batches = jaxlimit.batched(examples, 128)
+    loss = training.classification_loss(predict)
+    eps = jaxlimit.loss_statistics(loss, params, batches).batch_std
+    with np.load(folder / "det64.npz") as file:
+        parts = np.split(file["v0_sign"].astype(np.float32), [78_400, 78_500, 79_500])
+    first, second = (
+        {"kernel": jnp.asarray(kernel.reshape(shape).T), "bias": jnp.asarray(bias)}
+        for kernel, bias, shape in ((*parts[:2], (100, 784)), (*parts[2:], (10, 100)))
+    )
+    start = {"layers": {"0": first, "1": second}}
+    curvature = jaxlimit.hessian(loss, params, batches)
+    key = jax.random.key(0)
+    found = compat.reference_limit(curvature, key, loss_tolerance=eps, num_matvecs=64, probe=start)
+    assert (found.value, found.zero_share, found.num_matvecs) == (0.892, 0.0, 64)
+    assert found.direct == pytest.approx(0.8894, abs=5e-4)
+    other = compat.reference_limit(curvature, key, loss_tolerance=eps, num_matvecs=64)
+    assert 0.7 < other.value < 0.97
+    assert other.value != found.value
+
+
+def test_pruning_limit_shows_it_beside_its_own():
+    """A diagonal H, all of whose eigenvalues one Lanczos run finds: only binning and integers differ."""
+    weights = jnp.asarray(np.random.default_rng(0).standard_normal((40, 1)), jnp.float32)
+    scales = jnp.repeat(jnp.asarray([0.01, 0.1, 1.0, 3.0]), 10)
+
+    def loss(w, rows):
+        return jnp.mean((rows @ (w - weights)) ** 2) / 2
+
+    curvature = jaxlimit.hessian(
+        loss, weights, jaxlimit.batched(jnp.sqrt(40) * jnp.diag(jnp.sqrt(scales)), 40)
+    )
+    limit = jaxlimit.pruning_limit(
+        curvature, jax.random.key(0), loss_tolerance=1.0, which=["width"], compat="reference"
+    )
+    found = limit.reference
+    assert found.num_matvecs == 4
+    assert found.direct == pytest.approx(limit.width.value, abs=1e-3)
+    assert found.zero_share == 0
+    assert limit.to_json()["reference"]["value"] == found.value
+    change = f"{found.value:.3f} ({found.value - limit.width.value:+.4f} against width)"
+    assert f"The paper's code would predict {change}" in str(limit)
+    with pytest.raises(ValueError, match='compat must be None or "reference"'):
+        jaxlimit.pruning_limit(curvature, jax.random.key(0), loss_tolerance=1.0, compat="paper")
