@@ -4,118 +4,45 @@ The paper trains its networks with momentum, without weight decay, and with an L
 
     minimise   mean_i loss_i(w) + l1 * sum_j |w_j|
 
-The L1 term belongs to `train` alone: the losses here are those whose Hessian and whose spread over batches
+The L1 term belongs to training alone: the losses here are those whose Hessian and whose spread over batches
 the pruning limit is about, and the second derivative of |w| is zero wherever it exists.
 """
 
 import math
+import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
+
+from jaxlimit.checkpoint import Checkpoint
+from jaxlimit.losses import (
+    Loss,
+    classification_loss,
+    classification_metrics,
+    cross_entropy,
+    l1_norm,
+)
+
+__all__ = [
+    "classification_loss",
+    "classification_metrics",
+    "cross_entropy",
+    "l1_norm",
+    "steps_per_epoch",
+    "train",
+    "train_model",
+]
 
 PyTree = Any
-Predict = Callable[[PyTree, jax.Array], jax.Array]
-Loss = Callable[[PyTree, Any], jax.Array]
-
-
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean cross entropy of softmax outputs with integer labels.
-
-        mean_i [ log sum_c exp(logits_ic) - logits_i,label_i ]
-
-    Args:
-        logits: floating array of shape (batch, classes).
-        labels: integer array of shape (batch,), values 0 to classes - 1.
-
-    Returns:
-        A scalar, in nats.
-
-    Raises:
-        ValueError: if the labels are not integers or do not match the logits in shape.
-
-    Examples:
-        >>> round(float(cross_entropy(jnp.zeros((3, 2)), jnp.array([0, 1, 1]))), 5)  # log 2
-        0.69315
-    """
-    if not jnp.issubdtype(labels.dtype, jnp.integer) or labels.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"labels must be integers of shape {logits.shape[:-1]} for logits of shape {logits.shape}, "
-            f"got {labels.dtype} of shape {labels.shape}"
-        )
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
-def classification_loss(predict: Predict) -> Loss:
-    """The mean cross entropy of a batch, without any L1 term, as a function of the parameters.
-
-    Args:
-        predict: `predict(params, inputs) -> logits` of shape (batch, classes).
-
-    Returns:
-        `loss(params, (inputs, labels)) -> scalar`, in nats, the mean over the batch's examples.
-
-    Examples:
-        >>> loss = classification_loss(lambda params, inputs: inputs @ params)
-        >>> round(float(loss(jnp.zeros((4, 2)), (jnp.ones((3, 4)), jnp.array([0, 1, 1])))), 5)
-        0.69315
-    """
-
-    def loss(params: PyTree, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-        inputs, labels = batch
-        return cross_entropy(predict(params, inputs), labels)
-
-    return loss
-
-
-def classification_metrics(predict: Predict) -> Callable[[PyTree, Any], dict[str, jax.Array]]:
-    """The loss and the accuracy of a batch, as a function of the parameters.
-
-    Args:
-        predict: `predict(params, inputs) -> logits` of shape (batch, classes).
-
-    Returns:
-        `metrics(params, (inputs, labels)) -> {"loss": ..., "accuracy": ...}`: two scalars, means over the
-        batch's examples; the loss is the cross entropy in nats, the accuracy a share between 0 and 1.
-
-    Examples:
-        >>> metrics = classification_metrics(lambda params, inputs: inputs @ params)
-        >>> values = metrics(jnp.eye(2), (jnp.eye(2), jnp.array([0, 0])))
-        >>> float(values["accuracy"])
-        0.5
-    """
-
-    def metrics(params: PyTree, batch: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
-        inputs, labels = batch
-        logits = predict(params, inputs)
-        return {"loss": cross_entropy(logits, labels), "accuracy": jnp.mean(logits.argmax(-1) == labels)}
-
-    return metrics
-
-
-def l1_norm(params: PyTree) -> jax.Array:
-    """Sum of the magnitudes of every parameter: weights, biases and normalisation alike.
-
-        sum_j |w_j|
-
-    The paper's code penalises all of them, not only the weights that can be pruned.
-
-    Args:
-        params: any pytree of floating arrays.
-
-    Returns:
-        A scalar. Its gradient is sign(w_j), and 0 where a parameter is exactly 0, as in the paper's code.
-
-    Examples:
-        >>> float(l1_norm({"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([-0.5])}))
-        3.5
-    """
-    # Not jnp.abs: its derivative at 0 is 1, which would push biases off their start and zeros off zero.
-    return jnp.asarray(sum((leaf * jnp.sign(leaf)).sum() for leaf in jax.tree.leaves(params)))
+Model = TypeVar("Model", bound=nnx.Module)
+# objective(params, state, batch, key) -> (mean loss of the batch, state after it)
+Objective = Callable[[PyTree, PyTree, PyTree, jax.Array], tuple[jax.Array, PyTree]]
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
@@ -155,6 +82,7 @@ def train(
     momentum: float = 0.9,
     l1: float = 0.0,
     on_epoch: Callable[[int, float], None] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> PyTree:
     """Minimises the mean loss plus an L1 term by stochastic gradient descent with momentum.
 
@@ -182,6 +110,8 @@ def train(
         l1: weight of the L1 term per example, 0 or more; 0 by default, the dense control of the paper.
         on_epoch: called after each epoch as `on_epoch(epoch, mean_loss)`: the epoch from 0, and the mean over
             its examples of what is minimised, the L1 term included, each batch before its own update.
+        checkpoint: folder in which every finished epoch is kept. Training that was interrupted goes on from
+            there, to the same bits; a folder of other training is refused.
 
     Returns:
         The trained parameters, a pytree like `params`.
@@ -202,6 +132,95 @@ def train(
         >>> round(float(w), 3)
         2.0
     """
+
+    def objective(params: PyTree, state: PyTree, batch: PyTree, key: jax.Array) -> tuple[jax.Array, PyTree]:
+        return loss_fn(params, batch), state
+
+    options = {"epochs": epochs, "batch_size": batch_size, "momentum": momentum, "l1": l1}
+    return _minimise(objective, params, (), arrays, key, learning_rate, on_epoch, checkpoint, **options)[0]
+
+
+def train_model(
+    model: Model,
+    arrays: tuple[Any, Any],
+    key: jax.Array,
+    *,
+    epochs: int,
+    batch_size: int = 128,
+    learning_rate: float | optax.Schedule,
+    momentum: float = 0.9,
+    l1: float = 0.0,
+    augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    on_epoch: Callable[[int, float], None] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> Model:
+    """Trains a Flax NNX classifier: `train` for networks that hold more than parameters.
+
+    The model runs in training mode: batch norm normalises by the batch and updates its running statistics,
+    dropout draws anew. Without such layers and without `augment`, the parameters are those that `train`
+    gives, to the bit.
+
+    Args:
+        model: called with a batch of inputs, it returns logits; left as it is.
+        arrays: (inputs, labels), of N examples.
+        key: as for `train`; also of the augmentation.
+        epochs: as for `train`.
+        batch_size: as for `train`.
+        learning_rate: as for `train`.
+        momentum: as for `train`.
+        l1: as for `train`, on every `nnx.Param`.
+        augment: `augment(key, inputs) -> inputs`, applied to every batch (`data.random_crop_and_flip`).
+        on_epoch: as for `train`.
+        checkpoint: as for `train`.
+
+    Returns:
+        A trained copy of the model, in training mode.
+
+    Raises:
+        ValueError: as for `train`.
+        FloatingPointError: as for `train`.
+
+    Examples:
+        >>> from jaxlimit import models
+        >>> inputs, labels = jnp.eye(4), jnp.arange(4)
+        >>> model = models.FullyConnected([4, 4], rngs=nnx.Rngs(0))
+        >>> model = train_model(
+        ...     model, (inputs, labels), jax.random.key(0), epochs=100, batch_size=4, learning_rate=1.0
+        ... )
+        >>> model(inputs).argmax(-1).tolist()
+        [0, 1, 2, 3]
+    """
+    model = nnx.clone(model)
+    model.train()
+    graphdef, params, keys, state = nnx.split(model, nnx.Param, nnx.RngKey, ...)
+
+    def objective(params: PyTree, state: PyTree, batch: PyTree, key: jax.Array) -> tuple[jax.Array, PyTree]:
+        inputs, labels = batch
+        model = nnx.merge(graphdef, params, keys, state, copy=True)  # its variables change in here
+        logits = model(inputs if augment is None else augment(key, inputs))
+        return cross_entropy(logits, labels), nnx.state(model, nnx.Not(nnx.Any(nnx.Param, nnx.RngKey)))
+
+    options = {"epochs": epochs, "batch_size": batch_size, "momentum": momentum, "l1": l1}
+    found = _minimise(objective, params, state, arrays, key, learning_rate, on_epoch, checkpoint, **options)
+    return nnx.merge(graphdef, found[0], keys, found[1])
+
+
+def _minimise(
+    objective: Objective,
+    params: PyTree,
+    state: PyTree,
+    arrays: PyTree,
+    key: jax.Array,
+    learning_rate: float | optax.Schedule,
+    on_epoch: Callable[[int, float], None] | None,
+    checkpoint: str | os.PathLike[str] | None,
+    *,
+    epochs: int,
+    batch_size: int,
+    momentum: float,
+    l1: float,
+) -> tuple[PyTree, PyTree]:
+    """Parameters and state after training."""
     _require_count("epochs", epochs)
     _require_count("batch_size", batch_size)
     _require_range("momentum", momentum, 0 <= momentum < 1, "at least 0 and below 1")
@@ -218,42 +237,66 @@ def train(
     batch_size = min(batch_size, num_examples)
     num_full = num_examples // batch_size * batch_size
 
-    def objective(params: PyTree, batch: PyTree) -> jax.Array:
-        return loss_fn(params, batch) + l1 * l1_norm(params)
+    def regularised(params: PyTree, state: PyTree, batch: PyTree, key: jax.Array) -> tuple[jax.Array, PyTree]:
+        loss, state = objective(params, state, batch, key)
+        return loss + l1 * l1_norm(params), state
 
     @partial(jax.jit, donate_argnums=0)
-    def run_epoch(state: PyTree, arrays: PyTree, key: jax.Array, epoch: int) -> tuple[PyTree, Any, Any]:
-        def update(state: PyTree, indices: jax.Array) -> tuple[PyTree, jax.Array]:
-            params, momenta = state
-            batch = jax.tree.map(lambda array: array[indices], arrays)
-            value, gradient = jax.value_and_grad(objective)(params, batch)
-            changes, momenta = optimizer.update(gradient, momenta, params)
-            return (optax.apply_updates(params, changes), momenta), value * len(indices)
+    def run_epoch(carry: PyTree, arrays: PyTree, key: jax.Array, epoch: int) -> tuple[PyTree, Any, Any]:
+        key = jax.random.fold_in(key, epoch)
 
-        order = jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)
-        state, values = jax.lax.scan(update, state, order[:num_full].reshape(-1, batch_size))
+        def update(carry: PyTree, at: tuple[jax.Array, Any]) -> tuple[PyTree, jax.Array]:
+            (params, momenta, state), (indices, number) = carry, at
+            batch = jax.tree.map(lambda array: array[indices], arrays)
+            with_gradient = jax.value_and_grad(regularised, has_aux=True)
+            (value, state), gradient = with_gradient(params, state, batch, jax.random.fold_in(key, number))
+            changes, momenta = optimizer.update(gradient, momenta, params)
+            return (optax.apply_updates(params, changes), momenta, state), value * len(indices)
+
+        order = jax.random.permutation(key, num_examples)
+        full = order[:num_full].reshape(-1, batch_size)
+        carry, values = jax.lax.scan(update, carry, (full, jnp.arange(len(full))))
         total = values.sum()
         if num_full < num_examples:
-            state, value = update(state, order[num_full:])
+            carry, value = update(carry, (order[num_full:], len(full)))
             total += value
-        finite = jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state[0])]).all()
-        return state, total / num_examples, finite
+        finite = jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(carry[0])]).all()
+        return carry, total / num_examples, finite
 
-    # A copy, since each epoch donates its state; strongly typed, or the second epoch would compile again.
-    params = jax.tree.map(lambda leaf: jnp.array(leaf, dtype=jnp.result_type(leaf)), params)
-    state = (params, optimizer.init(params))
+    # A copy, since each epoch donates its carry; strongly typed, or the second epoch would compile again.
+    params, state = jax.tree.map(lambda leaf: jnp.array(leaf, dtype=jnp.result_type(leaf)), (params, state))
+    carry = (params, optimizer.init(params), state)
+    settings = {"epochs": epochs, "batch_size": batch_size, "momentum": momentum, "l1": l1}
+    store = Checkpoint(checkpoint, settings | _fingerprint(params, arrays, key, learning_rate))
+    stored = store.load_tree("epoch", (0, carry))
+    done, carry = (0, carry) if stored is None else (int(stored[0]), jax.tree.map(jnp.asarray, stored[1]))
     arrays = jax.tree.map(jnp.asarray, arrays)
-    for epoch in range(epochs):
-        state, mean_loss, finite = run_epoch(state, arrays, key, epoch)
+    for epoch in range(done, epochs):
+        carry, mean_loss, finite = run_epoch(carry, arrays, key, epoch)
         mean_loss = float(mean_loss)
         if not (finite and math.isfinite(mean_loss)):
             raise FloatingPointError(
                 f"training diverged in epoch {epoch} (counted from 0): mean loss {mean_loss}, parameters "
                 f"{'finite' if finite else 'infinite or NaN'}; lower learning_rate, or warm it up"
             )
+        store.save_tree("epoch", (epoch + 1, carry))
         if on_epoch is not None:
             on_epoch(epoch, mean_loss)
-    return state[0]
+    return carry[0], carry[2]
+
+
+def _fingerprint(
+    params: PyTree, arrays: PyTree, key: jax.Array, learning_rate: float | optax.Schedule
+) -> dict[str, Any]:
+    """What tells one training from another."""
+    rates = [learning_rate(step) for step in (0, 1000)] if callable(learning_rate) else [learning_rate]
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(arrays)]
+    return {
+        "learning_rate": np.asarray(rates, np.float64).tolist(),
+        "params": float(l1_norm(params)),
+        "arrays": [[*leaf.shape, float(np.sum(leaf, dtype=np.float64))] for leaf in leaves],
+        "key": np.asarray(jax.random.key_data(key)).ravel().tolist(),
+    }
 
 
 def _require_count(name: str, value: int) -> None:

@@ -1,5 +1,6 @@
 """Data sets as plain arrays: digits (embedded), others from their official files or the Hugging Face hub."""
 
+from jaxlimit.data.augmentation import random_crop_and_flip
 from jaxlimit.data.cifar import load_cifar10, load_cifar100
 from jaxlimit.data.dataset import (
     CIFAR10_NORMALIZATION,
@@ -36,4 +37,5 @@ __all__ = [
     "load_mnist",
     "load_tiny_imagenet",
     "normalize",
+    "random_crop_and_flip",
 ]
