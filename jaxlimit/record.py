@@ -178,9 +178,9 @@ def spectrum_path(folder: Path, curvature: str) -> Path:
     return folder / f"spectrum-{curvature}.npz"
 
 
-def checkpoint_path(folder: Path, curvature: str) -> Path:
-    """Where the Lanczos runs of a curvature are kept until they are finished."""
-    return folder / f"checkpoint-{curvature}"
+def checkpoint_path(folder: Path, stage: str) -> Path:
+    """Where training, or the Lanczos runs of a curvature, are kept until they are finished."""
+    return folder / f"checkpoint-{stage}"
 
 
 @dataclass(frozen=True)
@@ -289,8 +289,9 @@ def _remove_run(folder: Path) -> None:
     # limit.json first: without it no stage counts as done, so an interrupt here leaves nothing misleading.
     for name in (LIMIT, REPORT, CURVES, WEIGHTS):
         (folder / name).unlink(missing_ok=True)
+    for stage in ("training", *CURVATURES):
+        shutil.rmtree(checkpoint_path(folder, stage), ignore_errors=True)
     for curvature in CURVATURES:
-        shutil.rmtree(checkpoint_path(folder, curvature), ignore_errors=True)
         spectrum_path(folder, curvature).unlink(missing_ok=True)
     for figure in (folder / FIGURES).glob("*.png"):
         figure.unlink()

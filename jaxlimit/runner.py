@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from numpy.typing import NDArray
 
 from jaxlimit import (
@@ -101,10 +102,7 @@ class _Run:
     ):
         self.folder, self.preset, self.options, self.monitor = folder, preset, options, monitor
         self.arrays: dict[str, Arrays] = dict(zip(SPLITS, arrays, strict=True))
-        network = build_network(preset, options.seed)
-        self.predict, self.params = models.from_nnx(network)
-        self.loss = training.classification_loss(self.predict)
-        self.metrics = training.classification_metrics(self.predict)
+        self.use(build_network(preset, options.seed))
         self.document: dict[str, Any] = {
             "format": record.FORMAT,
             "finished": False,
@@ -141,6 +139,13 @@ class _Run:
         self.monitor.finish("loaded")
         return True
 
+    def use(self, network: nnx.Module) -> None:
+        """What the stages after training need of the network."""
+        self.network = network
+        self.predict, self.params = models.from_nnx(network)
+        self.loss = training.classification_loss(self.predict)
+        self.metrics = training.classification_metrics(self.predict)
+
     def key(self, purpose: int) -> jax.Array:
         """Independent random keys from the seed: 0 for training, 1 for the probes."""
         return jax.random.fold_in(jax.random.key(self.options.seed), purpose)
@@ -154,13 +159,13 @@ class _Run:
     def train(self) -> None:
         title, path = "training", self.folder / record.WEIGHTS
         if self.done("training", title):
-            self.params = weights.load_weights(path, self.params)
+            self.use(weights.load_model(path, self.network))
             return
         preset, arrays = self.preset, self.arrays["train"]
+        checkpoint = record.checkpoint_path(self.folder, "training")
         with self.stage("training", title, preset.epochs):
-            self.params = training.train(
-                self.loss,
-                self.params,
+            trained = training.train_model(
+                self.network,
                 arrays,
                 self.key(0),
                 epochs=preset.epochs,
@@ -168,8 +173,11 @@ class _Run:
                 learning_rate=preset.rate(len(arrays[1])),
                 momentum=preset.momentum,
                 l1=preset.l1,
+                augment=preset.augmentation(),
                 on_epoch=lambda epoch, loss: self.monitor.update(epoch + 1, f"loss + L1 {loss:.4f}"),
+                checkpoint=checkpoint,
             )
+            self.use(trained)
             # The tolerance is defined by the batches of training, in fixed order.
             statistics = batches.loss_statistics(
                 self.loss, self.params, self.batches(arrays, preset.batch_size)
@@ -181,7 +189,8 @@ class _Run:
                 "loss_statistics": {"mean": statistics.mean, "batch_std": statistics.batch_std},
                 "loss_tolerance": tolerance,
             }
-            weights.save_weights(path, self.params)
+            weights.save_model(path, self.network)
+        shutil.rmtree(checkpoint, ignore_errors=True)
         self.monitor.finish(f"test accuracy {network['test_accuracy']:.2%}, loss tolerance {tolerance:.4g}")
 
     def _describe_network(self) -> dict[str, Any]:
