@@ -8,6 +8,7 @@ the paper's PyTorch code trained, on MNIST and CIFAR-10 from $JAXLIMIT_DATA.
     runs         long Lanczos runs, from which every estimator is computed at every step count
     subsampling  the width limit on parts of the training set, at the loss tolerance of the whole
     precision    the width limit in float32 and float64, with and without reorthogonalisation
+    reference    what the paper's code would predict, by probe and number of steps
     table        all that is there, as results/accuracy.json and accuracy.md
 
 DIR keeps one file for each piece of work; an interrupted run goes on behind them.
@@ -29,18 +30,20 @@ from flax import nnx
 from scipy.linalg import eigh
 
 import jaxlimit
-from jaxlimit import data, lanczos, magnitude, models, quadrature, record, training
+from jaxlimit import compat, data, lanczos, magnitude, models, quadrature, record, training
 from jaxlimit.geometry import width_ridge
 from jaxlimit.lanczos import Tridiagonal
 from jaxlimit.roots import fixed_point
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "data"
-PARTS = ("runs", "subsampling", "precision", "table")
+PARTS = ("runs", "subsampling", "precision", "reference", "table")
 CURVATURES = ("hessian", "gauss_newton")
 TOLERANCE = 1e-3
 STEP = 16  # step counts at which the estimators are compared
 BLOCKS = (2, 4)  # block sizes of block Lanczos
 DEFLATED = 32  # outliers that are deflated
+REFERENCE_STEPS = (32, 64, 96, 128)
+REFERENCE_PROBES = 5
 
 
 @dataclass(frozen=True)
@@ -387,6 +390,27 @@ def run_precision(name: str, dtype: str, reorthogonalize: bool) -> dict[str, Any
         return {side: spectrum.root_of_bracket(run, side) for side in sides}
 
 
+def run_reference(network: Network) -> dict[str, Any]:
+    """Predictions of the paper's code, (probes, step counts); it runs 64 to 128 steps from one probe."""
+    curvature = network.curvature("hessian")
+    order = magnitude.magnitude_order(curvature.weights)
+    radii = compat.reference_radii(order)
+    everything = curvature.of(compat.spectrum_parameters(curvature.params))
+    zero_share = compat.zero_row_share(everything, order)
+    starts = quadrature.rademacher(jax.random.key(0), everything.weights, REFERENCE_PROBES)
+    state = lanczos.run(everything.matmat, lanczos.init(starts), max(REFERENCE_STEPS))
+    predictions = [
+        [
+            compat.reference_prediction(
+                *quadrature.gauss(run.truncate(steps)), radii, network.loss_tolerance, zero_share
+            )
+            for steps in REFERENCE_STEPS
+        ]
+        for run in state.tridiagonals()
+    ]
+    return {"prediction": predictions, "zero_share": zero_share}
+
+
 def markdown(document: dict[str, Any]) -> str:
     """The tables of the documentation."""
     runs = list(document["estimators"])
@@ -416,6 +440,12 @@ def markdown(document: dict[str, Any]) -> str:
             f"| {row['network']} | {row['dtype']} | {'yes' if row['reorthogonalize'] else 'no'} "
             f"| {row['value']:.5f} | {row['upper']:.5f} |"
         )
+    if document["reference"]:
+        lines += ["", "| network | " + " | ".join(f"{steps} steps" for steps in REFERENCE_STEPS) + " |"]
+        lines += ["|---|" + "---:|" * len(REFERENCE_STEPS)]
+    for name, found in document["reference"].items():
+        columns = zip(*found["prediction"], strict=True)
+        lines.append(f"| {name} | " + " | ".join(f"{min(x):.3f} to {max(x):.3f}" for x in columns) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -469,7 +499,27 @@ def precision_part(networks: list[Network], stored: Callable[..., Any]) -> list[
     return rows
 
 
-COLLECT = {"runs": runs_part, "subsampling": subsampling_part, "precision": precision_part}
+def reference_part(networks: list[Network], stored: Callable[..., Any]) -> dict[str, Any]:
+    """The paper's code's predictions on the networks that it trained."""
+    found = {}
+    for network in networks:
+        if network.label in ("fc2-mnist-10000", "lenet-cifar10-512"):
+            arrays = stored(f"reference-{network.label}", partial(run_reference, network))
+            if arrays is not None:
+                found[network.label] = {
+                    "steps": list(REFERENCE_STEPS),
+                    "prediction": arrays["prediction"].tolist(),
+                    "zero_share": float(arrays["zero_share"]),
+                }
+    return found
+
+
+COLLECT = {
+    "runs": runs_part,
+    "subsampling": subsampling_part,
+    "precision": precision_part,
+    "reference": reference_part,
+}
 
 
 def main() -> None:
@@ -497,6 +547,7 @@ def main() -> None:
             "estimators": {name: comparison() for name, comparison in found["runs"].items()},
             "subsampling": found["subsampling"],
             "precision": found["precision"],
+            "reference": found["reference"],
         }
         record.write_json(common.RESULTS / "accuracy.json", document)
         record.write_atomic(common.RESULTS / "accuracy.md", markdown(document))
