@@ -51,6 +51,6 @@ def test_committed_runs_hold_the_numbers_and_the_claims(seed):
 def test_the_documented_commands_are_the_ones_of_continuous_integration():
     setup, tests = (block.strip() for block in blocks("sh"))
     assert setup.endswith(".venv/bin/jaxlimit run")
-    assert tests.endswith(".venv/bin/pytest")
+    assert tests.endswith(".venv/bin/pytest -n 2")
     script = (ROOT / ".ci" / "run").read_text()
     assert 'pip install --quiet -e ".[cli,test,dev,docs]"' in script
