@@ -70,11 +70,12 @@ class Products:
     ) -> None:
         self.curvature, self.max_matvecs, self.report = curvature, max_matvecs, report
         self.count, self.stage, self.lower, self.upper = 0, "", 0.0, 1.0
+        self.reserve = 0
 
     @property
     def left(self) -> int:
-        """Products left of the budget."""
-        return self.max_matvecs - self.count
+        """Products left of the budget, but for those that are reserved for later stages."""
+        return self.max_matvecs - self.reserve - self.count
 
     def matmat(self, vectors: PyTree) -> PyTree:
         """H V; counts each vector."""

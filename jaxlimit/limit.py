@@ -62,7 +62,8 @@ def pruning_limit(
         loss_tolerance: eps, the rise of the loss that is allowed, in units of the loss; positive. The paper
             takes `loss_statistics(...).batch_std`.
         tolerance: wanted accuracy of each limit, in units of sparsity; .001 is the grid of the paper's code.
-        max_matvecs: budget of products with the curvature, all limits together.
+        max_matvecs: budget of products with the curvature, all limits together; the spectrum takes at most
+            half of it where other limits than `width` are asked for.
         num_probes: number of random probes. None chooses: the dense solution where it fits, else as many
             probes as the tolerance needs.
         which: the limits wanted, of "one_shot", "width", "cone", "readjusted".
@@ -114,7 +115,11 @@ def pruning_limit(
     else:
         source = AdaptiveCurvature(products, order, key, loss_tolerance, tolerance, num_probes, store)
         accuracy = tolerance
+    # A spectrum that does not resolve must leave something for the other limits.
+    if set(which) != {"width"}:
+        products.reserve = min(max_matvecs // 2, max_matvecs - (num_probes or 1))
     bracket, removed = source.spectrum(), {}
+    products.reserve = 0
     width = width_limit(bracket, order, loss_tolerance)
 
     def seen_from(counts: list[int]) -> list[SpectralBracket]:

@@ -292,7 +292,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, arguments):
 def test_status_says_what_is_missing_and_what_to_do():
     curvature = quadratic_network()
     limit = jaxlimit.pruning_limit(
-        curvature, jax.random.key(0), loss_tolerance=0.05, max_matvecs=40, num_probes=1
+        curvature, jax.random.key(0), loss_tolerance=0.05, max_matvecs=20, num_probes=1
     )
     assert limit.status.startswith("under-resolved")
     assert "raise it" in limit.status
@@ -300,11 +300,25 @@ def test_status_says_what_is_missing_and_what_to_do():
     assert "The probe error" in limit.status
     assert limit.one_shot is None
     assert limit.cone is None
-    assert limit.num_matvecs <= 40
+    assert limit.num_matvecs <= 20
     assert "status: under-resolved" in repr(limit)
     fine = jaxlimit.pruning_limit(curvature, jax.random.key(0), loss_tolerance=0.05, which=["width"])
     assert fine.status.startswith("converged")
     assert set(fine.estimates()) == {"width"}
+
+
+def test_a_spectrum_that_does_not_resolve_leaves_half_of_the_budget():
+    limit = jaxlimit.pruning_limit(
+        quadratic_network(),
+        jax.random.key(0),
+        loss_tolerance=0.05,
+        tolerance=1e-6,
+        max_matvecs=200,
+        num_probes=1,
+    )
+    assert limit.num_steps <= 100
+    assert set(limit.estimates()) >= {"one_shot", "width"}
+    assert limit.num_matvecs <= 200
 
 
 def test_the_budget_is_kept_and_probes_are_chosen_from_the_tolerance():
