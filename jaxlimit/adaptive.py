@@ -178,8 +178,8 @@ class AdaptiveCurvature:
                     raise BudgetSpent
                 before = self.products.count
                 vector, mask = self.order.removed_vector(n), self.order.mask(n)
-                # The logarithm of the minimum rises by 7 to 280 in a unit of s on a 64-10-10 network trained
-                # on digits: the tolerance of s allows for several times that of the loss, in units of eps.
+                # A share of eps moves the root by less than that share wherever the minimum rises more than
+                # in proportion to s. A tenth, since the last products are not all that is left.
                 lower, upper, start = readjusted_minimum(
                     self.products.matvec,
                     vector,

@@ -26,6 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from jaxlimit import lanczos
 from jaxlimit.curvature import Curvature, combine
+from jaxlimit.geometry import width_dimension
 from jaxlimit.magnitude import MagnitudeOrder, flatten, magnitude_order, unflatten
 from jaxlimit.quadrature import SpectralBracket, SpectralMeasure, gauss, rademacher
 from jaxlimit.roots import width_limit
@@ -126,9 +127,9 @@ def reference_prediction(
     """
     eigenvalues, mass = binned_spectrum(np.ravel(nodes), np.ravel(weights))
     eigenvalues, mass = np.append(eigenvalues, 1e-30), np.append(mass * (1 - zero_share), zero_share)
-    squared_axes = 2 * loss_tolerance / np.abs(eigenvalues)
+    measure = SpectralMeasure(eigenvalues, mass)
     rounded, where = np.unique(np.round(np.asarray(radii)), return_inverse=True)
-    dimension = np.array([np.sum(mass * (squared_axes / (radius**2 + squared_axes))) for radius in rounded])
+    dimension = np.array([width_dimension(measure, float(radius), loss_tolerance) for radius in rounded])
     return float(GRID[np.argmin(np.abs(dimension[where] - GRID))])
 
 
@@ -152,7 +153,7 @@ def reference_radii(order: MagnitudeOrder) -> NDArray[np.float64]:
     So it takes one more than `removed_norm`, which takes floor(s N), and all that are equal to the last.
     """
     magnitudes = np.abs(flatten(order.like)[order.order])
-    thresholds = magnitudes[np.maximum(1, np.ceil(GRID * order.dim)).astype(int) - 1]
+    thresholds = magnitudes[_places(GRID, order.dim)]
     return np.sqrt(order.squared_norm[np.searchsorted(magnitudes, thresholds, side="right")])
 
 
@@ -163,7 +164,6 @@ def zero_row_share(everything: Curvature, kernels: MagnitudeOrder) -> float:
         everything: the Hessian of all parameters in the spectrum.
         kernels: the order of the weights among them that may be pruned.
     """
-    counts = np.maximum(1, np.ceil(np.arange(NUM_ROWS) / NUM_ROWS * kernels.dim)).astype(int)
     others = jax.tree.map(jnp.zeros_like, everything.weights)
 
     def row_norm(index: int) -> float:
@@ -171,7 +171,13 @@ def zero_row_share(everything: Curvature, kernels: MagnitudeOrder) -> float:
         row = everything.matvec(combine(unit, others))
         return float(sum(jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(row)))
 
-    return float(np.mean([row_norm(int(kernels.order[count - 1])) < ROW_NORM for count in counts]))
+    indices = kernels.order[_places(np.arange(NUM_ROWS) / NUM_ROWS, kernels.dim)]
+    return float(np.mean([row_norm(int(index)) < ROW_NORM for index in indices]))
+
+
+def _places(sparsities: NDArray[np.float64], dim: int) -> NDArray[np.int64]:
+    """Place, from 0, of the last weight that it removes: the max(1, ceil(s N))-th smallest."""
+    return np.maximum(1, np.ceil(sparsities * dim)).astype(np.int64) - 1
 
 
 def spectrum_parameters(params: PyTree) -> PyTree:

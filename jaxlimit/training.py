@@ -266,8 +266,10 @@ def _minimise(
     # A copy, since each epoch donates its carry; strongly typed, or the second epoch would compile again.
     params, state = jax.tree.map(lambda leaf: jnp.array(leaf, dtype=jnp.result_type(leaf)), (params, state))
     carry = (params, optimizer.init(params), state)
-    settings = {"epochs": epochs, "batch_size": batch_size, "momentum": momentum, "l1": l1}
-    store = Checkpoint(checkpoint, settings | _fingerprint(params, arrays, key, learning_rate))
+    problem: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "momentum": momentum, "l1": l1}
+    if checkpoint is not None:  # a pass over all data
+        problem |= _fingerprint(params, arrays, key, learning_rate)
+    store = Checkpoint(checkpoint, problem)
     stored = store.load_tree("epoch", (0, carry))
     done, carry = (0, carry) if stored is None else (int(stored[0]), jax.tree.map(jnp.asarray, stored[1]))
     arrays = jax.tree.map(jnp.asarray, arrays)

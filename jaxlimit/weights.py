@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
+from jaxlimit.models.torch_state import read_safetensors
 from jaxlimit.record import write_atomic
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -54,15 +55,7 @@ def load_weights(path: Path, like: Any) -> Any:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or not of that network.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing.")
-    try:
-        found = load(path.read_bytes())
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    found = read_safetensors(path)
     flat: dict[str, Any] = traverse_util.flatten_dict(like, sep=".")
     expected = {name: leaf.shape for name, leaf in flat.items()}
     if {name: leaf.shape for name, leaf in found.items()} != expected:

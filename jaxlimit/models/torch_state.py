@@ -53,7 +53,27 @@ def load_torch_state(model: Model, file: str | Path) -> Model:
     return model
 
 
+def read_safetensors(path: Path) -> State:
+    """All arrays of a .safetensors file, by name.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing.")
+    try:
+        return load(path.read_bytes())
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
 def _read(path: Path) -> State:
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing.")
     if path.suffix == ".npz":
@@ -62,14 +82,6 @@ def _read(path: Path) -> State:
                 return {name: file[name] for name in file.files}
         except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is damaged, or no npz file of arrays: {error}") from error
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.numpy import load
-
-        try:
-            return load(path.read_bytes())
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
     raise ValueError(
         f"{path} must be a .safetensors or .npz file. Convert a pickle (.pt, .pth) where you trust it: "
         "safetensors.torch.save_file(torch.load(...), 'net.safetensors')."
