@@ -246,7 +246,7 @@ class AdaptiveCurvature:
             if extra < 1:
                 return runs
             state = lanczos.run(self.products.matmat, state, extra)
-            self.store.save_tree(name, state)
+            self.store.save_state(name, state)
 
     def _removed_vectors(self, counts: list[int]) -> PyTree:
         """C after n removals for several n, along a leading axis."""

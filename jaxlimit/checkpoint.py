@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlimit.lanczos import LanczosState
+from jaxlimit.lanczos import PANEL, LanczosState
 
 PyTree = Any
 
@@ -79,13 +79,39 @@ class Checkpoint:
             [x.view(leaf.dtype) if x.dtype.kind == "V" else x for x, leaf in zip(stored, leaves, strict=True)]
         )
 
+    def save_state(self, name: str, state: LanczosState) -> None:
+        """Stores a Lanczos state after its first step; full panels of its basis, which stay, only once."""
+        if self.folder is None:
+            return
+        panels = state.basis or ()
+        for i, panel in enumerate(panels[:-1]):
+            if not (self.folder / f"{_panel(name, i)}.npz").exists():
+                self.save_tree(_panel(name, i), panel)
+        self.save_tree(name, state._replace(basis=panels[-1:]))
+
     def load_state(self, name: str, initial: LanczosState) -> LanczosState:
-        """The stored state of that name, or the initial one."""
-        stored = self.load_tree(name, initial)
+        """The stored state of that name, or the initial one.
+
+        Raises:
+            ValueError: a file is damaged, or one of the panels is missing.
+        """
+        kept = initial.basis is not None
+        stored = self.load_tree(name, initial._replace(basis=(initial.current,) if kept else ()))
         if stored is None:
             return initial
-        basis, previous, current, norm = jax.tree.map(jnp.asarray, tuple(stored[:4]))
-        return LanczosState(basis, previous, current, norm, *stored[4:])
+        panels = []
+        for i in range((stored.diagonal.shape[1] - 1) // PANEL if kept else 0):
+            panels.append(self.load_tree(_panel(name, i), initial.current))
+            if panels[-1] is None:
+                raise ValueError(
+                    f"{_panel(name, i)}.npz is missing in the checkpoint {self.folder}: remove {name}.npz "
+                    "there to start this run anew."
+                )
+        basis = (*panels, *stored.basis) if kept else None
+        basis, previous, current, norm = jax.tree.map(
+            jnp.asarray, (basis, stored.previous, stored.current, stored.norm)
+        )
+        return stored._replace(basis=basis, previous=previous, current=current, norm=norm)
 
     def _write(self, path: Path, arrays: dict[str, NDArray[Any]]) -> None:
         temporary = path.with_name(f"{path.name}.tmp")
@@ -105,3 +131,8 @@ class Checkpoint:
             raise ValueError(
                 f"the checkpoint file {path} is damaged ({error}): remove it to go on."
             ) from error
+
+
+def _panel(name: str, index: int) -> str:
+    """Of the basis of a Lanczos state, as a name of its own."""
+    return f"{name}-panel-{index:04d}"

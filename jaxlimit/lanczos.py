@@ -7,9 +7,10 @@ From q_1 = v / ||v||, with H q_j = beta_{j-1} q_{j-1} + alpha_j q_j + beta_j q_{
 and the eigenpairs of T_k give the k-point Gauss rule of the spectral measure of H seen from v (Golub and
 Meurant 2010). Several start vectors run side by side and share each product with H.
 
-With reorthogonalisation every new vector is made orthogonal to the whole basis by classical Gram-Schmidt,
-twice, as matrix products (k vectors of memory for each start vector). Without it three vectors are kept;
-the quadrature remains valid but converges later (Greenbaum 1989).
+With reorthogonalisation every new vector is made orthogonal to the whole basis by Gram-Schmidt, as matrix
+products with panels of the basis (k vectors of memory for each start vector), and once more where that
+cancelled much of it (Daniel, Gragg, Kaufman and Stewart 1976). Without it three vectors are kept; the
+quadrature remains valid but converges later (Greenbaum 1989).
 
 When beta_k vanishes the Krylov space is exhausted and T_k is exact: the run ends there with a shorter T,
 which is an answer and no error.
@@ -30,6 +31,11 @@ PyTree = Any
 # beta_k below BREAKDOWN * machine epsilon * ||T|| is rounding noise: a product with H alone is uncertain by
 # a small multiple of machine epsilon * ||H||.
 BREAKDOWN = 10.0
+# Vectors in a panel of the basis: few enough that the last, partly filled one wastes little, and enough that
+# the vector which is orthogonalised against it costs little to read and write beside it.
+PANEL = 32
+# A Gram-Schmidt pass that leaves less of a vector than this is repeated (Daniel et al. 1976).
+CANCELLATION = 2**-0.5
 
 
 @partial(
@@ -85,7 +91,7 @@ class LanczosState(NamedTuple):
     """Where a block of P Lanczos runs stands: all that is needed to go on, or to resume to the same bits."""
 
     # the Krylov spaces, on the device
-    basis: PyTree | None  # leaves (P, capacity, *shape), 0 beyond step j; None without reorthogonalisation
+    basis: tuple[PyTree, ...] | None  # panels: leaves (P, PANEL, *shape), 0 beyond j; None: not kept
     previous: PyTree  # leaves (P, *shape): q_{j-1}
     current: PyTree  # leaves (P, *shape): q_j, the next vector to be multiplied; 0 where a run has ended
     norm: jax.Array  # (P,) running estimate of ||T||
@@ -131,9 +137,7 @@ def init(starts: PyTree, *, reorthogonalize: bool = True) -> LanczosState:
     current = jax.tree.map(lambda x: x / _columns(jnp.asarray(norms, x.dtype), x), starts)
     num_runs = len(norms)
     return LanczosState(
-        basis=jax.tree.map(lambda x: jnp.zeros((x.shape[0], 0, *x.shape[1:]), x.dtype), starts)
-        if reorthogonalize
-        else None,
+        basis=() if reorthogonalize else None,
         previous=jax.tree.map(jnp.zeros_like, current),
         current=current,
         norm=jnp.zeros_like(jnp.asarray(norms)),
@@ -146,8 +150,8 @@ def init(starts: PyTree, *, reorthogonalize: bool = True) -> LanczosState:
 def run(matmat: Callable[[PyTree], PyTree], state: LanczosState, num_matvecs: int) -> LanczosState:
     """Takes up to `num_matvecs` further steps of all runs; stops early when every run has ended.
 
-    Cost: one block product a step; with reorthogonalisation 8 k D more operations a vector, and memory for
-    k + 4 vectors a run, or up to 2 k + 4 when a run goes on.
+    Cost: one block product a step; with reorthogonalisation 4 j D more operations in step j for each vector,
+    and memory for k + 4 vectors a run, with k rounded up to full panels.
 
     Raises:
         FloatingPointError: a product with the matrix is not finite.
@@ -155,18 +159,23 @@ def run(matmat: Callable[[PyTree], PyTree], state: LanczosState, num_matvecs: in
     alive = state.num_steps == state.diagonal.shape[1]
     diagonal, off_diagonal = [state.diagonal], [state.off_diagonal]
     num_steps = state.num_steps.copy()
-    basis, previous, current, norm = state.basis, state.previous, state.current, state.norm
+    previous, current, norm = state.previous, state.current, state.norm
     taken = state.diagonal.shape[1]
     beta = jnp.asarray(state.off_diagonal[:, -1] if taken else np.zeros(len(alive)), norm.dtype)
-    if basis is not None:
-        basis = _grow(basis, taken + num_matvecs)
+    basis = None if state.basis is None else list(state.basis)
+    if basis and taken % PANEL:
+        basis[-1] = jax.tree.map(jnp.copy, basis[-1])  # written in place below; the caller's stays as it is
     for index in range(taken, taken + num_matvecs):
         if not np.any(alive):
             break
-        product = matmat(current)
+        residual, alpha = _three_terms(previous, current, beta, matmat(current))
         if basis is not None:
-            basis = _store(basis, current, index)
-        previous, current, alpha, beta, norm = _step(basis, previous, current, beta, norm, product)
+            if index % PANEL == 0:
+                basis.append(jax.tree.map(_empty_panel, current))
+            basis[-1] = _store(basis[-1], current, index % PANEL)
+            residual = _orthogonalize(basis, residual)
+        previous = current
+        current, beta, norm = _normalize(residual, alpha, beta, norm)
         column = np.asarray(alpha, np.float64), np.asarray(beta, np.float64)
         if not np.all(np.isfinite(column)):
             raise FloatingPointError(
@@ -178,7 +187,13 @@ def run(matmat: Callable[[PyTree], PyTree], state: LanczosState, num_matvecs: in
         num_steps[alive] = index + 1
         alive &= column[1] > 0
     return LanczosState(
-        basis, previous, current, norm, np.hstack(diagonal), np.hstack(off_diagonal), num_steps
+        None if basis is None else tuple(basis),
+        previous,
+        current,
+        norm,
+        np.hstack(diagonal),
+        np.hstack(off_diagonal),
+        num_steps,
     )
 
 
@@ -222,39 +237,54 @@ def tridiagonalize(
     return run(matmat, state, num_matvecs).tridiagonals()[0]
 
 
-@partial(jax.jit, donate_argnames="basis")
-def _store(basis, current, index):
-    """Writes q_j into the basis, in place; compiled with `_step`, XLA's CPU projections become slow loops."""
-    return jax.tree.map(lambda b, q: b.at[:, index].set(q), basis, current)
-
-
 @jax.jit
-def _step(basis, previous, current, beta, norm, product):
-    """One Lanczos step of all runs, from the product H q_j to q_{j+1}."""
+def _three_terms(previous, current, beta, product):
+    """The residual H q_j - alpha_j q_j - beta_{j-1} q_{j-1} of all runs, and alpha_j."""
     alpha = _dot(current, product)
     residual = jax.tree.map(
         lambda hq, q, p: hq - _columns(alpha, q) * q - _columns(beta, p) * p, product, current, previous
     )
-    if basis is not None:
-        for _ in range(2):  # "twice is enough" (Kahan and Parlett)
-            overlap = jnp.sum(jnp.stack(jax.tree.leaves(jax.tree.map(_overlap, basis, residual))), axis=0)
-            residual = jax.tree.map(lambda r, b, o=overlap: r - _expand(b, o), residual, basis)
+    return residual, alpha
+
+
+def _orthogonalize(basis: list[PyTree], residual: PyTree) -> PyTree:
+    """Gram-Schmidt of all runs against one panel of their bases after the other."""
+    before = np.asarray(_norm(residual))
+    for _ in range(2):  # "twice is enough" (Kahan and Parlett)
+        for panel in basis:
+            residual = _project_out(panel, residual)
+        before, after = np.asarray(_norm(residual)), before
+        if np.all(before >= CANCELLATION * after):
+            break
+    return residual
+
+
+@jax.jit
+def _project_out(panel, residual):
+    """R - Q Q^T r for the vectors Q of one panel."""
+    overlap = jnp.sum(jnp.stack(jax.tree.leaves(jax.tree.map(_overlap, panel, residual))), axis=0)
+    return jax.tree.map(lambda r, q: r - _expand(q, overlap), residual, panel)
+
+
+@jax.jit
+def _normalize(residual, alpha, beta, norm):
+    """q_{j+1}, beta_j and the estimate of ||T||, from the residual."""
     new_beta = _norm(residual)
     norm = jnp.maximum(norm, jnp.abs(alpha) + beta + new_beta)
     exhausted = new_beta <= BREAKDOWN * jnp.finfo(new_beta.dtype).eps * norm
     new_beta = jnp.where(exhausted, 0.0, new_beta)
     scale = jnp.where(exhausted, 0.0, 1.0 / jnp.where(exhausted, 1.0, new_beta))
-    new = jax.tree.map(lambda r: r * _columns(scale, r), residual)
-    return current, new, alpha, new_beta, norm
+    return jax.tree.map(lambda r: r * _columns(scale, r), residual), new_beta, norm
 
 
-def _grow(basis: PyTree, length: int) -> PyTree:
-    """Room for so many vectors. A run that goes on gets a power of two, so that few shapes are compiled."""
-    capacity = jax.tree.leaves(basis)[0].shape[1]
-    if length <= capacity:
-        return basis
-    extra = (1 << (length - 1).bit_length() if capacity else length) - capacity
-    return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2)), basis)
+def _empty_panel(vectors: jax.Array) -> jax.Array:
+    return jnp.zeros((vectors.shape[0], PANEL, *vectors.shape[1:]), vectors.dtype)
+
+
+@partial(jax.jit, donate_argnames="panel")
+def _store(panel, current, index):
+    """Writes q_j into a panel, in place."""
+    return jax.tree.map(lambda b, q: b.at[:, index].set(q), panel, current)
 
 
 def _columns(scalars: jax.Array, like: jax.Array) -> jax.Array:

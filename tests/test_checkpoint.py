@@ -92,23 +92,24 @@ def test_what_was_not_saved_is_none(folder):
 
 
 @pytest.mark.parametrize("reorthogonalize", [True, False])
-def test_lanczos_goes_on_to_the_same_bits(reorthogonalize, folder, dtype):
-    matrix = np.random.default_rng(0).standard_normal((30, 30))
+@pytest.mark.parametrize("steps", [6, 32, 70])
+def test_lanczos_goes_on_to_the_same_bits(steps, reorthogonalize, folder, dtype):
+    matrix = np.random.default_rng(0).standard_normal((120, 120))
     device = jnp.asarray(matrix + matrix.T, dtype)
     starts = {
-        "a": jnp.asarray(np.random.default_rng(1).standard_normal((2, 5, 4)), dtype),
-        "b": jnp.ones((2, 10), dtype),
+        "a": jnp.asarray(np.random.default_rng(1).standard_normal((2, 5, 20)), dtype),
+        "b": jnp.ones((2, 20), dtype),
     }
 
     def product(tree):
-        rows = jnp.concatenate([tree["a"].reshape(2, 20), tree["b"]], axis=1) @ device
-        return {"a": rows[:, :20].reshape(2, 5, 4), "b": rows[:, 20:]}
+        rows = jnp.concatenate([tree["a"].reshape(2, 100), tree["b"]], axis=1) @ device
+        return {"a": rows[:, :100].reshape(2, 5, 20), "b": rows[:, 100:]}
 
     initial = lanczos.init(starts, reorthogonalize=reorthogonalize)
-    state = lanczos.run(product, initial, 6)
+    state = lanczos.run(product, initial, steps)
     store = Checkpoint(folder, FINGERPRINT)
     assert store.load_state("run", initial) is initial
-    store.save_tree("run", state)
+    store.save_state("run", state)
     loaded = Checkpoint(folder, FINGERPRINT).load_state("run", initial)
     assert jax.tree.structure(loaded) == jax.tree.structure(state)
     assert all(same_bits(x, y) for x, y in zip(jax.tree.leaves(loaded), jax.tree.leaves(state), strict=True))
@@ -118,7 +119,33 @@ def test_lanczos_goes_on_to_the_same_bits(reorthogonalize, folder, dtype):
     assert all(
         same_bits(x, y) for x, y in zip(jax.tree.leaves(resumed), jax.tree.leaves(uninterrupted), strict=True)
     )
-    assert resumed.diagonal.shape == (2, 12)
+    assert resumed.diagonal.shape == (2, steps + 6)
+    store.save_state("run", resumed)
+    again = store.load_state("run", initial)
+    assert all(same_bits(x, y) for x, y in zip(jax.tree.leaves(again), jax.tree.leaves(resumed), strict=True))
+
+
+def test_a_panel_is_written_once_and_missed_when_it_is_gone(folder):
+    def product(rows):
+        return rows * jnp.arange(1.0, 201.0)
+
+    initial = lanczos.init(jnp.ones((1, 200)))
+    store = Checkpoint(folder, FINGERPRINT)
+    state = lanczos.run(product, initial, 40)
+    store.save_state("run", state)
+    panel = folder / "run-panel-0000.npz"
+    written = panel.stat().st_mtime_ns
+    store.save_state("run", lanczos.run(product, state, 40))
+    assert panel.stat().st_mtime_ns == written
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "problem.json",
+        "run-panel-0000.npz",
+        "run-panel-0001.npz",
+        "run.npz",
+    ]
+    panel.unlink()
+    with pytest.raises(ValueError, match=r"run-panel-0000\.npz is missing .* remove run\.npz"):
+        store.load_state("run", initial)
 
 
 def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
@@ -127,7 +154,7 @@ def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
     state = lanczos.run(lambda v: 2 * v, lanczos.init(jnp.ones((1, 3))), 1)
     store.save_tree("name", np.ones(3))
     store.save_tree("tree", [np.ones(3)])
-    store.save_tree("state", state)
+    store.save_state("state", state)
     assert store.load_tree("name", 0) is None
     assert store.load_tree("tree", [0]) is None
     assert store.load_state("state", state) is state
