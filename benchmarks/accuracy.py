@@ -76,7 +76,7 @@ class Network:
             network = models.fc2(784, rngs=rngs)
             return models.from_nnx(models.load_torch_state(network, GOLDEN / "golden_fc2_mnist/weights.npz"))
         if self.name == "lenet-cifar10":
-            network = common.fast_on_cpu(models.LeNet(rngs=rngs))
+            network = models.LeNet(rngs=rngs)
             file = GOLDEN / "golden_lenet_cifar10/weights.npz"
             return models.from_nnx(models.load_torch_state(network, file))
         predict, params = models.from_nnx(models.digits_net(rngs=rngs))

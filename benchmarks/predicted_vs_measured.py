@@ -118,7 +118,7 @@ class Problem:
         self.train, test = load_arrays(case.preset, Options(num_examples=case.num_examples))
         self.batches = _first(self.train, case.num_examples)
         self.test_batches = _first(test, case.num_test)
-        network = common.fast_on_cpu(build_network(case.preset, case.seed))
+        network = build_network(case.preset, case.seed)
         self.predict, self.initial = models.from_nnx(network)
         self.loss = training.classification_loss(self.predict)
         self.metrics = training.classification_metrics(self.predict)

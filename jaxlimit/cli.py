@@ -94,6 +94,14 @@ def parse(args: Sequence[str]) -> Run | Presets | Report:
         seed: int = 0,
         l1: Annotated[float | None, by("the preset's", "FLOAT")] = None,
         epochs: Annotated[int | None, by("the preset's", "INT")] = None,
+        batch_size: Annotated[int | None, by("the preset's", "INT")] = None,
+        learning_rate: Annotated[float | None, by("the preset's", "FLOAT")] = None,
+        schedule: Annotated[
+            Literal["constant", "cosine", "steps"] | None, by("the preset's", "{constant,cosine,steps}")
+        ] = None,
+        warmup_epochs: Annotated[int | None, by("the preset's", "INT")] = None,
+        momentum: Annotated[float | None, by("the preset's", "FLOAT")] = None,
+        augment: Annotated[bool | None, by("the preset's", "{True,False}")] = None,
         curvature: Literal["both", "hessian", "gauss_newton"] = "both",
         tolerance: float = 1e-3,
         loss_tolerance: Annotated[float | None, by("spread of the training batches' losses", "FLOAT")] = None,
@@ -112,6 +120,12 @@ def parse(args: Sequence[str]) -> Run | Presets | Report:
             seed: of the initial weights, the order of the examples and the probes.
             l1: lambda, the weight of the L1 term in training.
             epochs: passes over the training data.
+            batch_size: of training; the loss tolerance, too, is taken over batches of so many.
+            learning_rate: of SGD, after the warm-up.
+            schedule: of the learning rate: cosine falls to 0, steps is halved three times.
+            warmup_epochs: in which the learning rate grows from 0.
+            momentum: of SGD.
+            augment: random crops and flips in training.
             curvature: of the loss: the Hessian predicts, Gauss-Newton is fast, certified and optimistic.
             tolerance: wanted accuracy of the limits, in sparsity.
             loss_tolerance: by how much the training loss may rise, in nats.
@@ -121,7 +135,18 @@ def parse(args: Sequence[str]) -> Run | Presets | Report:
             data: folder that holds mnist/ or cifar10/; not needed for digits.
             overwrite: replace the run in the folder.
         """
-        settings = find_preset(preset, epochs=epochs, l1=l1, finetune_steps=finetune_steps)
+        settings = find_preset(
+            preset,
+            l1=l1,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            schedule=schedule,
+            warmup_epochs=warmup_epochs,
+            momentum=momentum,
+            augment=augment,
+            finetune_steps=finetune_steps,
+        )
         options = Options(seed, curvature, tolerance, loss_tolerance, num_examples)
         return Run(settings, options, out or default_folder(settings, options), data, overwrite)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,6 +27,7 @@ Arrays = tuple[np.ndarray, np.ndarray]
 CURVATURES = ("hessian", "gauss_newton")
 # The learning rate of "steps" is halved after these shares of the epochs: 60, 120 and 160 of 200.
 MILESTONES = (0.3, 0.6, 0.8)
+SCHEDULES = ("constant", "cosine", "steps")
 
 
 class _Source(NamedTuple):
@@ -63,13 +64,16 @@ class Preset:
         network: widths of a fully connected network, such as "64-48-24-10", or one of `NETWORKS`.
         epochs: passes over the training data.
         learning_rate: of SGD, after the warm-up.
-        schedule: "constant"; "cosine": to 0 over all updates; "steps": halved at `MILESTONES`.
+        schedule: one of `SCHEDULES`: "cosine" goes to 0 over all updates, "steps" is halved at `MILESTONES`.
         l1: weight of the L1 term.
         warmup_epochs: epochs in which the learning rate grows linearly from 0.
         augment: random crops and flips in training.
         momentum: of SGD.
         batch_size: of training, and of the batches whose losses' spread is the default loss tolerance.
-        finetune_steps: full-batch Adam steps of the fine-tuned sweep.
+        finetune_steps: full-batch Adam steps of the fine-tuned sweep; 0 leaves it out.
+
+    Raises:
+        ValueError: a setting out of range.
     """
 
     name: str
@@ -84,6 +88,25 @@ class Preset:
     momentum: float = 0.9
     batch_size: int = 128
     finetune_steps: int = 400
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("batch_size", 1), ("warmup_epochs", 0), ("finetune_steps", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}.")
+        if not 0 <= self.l1 < math.inf:
+            raise ValueError(f"l1 must be finite and at least 0, got {self.l1}.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}.")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}.")
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"warmup_epochs must be at most epochs = {self.epochs}, got {self.warmup_epochs}."
+            )
+        if self.augment and self.dataset not in DATASETS:
+            raise ValueError(f"augment crops and flips images: {self.dataset} is not meant for that.")
 
     def rate(self, num_examples: int) -> float | optax.Schedule:
         """The learning rate in the form that `jaxlimit.training.train` takes."""
@@ -149,28 +172,19 @@ PRESETS = {
 }
 
 
-def find_preset(
-    name: str, *, epochs: int | None = None, l1: float | None = None, finetune_steps: int | None = None
-) -> Preset:
-    """The preset of that name, with other settings where they are given.
+def find_preset(name: str, **settings: Any) -> Preset:
+    """The preset of that name, with other settings (fields of `Preset`) where they are not None.
 
     Raises:
-        ValueError: there is no such preset, or a number is out of range.
+        ValueError: there is no such preset, or a setting is out of range.
 
     Examples:
-        >>> find_preset("digits", l1=0.0).l1
+        >>> find_preset("digits", l1=0.0, epochs=None).l1
         0.0
     """
     if name not in PRESETS:
         raise ValueError(f"there is no preset {name!r}; the presets are {', '.join(PRESETS)}.")
-    if epochs is not None and epochs < 1:
-        raise ValueError(f"epochs must be at least 1, got {epochs}.")
-    if l1 is not None and not 0 <= l1 < np.inf:
-        raise ValueError(f"l1 must be finite and at least 0, got {l1}.")
-    if finetune_steps is not None and finetune_steps < 0:
-        raise ValueError(f"finetune_steps must be at least 0, got {finetune_steps}.")
-    given = {"epochs": epochs, "l1": l1, "finetune_steps": finetune_steps}
-    return replace(PRESETS[name], **{key: value for key, value in given.items() if value is not None})
+    return replace(PRESETS[name], **{key: value for key, value in settings.items() if value is not None})
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The command line, end to end, on a network small enough for seconds (592 weights)."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from safetensors.numpy import load_file
 
 import jaxlimit
 from jaxlimit import __version__, models, presets, training, weights
-from jaxlimit.cli import default_folder, main
+from jaxlimit.cli import default_folder, main, parse
 
 TINY = presets.Preset(
     "tiny", "digits", "64-8-10", epochs=3, learning_rate=0.1, schedule="cosine", l1=5e-4, finetune_steps=5
@@ -228,6 +229,14 @@ def test_going_on_with_other_options_is_refused(finished, tmp_path, capsys):
         (["run", "nonsense"], "there is no preset 'nonsense'; the presets are digits, mnist-fc2"),
         (["run", "tiny", "--epochs", "0"], "epochs must be at least 1, got 0"),
         (["run", "tiny", "--l1", "-1"], "l1 must be finite and at least 0, got -1.0"),
+        (["run", "tiny", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["run", "tiny", "--learning-rate", "inf"], "learning_rate must be positive and finite, got inf"),
+        (["run", "tiny", "--momentum", "1"], "momentum must be at least 0 and below 1, got 1.0"),
+        (["run", "tiny", "--warmup-epochs", "4"], "warmup_epochs must be at most epochs = 3, got 4"),
+        (
+            ["run", "tiny", "--augment", "True"],
+            "augment crops and flips images: digits is not meant for that",
+        ),
         (["run", "tiny", "--tolerance", "0"], "tolerance must be a positive finite number, got 0.0"),
         (
             ["run", "tiny", "--loss-tolerance", "nan"],
@@ -252,6 +261,25 @@ def test_bad_values_get_one_line_and_code_2(args, message, tmp_path, monkeypatch
     assert message in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_every_hyperparameter_can_be_given():
+    given = {
+        "epochs": 7,
+        "batch_size": 64,
+        "learning_rate": 0.05,
+        "schedule": "steps",
+        "l1": 0.0,
+        "warmup_epochs": 2,
+        "momentum": 0.5,
+        "augment": True,
+        "finetune_steps": 0,
+    }
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    expected = dataclasses.replace(presets.PRESETS["cifar10-lenet"], **given)
+    assert parse(["run", "cifar10-lenet", *words]).preset == expected
+    fixed = {"name", "dataset", "network"}
+    assert {field.name for field in dataclasses.fields(presets.Preset)} == given.keys() | fixed
 
 
 def test_words_that_are_no_numbers_are_refused(capsys):

@@ -155,7 +155,7 @@ def test_every_interval_holds_the_dense_truth(seed, kind):
         assert sampled.width.upper - sampled.width.lower < 0.1
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_digits_reproduces_the_published_row_and_the_measured_thresholds(seed):
     """The row of 64-48-24-10 at L1 5e-4; measured on the real loss, with and without fine-tuning."""
     network = digits_network(seed, (64, 48, 24, 10), 400)

@@ -25,6 +25,7 @@ from jaxlimit.models import (
     fc13,
     from_nnx,
 )
+from jaxlimit.models.convolutional import convolve
 
 
 class Everything(nnx.Module):
@@ -39,6 +40,29 @@ class Everything(nnx.Module):
         for layer in self.layers:
             inputs = layer(inputs)
         return self.dropout(self.norm(inputs))
+
+
+@pytest.mark.parametrize(
+    ("size", "padding", "strides"), [(5, 0, 1), (3, 1, 1), (3, 1, 2), (1, 0, 2), (11, 1, 4)]
+)
+def test_convolution_is_that_of_xla(size, padding, strides):
+    """Values, gradients, and the derivative of the gradient."""
+    rng = np.random.default_rng(0)
+    images, kernel = rng.standard_normal((2, 13, 14, 3)), rng.standard_normal((size, size, 3, 4))
+
+    def value(convolve, operands):
+        layout = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+        return convolve(*operands, (strides, strides), [(padding, padding)] * 2, **layout)
+
+    def everything(convolve, operands):
+        gradient = jax.grad(lambda operands: jnp.sum(jnp.sin(value(convolve, operands))))
+        return value(convolve, operands), jax.jvp(gradient, (operands,), (operands,))
+
+    operands = jnp.asarray(images, jnp.float32), jnp.asarray(kernel, jnp.float32)
+    found, expected = (everything(f, operands) for f in (convolve, jax.lax.conv_general_dilated))
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert ours.shape == theirs.shape
+        np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
 
 
 # Kernel weights and parameters by hand: kernels, biases of dense layers and of convolutions that have one,
