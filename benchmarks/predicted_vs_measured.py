@@ -340,8 +340,8 @@ def row(case: Case, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def markdown_table(document: Mapping[str, Any], columns: Mapping[str, Sequence[str]]) -> str:
     """Measured thresholds (bold) and the limits: means over the seeds, with half their range.
 
-    A limit that is not resolved to the tolerance for every seed is marked with a ~, one that is known for the
-    first seed alone with a *.
+    A limit that is not resolved to the tolerance for every seed is marked with a ~, one that is not known for
+    every seed with a *.
     """
     rows = [("network", "L1", *columns), ("---", *["---:"] * (1 + len(columns)))]
     for (network, l1), group in groupby(document["cases"], key=lambda case: (case["network"], case["l1"])):
@@ -355,8 +355,8 @@ def _cell(cases: Sequence[Mapping[str, Any]], path: Sequence[str]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return "-"
-    curvatures = [case[path[0]] for case in cases if path[0] in CURVATURES]
-    resolved = all(found is None or found["status"].startswith("converged") for found in curvatures)
+    spreads = [_value(case, (*path[:-1], "spread")) for case in cases if path[0] in CURVATURES]
+    resolved = all(spread is None or spread <= TOLERANCE for spread in spreads)
     half_range = round((max(known) - min(known)) / 2, 3)
     marks = ("" if resolved else "~"), ("*" if len(known) < len(values) else "")
     return f"{marks[0]}{np.mean(known):.3f}{marks[1]}" + (f" ± {half_range:.3f}" if half_range else "")

@@ -5,7 +5,8 @@ the limit they serve is resolved to the tolerance or the budget of products is s
 kept in a checkpoint, from which an interrupted run goes on to the same bits.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from jaxlimit.quadrature import (
 )
 from jaxlimit.readjust import readjusted_minimum
 from jaxlimit.roots import (
+    BudgetSpent,
     Estimate,
     PathPoint,
     cone_point,
@@ -39,10 +41,6 @@ from jaxlimit.roots import (
 )
 
 PyTree = Any
-
-
-class BudgetSpent(Exception):
-    """Not enough products are left for the next limit; the limits found so far stand."""
 
 
 class Progress(NamedTuple):
@@ -76,6 +74,15 @@ class Products:
     def left(self) -> int:
         """Products left of the budget, but for those that are reserved for later stages."""
         return self.max_matvecs - self.reserve - self.count
+
+    @contextmanager
+    def half(self, at_least: int) -> Iterator[None]:
+        """Keeps half of what is left for later stages, unless this one needs more for its first step."""
+        self.reserve = max(0, min(self.left // 2, self.left - at_least))
+        try:
+            yield
+        finally:
+            self.reserve = 0
 
     def matmat(self, vectors: PyTree) -> PyTree:
         """H V; counts each vector."""
@@ -127,7 +134,10 @@ class AdaptiveCurvature:
         return self._bracket(self.runs, self.order.dim, n)
 
     def removed(self, counts: list[int]) -> list[SpectralBracket]:
-        """Brackets of the spectral measure seen from c after n removals, for several n side by side."""
+        """Brackets of the spectral measure seen from c after n removals, for several n side by side.
+
+        Several n are a first look, which leaves half of the products for the root itself.
+        """
         self.products.stage = "cone"
         starts = self._removed_vectors(counts)
 
@@ -140,7 +150,8 @@ class AdaptiveCurvature:
         def resolved(runs: list[Tridiagonal]) -> bool:
             return all(error(n, run) <= self.tolerance / 2 for n, run in zip(counts, runs, strict=True))
 
-        runs = self._run_until(starts, resolved, "cone-" + "-".join(map(str, counts)))
+        with self.products.half(len(counts)) if len(counts) > 1 else nullcontext():
+            runs = self._run_until(starts, resolved, "cone-" + "-".join(map(str, counts)))
         return [self._bracket([run], None, n) for n, run in zip(counts, runs, strict=True)]
 
     def one_shot(self) -> Estimate:

@@ -8,12 +8,13 @@ Small networks are solved from a dense eigendecomposition (`dense`), large ones 
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxlimit.adaptive import AdaptiveCurvature, BudgetSpent, Products, Progress
+from jaxlimit.adaptive import AdaptiveCurvature, Products, Progress
 from jaxlimit.checkpoint import Checkpoint
 from jaxlimit.compat import reference_limit
 from jaxlimit.curvature import Curvature, dense_matrix
@@ -24,6 +25,7 @@ from jaxlimit.quadrature import SpectralBracket
 from jaxlimit.result import PruningLimit
 from jaxlimit.roots import (
     LIMITS,
+    BudgetSpent,
     Estimate,
     cone_limit,
     readjusted_limit,
@@ -116,10 +118,8 @@ def pruning_limit(
         source = AdaptiveCurvature(products, order, key, loss_tolerance, tolerance, num_probes, store)
         accuracy = tolerance
     # A spectrum that does not resolve must leave something for the other limits.
-    if set(which) != {"width"}:
-        products.reserve = min(max_matvecs // 2, max_matvecs - (num_probes or 1))
-    bracket, removed = source.spectrum(), {}
-    products.reserve = 0
+    with products.half(num_probes or 1) if set(which) != {"width"} else nullcontext():
+        bracket, removed = source.spectrum(), {}
     width = width_limit(bracket, order, loss_tolerance)
 
     def seen_from(counts: list[int]) -> list[SpectralBracket]:

@@ -12,7 +12,7 @@ they need as numbers and functions, so that the same code serves a dense eigende
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -31,6 +31,10 @@ STANDARD_ERRORS = 3.0
 # The one-shot path: intervals of its first grid, pieces of an interval that is looked at again, and points
 # computed at once (enough to share a forward pass, few enough to fit in memory).
 INTERVALS, PIECES, BLOCK = 32, 8, 8
+
+
+class BudgetSpent(Exception):
+    """Not enough products are left for the next step; what was found so far stands."""
 
 
 @partial(
@@ -64,6 +68,11 @@ class Estimate:
         """From a bracket of the root, which is widened by 2/D, kept around the value and cut to [0, 1]."""
         lower, upper = min(lower, value) - 2 / dim, max(upper, value) + 2 / dim
         return cls(value, max(lower, 0.0), min(upper, 1.0), probe_error, spread)
+
+    def widened(self, by: float) -> "Estimate":
+        """The same value, less sure by so much to either side."""
+        lower, upper = max(self.lower - by, 0.0), min(self.upper + by, 1.0)
+        return replace(self, lower=lower, upper=upper, spread=self.spread + by)
 
     def __str__(self) -> str:
         return f"{self.value:.4f} [{self.lower:.4f}, {self.upper:.4f}]"
@@ -186,6 +195,13 @@ def cone_limit(
         start: the width limit, below which the cone limit cannot lie.
         tolerance: the iteration ends when the root moves by less than a tenth of it.
         max_rounds: rounds of refinement at most.
+
+    Returns:
+        The limit; where `removed` ran out of products before the root rested, as far as it was found, widened
+        by its last move.
+
+    Raises:
+        BudgetSpent: by `removed`, at the first sparsities.
     """
 
     def evaluate(counts: list[int]) -> list[ConePoint]:
@@ -200,13 +216,18 @@ def cone_limit(
     if not points:
         return Estimate.between(1.0, 1.0, 1.0, order.dim)
     estimate = cone_root(bracket, order, points, loss_tolerance)
+    moved = abs(estimate.value - start)
     for _ in range(max_rounds):
         n = min(max(1, round(estimate.value * order.dim)), order.dim)
         if n in {point.num_removed for point in points} or order.squared_norm[n] == 0:
             break
-        points += evaluate([n])
+        try:
+            points += evaluate([n])
+        except BudgetSpent:
+            return estimate.widened(moved)
         previous, estimate = estimate, cone_root(bracket, order, points, loss_tolerance)
-        if abs(estimate.value - previous.value) < 0.1 * tolerance:
+        moved = abs(estimate.value - previous.value)
+        if moved < 0.1 * tolerance:
             break
     return estimate
 

@@ -18,7 +18,10 @@ from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
 import jaxlimit
-from jaxlimit import data, models, training
+from jaxlimit import data, models, roots, training
+from jaxlimit.curvature import dense_matrix
+from jaxlimit.dense import dense_curvature
+from jaxlimit.magnitude import magnitude_order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,10 +299,9 @@ def test_status_says_what_is_missing_and_what_to_do():
     )
     assert limit.status.startswith("under-resolved")
     assert "raise it" in limit.status
-    assert "No product was left for one_shot, cone" in limit.status
+    assert "No product was left for one_shot, readjusted." in limit.status
     assert "The probe error" in limit.status
     assert limit.one_shot is None
-    assert limit.cone is None
     assert limit.num_matvecs <= 20
     assert "status: under-resolved" in repr(limit)
     fine = jaxlimit.pruning_limit(curvature, jax.random.key(0), loss_tolerance=0.05, which=["width"])
@@ -307,18 +309,47 @@ def test_status_says_what_is_missing_and_what_to_do():
     assert set(fine.estimates()) == {"width"}
 
 
-def test_a_spectrum_that_does_not_resolve_leaves_half_of_the_budget():
-    limit = jaxlimit.pruning_limit(
-        quadratic_network(),
-        jax.random.key(0),
-        loss_tolerance=0.05,
-        tolerance=1e-6,
-        max_matvecs=200,
-        num_probes=1,
+@pytest.mark.parametrize("max_matvecs", [100, 200])
+def test_limits_that_do_not_resolve_leave_some_of_the_budget_to_the_next(max_matvecs):
+    solve = functools.partial(
+        jaxlimit.pruning_limit, quadratic_network(), jax.random.key(0), loss_tolerance=0.05
     )
-    assert limit.num_steps <= 100
-    assert set(limit.estimates()) >= {"one_shot", "width"}
-    assert limit.num_matvecs <= 200
+    limit = solve(tolerance=1e-6, max_matvecs=max_matvecs, num_probes=1)
+    assert limit.num_steps <= max_matvecs // 2
+    assert limit.num_matvecs <= max_matvecs
+    assert set(limit.estimates()) == {"one_shot", "width", "cone"}
+    assert limit.status.startswith("under-resolved")
+    assert limit.cone.spread > 1e-6
+    assert limit.cone.lower < solve().cone.value < limit.cone.upper
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_a_cone_that_is_cut_short_is_less_sure_by_its_last_move(rounds):
+    curvature = quadratic_network()
+    order = magnitude_order(curvature.weights)
+    source = dense_curvature(
+        dense_matrix(curvature.matmat, curvature.weights), order, curvature.gradient, 0.05
+    )
+    width = roots.width_limit(source.spectrum(), order, 0.05).value
+    calls = []
+
+    def cut_short(counts):
+        calls.append(counts)
+        if len(calls) > 1 + rounds:
+            raise roots.BudgetSpent
+        return source.removed(counts)
+
+    whole, cut = (
+        roots.cone_limit(source.spectrum(), order, removed, 0.05, width, 1e-6)
+        for removed in (source.removed, cut_short)
+    )
+    assert len(calls) == 2 + rounds
+    assert whole.spread == 0
+    assert cut.value != whole.value
+    assert abs(cut.value - whole.value) <= cut.spread
+    assert cut.lower < whole.value < cut.upper
+    with pytest.raises(roots.BudgetSpent):
+        roots.cone_limit(source.spectrum(), order, cut_short, 0.05, width, 1e-6)
 
 
 def test_the_budget_is_kept_and_probes_are_chosen_from_the_tolerance():
