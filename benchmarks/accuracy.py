@@ -33,11 +33,11 @@ import jaxlimit
 from jaxlimit import compat, data, lanczos, magnitude, models, quadrature, record, training
 from jaxlimit.geometry import width_ridge
 from jaxlimit.lanczos import Tridiagonal
+from jaxlimit.losses import CURVATURES
 from jaxlimit.roots import fixed_point
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "data"
 PARTS = ("runs", "subsampling", "precision", "reference", "table")
-CURVATURES = ("hessian", "gauss_newton")
 TOLERANCE = 1e-3
 STEP = 16  # step counts at which the estimators are compared
 BLOCKS = (2, 4)  # block sizes of block Lanczos
@@ -96,14 +96,7 @@ class Network:
         """Of the mean loss over the first examples."""
         predict, params = self.trained
         batches = jaxlimit.batched(tuple(x[:num_examples] for x in self.arrays), 128)
-        if kind == "hessian":
-            return jaxlimit.hessian(training.classification_loss(predict), params, batches)
-        return jaxlimit.gauss_newton(
-            lambda params, batch: predict(params, batch[0]),
-            lambda outputs, batch: training.cross_entropy(outputs, batch[1]),
-            params,
-            batches,
-        )
+        return training.classification_curvature(kind, predict, params, batches)
 
     @cached_property
     def loss_tolerance(self) -> float:

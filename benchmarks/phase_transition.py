@@ -42,9 +42,9 @@ from scipy.optimize import minimize
 import jaxlimit
 from jaxlimit import geometry, plots, presets, record, training
 from jaxlimit.curvature import combine, partition
+from jaxlimit.losses import CURVATURES
 from jaxlimit.magnitude import MagnitudeOrder, flatten, magnitude_order, num_removed
 from jaxlimit.models import from_nnx
-from jaxlimit.presets import CURVATURES
 
 Array = NDArray[np.float64]
 ValueAndGradient = Callable[[Array], tuple[float, Array]]
@@ -132,14 +132,9 @@ def train(experiment: Experiment) -> Network:
         loss, params, arrays, jax.random.key(0), epochs=preset.epochs, learning_rate=rate, l1=preset.l1
     )
     batches = jaxlimit.batched(arrays, preset.batch_size)
-    curvature = jaxlimit.hessian(loss, params, batches)
-    hessian, gradient = curvature.dense(), flatten(curvature.gradient)
-    gauss_newton = jaxlimit.gauss_newton(
-        lambda params, batch: predict(params, batch[0]),
-        lambda outputs, batch: training.cross_entropy(outputs, batch[1]),
-        params,
-        batches,
-    ).dense()
+    curvatures = [training.classification_curvature(name, predict, params, batches) for name in CURVATURES]
+    gradient = flatten(curvatures[0].gradient)
+    hessian, gauss_newton = (curvature.dense() for curvature in curvatures)
     weights, rest = partition(params)
     unravel = ravel_pytree(weights)[1]
 

@@ -31,7 +31,8 @@ import numpy as np
 
 from jaxlimit import curvature, limit, measure, models, record, training, weights
 from jaxlimit.batches import Batches, batched, loss_statistics
-from jaxlimit.presets import CURVATURES, PRESETS, Arrays, Options, Preset, build_network, load_arrays
+from jaxlimit.losses import CURVATURES
+from jaxlimit.presets import PRESETS, Arrays, Options, Preset, build_network, load_arrays
 from jaxlimit.roots import LIMITS
 
 NAME = "predicted_vs_measured"
@@ -250,16 +251,7 @@ def predicted(
     case: Case, problem: Problem, params: Any, folder: Path, name: str, max_matvecs: int
 ) -> dict[str, Any]:
     """The limits with one curvature: what hessian.json and gauss_newton.json hold."""
-    operator = (
-        curvature.hessian(problem.loss, params, problem.batches)
-        if name == "hessian"
-        else curvature.gauss_newton(
-            lambda params, batch: problem.predict(params, batch[0]),
-            lambda outputs, batch: training.cross_entropy(outputs, batch[1]),
-            params,
-            problem.batches,
-        )
-    )
+    operator = training.classification_curvature(name, problem.predict, params, problem.batches)
     report = reporter(f"{case.name}, {name}")
     checkpoint = record.checkpoint_path(folder, name)
     found = limit.pruning_limit(

@@ -1,11 +1,16 @@
-"""Losses and metrics of classification, and the L1 norm."""
+"""Loss, metrics and curvature of classification, and the L1 norm."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from jaxlimit.curvature import Curvature, gauss_newton, hessian
+
+# The two curvatures: the one that predicts, then the one that is cheap to resolve.
+CURVATURES = ("hessian", "gauss_newton")
 
 PyTree = Any
 Predict = Callable[[PyTree, jax.Array], jax.Array]
@@ -84,6 +89,44 @@ def classification_metrics(predict: Predict) -> Callable[[PyTree, Any], dict[str
         return {"loss": cross_entropy(logits, labels), "accuracy": jnp.mean(logits.argmax(-1) == labels)}
 
     return metrics
+
+
+def classification_curvature(
+    name: str, predict: Predict, params: PyTree, batches: Iterable[tuple[Any, Any]]
+) -> Curvature:
+    """Hessian or Gauss-Newton matrix of the mean cross entropy.
+
+    Args:
+        name: "hessian" or "gauss_newton".
+        predict: `predict(params, inputs) -> logits` of shape (batch, classes).
+        params: pytree of arrays, where the curvature is taken.
+        batches: (inputs, labels), as in `hessian`.
+
+    Returns:
+        The curvature with respect to the weights that can be pruned, as `hessian` and `gauss_newton` give it.
+
+    Raises:
+        ValueError: another name; or as `hessian` and `gauss_newton`.
+
+    Examples:
+        >>> from jaxlimit import batched
+        >>> data = batched((jnp.eye(2), jnp.array([0, 1])), 2)
+        >>> predict = lambda params, inputs: inputs @ params
+        >>> for name in CURVATURES:  # the same, for a linear network
+        ...     print(classification_curvature(name, predict, jnp.zeros((2, 2)), data).dense()[0])
+        [ 0.125 -0.125  0.     0.   ]
+        [ 0.125 -0.125  0.     0.   ]
+    """
+    if name == "hessian":
+        return hessian(classification_loss(predict), params, batches)
+    if name == "gauss_newton":
+        return gauss_newton(
+            lambda params, batch: predict(params, batch[0]),
+            lambda logits, batch: cross_entropy(logits, batch[1]),
+            params,
+            batches,
+        )
+    raise ValueError(f"name must be one of {', '.join(CURVATURES)}, got {name!r}.")
 
 
 def l1_norm(params: PyTree) -> jax.Array:

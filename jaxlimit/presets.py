@@ -21,10 +21,10 @@ import optax
 from flax import nnx
 
 from jaxlimit import data, models
+from jaxlimit.losses import CURVATURES
 from jaxlimit.training import steps_per_epoch
 
 Arrays = tuple[np.ndarray, np.ndarray]
-CURVATURES = ("hessian", "gauss_newton")
 # The learning rate of "steps" is halved after these shares of the epochs: 60, 120 and 160 of 200.
 MILESTONES = (0.3, 0.6, 0.8)
 SCHEDULES = ("constant", "cosine", "steps")

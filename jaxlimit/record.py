@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlimit.presets import CURVATURES
+from jaxlimit.losses import CURVATURES
 from jaxlimit.quadrature import SpectralMeasure
 from jaxlimit.result import LimitCurve, PruningLimit, Sensitivity
 from jaxlimit.roots import LIMITS, Estimate

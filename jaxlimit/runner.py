@@ -247,14 +247,7 @@ class _Run:
     def _curvature(self, name: str, num_examples: int | None) -> curvature.Curvature:
         """Of the loss over the first so many training examples."""
         data = self.batches([array[:num_examples] for array in self.arrays["train"]])
-        if name == "hessian":
-            return curvature.hessian(self.loss, self.params, data)
-        return curvature.gauss_newton(
-            lambda params, batch: self.predict(params, batch[0]),
-            lambda outputs, batch: training.cross_entropy(outputs, batch[1]),
-            self.params,
-            data,
-        )
+        return training.classification_curvature(name, self.predict, self.params, data)
 
     def sweep(self) -> None:
         title = "sparsity sweep"

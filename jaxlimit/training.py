@@ -23,6 +23,7 @@ from flax import nnx
 from jaxlimit.checkpoint import Checkpoint
 from jaxlimit.losses import (
     Loss,
+    classification_curvature,
     classification_loss,
     classification_metrics,
     cross_entropy,
@@ -30,6 +31,7 @@ from jaxlimit.losses import (
 )
 
 __all__ = [
+    "classification_curvature",
     "classification_loss",
     "classification_metrics",
     "cross_entropy",
