@@ -1,0 +1,98 @@
+"""The presets on real data, each by one `jaxlimit run`: what was predicted, and what was measured.
+
+    python benchmarks/real_runs.py --work DIR [--runs mnist-fc2-10 ...]
+
+DIR gets the folder of each run. Of a finished run limit.json goes to results/NAME.json and the figure of its
+loss to docs/figures/NAME.png; the table is made of all runs that are in results. Data are read from
+$JAXLIMIT_DATA. An interrupted run goes on where it was.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import common
+
+from jaxlimit import cli, record
+
+NAME = "real_runs"
+FIGURES = Path(__file__).parents[1] / "docs" / "figures"
+# What is typed after `jaxlimit`.
+RUNS = {
+    "digits-seed0": "run --seed 0",
+    "digits-seed1": "run --seed 1",
+    "mnist-fc2-10": "run mnist-fc2 --epochs 10",
+    "mnist-fc2-60": "run mnist-fc2 --epochs 60",
+    "cifar10-lenet-30": "run cifar10-lenet --epochs 30 --num-examples 1024 --finetune-steps 0",
+}
+# Columns of the Markdown table, and where their values are in limit.json. Measured thresholds are bold, and
+# stand before their predictions.
+COLUMNS = {
+    "**pruned**": ("measured", "loss", "value"),
+    "one_shot": ("limits", "hessian", "one_shot", "value"),
+    "**fine-tuned**": ("measured", "finetuned", "value"),
+    "width": ("limits", "hessian", "width", "value"),
+    "cone": ("limits", "hessian", "cone", "value"),
+    "readjusted": ("limits", "hessian", "readjusted", "value"),
+    "GN width": ("limits", "gauss_newton", "width", "value"),
+    "GN cone": ("limits", "gauss_newton", "cone", "value"),
+    "GN readjusted": ("limits", "gauss_newton", "readjusted", "value"),
+    "paper's code": ("limits", "hessian", "reference", "value"),
+}
+
+
+def perform(name: str, folder: Path) -> None:
+    """Does a run, or what is left of it, and keeps its limit.json and its figure.
+
+    Raises:
+        SystemExit: the run failed or was interrupted; it has said so.
+    """
+    code = cli.main([*RUNS[name].split(), "--out", str(folder)])
+    if code:
+        raise SystemExit(code)
+    document = record.read_json(folder / record.LIMIT) | {"command": f"jaxlimit {RUNS[name]}"}
+    record.write_json(common.RESULTS / f"{name}.json", document)
+    shutil.copyfile(folder / record.FIGURES / "loss.png", FIGURES / f"{name}.png")
+
+
+def markdown_table(documents: Mapping[str, Mapping[str, Any]]) -> str:
+    """A row for each run. A limit that is not resolved to the run's tolerance is marked with a ~."""
+    rows = [("run", "test accuracy", "1 point less", *COLUMNS), ("---", *["---:"] * (2 + len(COLUMNS)))]
+    for name, document in documents.items():
+        accuracy = f"{document['network']['test_accuracy']:.2%}"
+        point_less = _cell(document, ("measured", "accuracy", "value"))
+        rows.append((name, accuracy, point_less, *(_cell(document, path) for path in COLUMNS.values())))
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+
+
+def _cell(document: Mapping[str, Any], path: tuple[str, ...]) -> str:
+    found: Any = document
+    for name in path[:-1]:
+        found = found.get(name, {})
+    if not found:
+        return "-"
+    unresolved = found.get("spread", 0) > document["limits"]["hessian"]["tolerance"]
+    return f"{'~' if unresolved else ''}{found['value']:.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder of the runs")
+    parser.add_argument("--runs", nargs="*", default=list(RUNS), choices=RUNS, metavar="NAME", help="which")
+    options = parser.parse_args()
+    for name in options.runs:
+        perform(name, options.work / name)
+    paths = {name: common.RESULTS / f"{name}.json" for name in RUNS}
+    documents = {name: record.read_json(path) for name, path in paths.items() if path.exists()}
+    table = markdown_table(documents)
+    record.write_atomic(common.RESULTS / f"{NAME}.md", table)
+    sys.stdout.write(table)
+
+
+if __name__ == "__main__":
+    main()
