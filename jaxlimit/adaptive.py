@@ -41,6 +41,10 @@ from jaxlimit.roots import (
 )
 
 PyTree = Any
+# Steps before a run with an indefinite matrix may call itself resolved. While it still finds the outliers, no
+# estimate knows of the eigenvalues around the ridge: after 16 steps on a network of 1.6 million weights all
+# of them agreed on .9945, where the limit is .89.
+INDEFINITE_STEPS = 64
 
 
 class Progress(NamedTuple):
@@ -245,12 +249,13 @@ class AdaptiveCurvature:
         num_runs = jax.tree.leaves(starts)[0].shape[0]
         state = self.store.load_state(name, lanczos.init(starts))
         self.products.count += state.diagonal.size
+        least = 0 if self.products.curvature.positive_semidefinite else INDEFINITE_STEPS
         if self.products.left < num_runs and state.diagonal.size == 0:
             raise BudgetSpent
         while True:
             steps = state.diagonal.shape[1]
             runs = state.tridiagonals()
-            if runs and (all(run.breakdown for run in runs) or resolved(runs)):
+            if runs and (all(run.breakdown for run in runs) or (steps >= least and resolved(runs))):
                 return runs
             extra = max(16, steps // 64 * 16) if max_steps is None else max_steps - steps
             extra = min(extra, self.products.left // num_runs)

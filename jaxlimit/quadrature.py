@@ -42,9 +42,13 @@ from jaxlimit.lanczos import Tridiagonal
 
 PyTree = Any
 Rule = tuple[NDArray[np.float64], NDArray[np.float64]]  # nodes, weights
-# A bound, the value, or one of the three other estimates whose distance from the value is its spread.
-Side = Literal["lower", "upper", "value", 1, 2, 3]
+# A bound, the value, or one of the four other estimates whose distance from the value is its spread.
+Side = Literal["lower", "upper", "value", 1, 2, 3, 4]
 SIDES: tuple[Side, ...] = get_args(Side)
+# Sixteenths of the steps from which each estimate for an indefinite matrix is extrapolated, the value first.
+# The last is what the value was after three quarters of the steps.
+WINDOWS = ((16, 12, 8), (14, 10, 6), (12, 8, 4), (12, 9, 6))
+SIXTEENTHS = tuple(sorted({part for window in WINDOWS for part in window}))
 # Share of what is extrapolated that counts as uncertain even where the step counts agree better: on the
 # networks of benchmarks/accuracy.py the error was rarely larger.
 CORRECTION = 0.25
@@ -258,7 +262,7 @@ class SpectralBracket:
         lower: measures on |lambda|; the smallest of their integrals bounds that of each probe from below.
         upper: measure on |lambda| whose integral bounds it from above.
         rules: the rules behind the value: one if the measure is known; Gauss and Gauss-Radau, of which the
-            mean is taken; or the Gauss-Radau rules after 2/8, 3/8 ... 8/8 of the steps, to be extrapolated.
+            mean is taken; or the Gauss-Radau rules after SIXTEENTHS of the steps, to be extrapolated.
     """
 
     lower: tuple[SpectralMeasure, ...]
@@ -290,13 +294,17 @@ class SpectralBracket:
         """How well the Lanczos steps resolve a quantity: the distance of the farthest estimate, in its units.
 
         Of a semidefinite matrix half its bracket; of an indefinite one how far it moved over the last quarter
-        of the steps, and at least a quarter of what is extrapolated.
+        of the steps, and at least a quarter of what is extrapolated, but no more than its bracket allows.
 
         Args:
             solve: the quantity as computed from each side.
         """
+
+        def farthest(*sides: Side) -> float:
+            return max(abs(solve(side) - value) for side in sides)
+
         value = solve("value")
-        return max(abs(solve(number) - value) for number in (1, 2, 3))
+        return min(farthest(1, 2, 3, 4), farthest("lower", "upper"))
 
     def probe_error(self, ridge: float) -> float:
         """Standard error of delta(a) / D due to the finite number of probes."""
@@ -317,9 +325,9 @@ def _estimates(terms: Sequence[float]) -> list[float]:
         return [terms[0]]
     if len(terms) == 2:
         return [(terms[0] + terms[1]) / 2, *terms]
-    # After 8, 7 and 6 eighths of the steps, each extrapolated from terms a quarter of the run apart.
-    value, *earlier = (_aitken(terms[i], terms[i - 2], terms[i - 4]) for i in (6, 5, 4))
-    return [value, *earlier, value + CORRECTION * (terms[6] - value)]
+    after = dict(zip(SIXTEENTHS, terms, strict=True))
+    value, *others = (_aitken(*(after[part] for part in window)) for window in WINDOWS)
+    return [value, *others, value + CORRECTION * (after[16] - value)]
 
 
 def _aitken(last: float, middle: float, first: float) -> float:
@@ -351,17 +359,17 @@ def bracket_indefinite(
     if all(run.breakdown for run in runs):
         return SpectralBracket.exact(stack_rules([gauss(run) for run in runs], dim))
 
-    def radau(eighth: int) -> list[Rule]:
-        return [gauss_radau(run.truncate(max(run.num_steps * eighth // 8, 1)), 0.0) for run in runs]
+    def radau(part: int) -> list[Rule]:
+        return [gauss_radau(run.truncate(max(run.num_steps * part // 16, 1)), 0.0) for run in runs]
 
     def least(run: Tridiagonal) -> list[Rule]:
         if run.breakdown:
             return [gauss(run)] * 3
         return [_NOWHERE] if ridge is None else least_rules(run, [ridge / 100, ridge, ridge * 100])
 
-    rules = tuple(stack_rules(radau(eighth), dim) for eighth in range(2, 9))
+    rules = tuple(stack_rules(radau(part), dim) for part in SIXTEENTHS)
     lower = [_shifted(rule, runs, 1, dim) for rule in zip(*map(least, runs), strict=False)]
-    return SpectralBracket(tuple(lower), _shifted(radau(8), runs, -1, dim), rules)
+    return SpectralBracket(tuple(lower), _shifted(radau(16), runs, -1, dim), rules)
 
 
 # All mass at an eigenvalue that is too large to matter: nothing is known from below.

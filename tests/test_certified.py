@@ -133,3 +133,14 @@ def test_values_are_as_good_as_their_probe_error_and_spread_say(name):
             assert error <= 3 * estimate.probe_error + 3 * estimate.spread + 2 / DIM, (seed, key, limit)
             assert estimate.probe_error < 0.05
             assert estimate.spread < 0.01
+
+
+def test_an_indefinite_matrix_is_not_called_resolved_after_a_few_steps():
+    """However loose the tolerance: agreement among the first few steps says nothing there."""
+    for name, least in (("spike", 64), ("log-uniform", 16)):
+        curvature, _, _, eps = problem(name, 0)
+        limit = jaxlimit.pruning_limit(
+            curvature, jax.random.key(0), loss_tolerance=eps, tolerance=0.5, num_probes=1
+        )
+        assert limit.num_steps == least
+        assert limit.status.startswith("converged")

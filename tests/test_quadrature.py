@@ -23,6 +23,7 @@ from jaxlimit.curvature import hessian
 from jaxlimit.lanczos import Tridiagonal
 from jaxlimit.quadrature import (
     SIDES,
+    SIXTEENTHS,
     SpectralBracket,
     SpectralMeasure,
     bracket_indefinite,
@@ -319,22 +320,33 @@ def test_the_extrapolated_value_is_right_long_before_the_bounds_close(seed):
         spreads.append(bracket.spread(lambda side, b=bracket: b.dimension(side, ridge)))
     assert np.all(np.array(errors) < 0.15 * np.array(widths))
     assert np.all(np.array(errors) < 3 * np.array(spreads))
-    assert spreads[-1] < 0.3 * widths[-1]
+    assert spreads[-1] < 0.3 * widths[0]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_spread_covers_what_the_value_was_after_three_quarters_of_the_steps(seed):
+    measure, ridge = spike(seed), 5e-4
+    longest = jacobi(*measure, 128)
+    for steps in (32, 64, 96, 128):
+        bracket, earlier = (bracket_indefinite([longest.truncate(k)]) for k in (steps, steps * 3 // 4))
+        moved = abs(bracket.dimension("value", ridge) - earlier.dimension("value", ridge))
+        assert bracket.spread(lambda side, b=bracket: b.dimension(side, ridge)) >= moved
 
 
 def test_geometric_convergence_is_extrapolated_to_its_limit():
     """delta(a) / D of one eigenvalue x is a / (a + x): rules are made so that it is 0.5 + 0.3 r^j."""
-    terms = 0.5 + 0.3 * 0.7 ** np.arange(7)
+    sixteenths = np.array(SIXTEENTHS)
+    terms = 0.5 + 0.3 * 0.7**sixteenths
     rules = tuple(SpectralMeasure([[1 / term - 1]], [[1.0]]) for term in terms)
     bracket = SpectralBracket((rules[0],), rules[-1], rules)
-    for side in ("value", 1, 2):
+    for side in ("value", 1, 2, 3):
         assert bracket.dimension(side, 1.0) == pytest.approx(0.5, abs=1e-12)
-    assert bracket.dimension(3, 1.0) == pytest.approx(0.5 + 0.25 * 0.3 * 0.7**6, abs=1e-12)
-    assert bracket.spread(lambda side: bracket.dimension(side, 1.0)) == pytest.approx(0.25 * 0.3 * 0.7**6)
+    assert bracket.dimension(4, 1.0) == pytest.approx(0.5 + 0.25 * 0.3 * 0.7**16, abs=1e-12)
+    assert bracket.spread(lambda side: bracket.dimension(side, 1.0)) == pytest.approx(0.25 * 0.3 * 0.7**16)
 
 
 def test_what_does_not_converge_geometrically_is_not_extrapolated():
-    terms = 0.9 - 0.05 * np.arange(7)
+    terms = 0.9 - 0.025 * (np.array(SIXTEENTHS) - 4)
     rules = tuple(SpectralMeasure([[1 / term - 1]], [[1.0]]) for term in terms)
     bracket = SpectralBracket((rules[0],), rules[-1], rules)
     assert bracket.dimension("value", 1.0) == pytest.approx(terms[-1], abs=1e-12)
