@@ -42,8 +42,8 @@ from jaxlimit.roots import (
 
 PyTree = Any
 # Steps before a run with an indefinite matrix may call itself resolved. While it still finds the outliers, no
-# estimate knows of the eigenvalues around the ridge: after 16 steps on a network of 1.6 million weights all
-# of them agreed on .9945, where the limit is .89.
+# estimate knows of the eigenvalues around the ridge: on a network of 1.6 million weights they say .994 to
+# .996 after 8 to 16 steps, where the limit is .89.
 INDEFINITE_STEPS = 64
 
 
@@ -249,9 +249,9 @@ class AdaptiveCurvature:
         num_runs = jax.tree.leaves(starts)[0].shape[0]
         state = self.store.load_state(name, lanczos.init(starts))
         self.products.count += state.diagonal.size
-        least = 0 if self.products.curvature.positive_semidefinite else INDEFINITE_STEPS
         if self.products.left < num_runs and state.diagonal.size == 0:
             raise BudgetSpent
+        least = 0 if self.products.curvature.positive_semidefinite else INDEFINITE_STEPS
         while True:
             steps = state.diagonal.shape[1]
             runs = state.tridiagonals()

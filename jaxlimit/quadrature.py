@@ -359,17 +359,18 @@ def bracket_indefinite(
     if all(run.breakdown for run in runs):
         return SpectralBracket.exact(stack_rules([gauss(run) for run in runs], dim))
 
-    def radau(part: int) -> list[Rule]:
-        return [gauss_radau(run.truncate(max(run.num_steps * part // 16, 1)), 0.0) for run in runs]
-
     def least(run: Tridiagonal) -> list[Rule]:
         if run.breakdown:
             return [gauss(run)] * 3
         return [_NOWHERE] if ridge is None else least_rules(run, [ridge / 100, ridge, ridge * 100])
 
-    rules = tuple(stack_rules(radau(part), dim) for part in SIXTEENTHS)
+    radau = [
+        [gauss_radau(run.truncate(max(run.num_steps * part // 16, 1)), 0.0) for run in runs]
+        for part in SIXTEENTHS
+    ]
+    rules = tuple(stack_rules(rule, dim) for rule in radau)
     lower = [_shifted(rule, runs, 1, dim) for rule in zip(*map(least, runs), strict=False)]
-    return SpectralBracket(tuple(lower), _shifted(radau(16), runs, -1, dim), rules)
+    return SpectralBracket(tuple(lower), _shifted(radau[-1], runs, -1, dim), rules)
 
 
 # All mass at an eigenvalue that is too large to matter: nothing is known from below.
