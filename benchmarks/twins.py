@@ -107,6 +107,8 @@ class TorchResNet(nn.Module):
 
 
 class TorchAttention(nn.Module):
+    future: torch.Tensor
+
     def __init__(self, width: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
@@ -159,20 +161,14 @@ class TorchTransformer(nn.Module):
 class MeanCrossEntropy(nn.CrossEntropyLoss):
     """Over examples, or over all tokens of all examples; classes last, as the networks give them."""
 
-    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return super().forward(logits.flatten(0, -2), labels.flatten())
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return super().forward(input.flatten(0, -2), target.flatten())
 
 
 def _convolution(layer: nnx.Conv) -> nn.Conv2d:
+    options: dict[str, Any] = {"stride": layer.strides, "padding": layer.padding}
     bias = layer.bias is not None
-    return nn.Conv2d(
-        layer.in_features,
-        layer.out_features,
-        layer.kernel_size,
-        stride=layer.strides,
-        padding=layer.padding,
-        bias=bias,
-    )
+    return nn.Conv2d(layer.in_features, layer.out_features, layer.kernel_size[0], bias=bias, **options)
 
 
 def _network(model: nnx.Module) -> nn.Module:
