@@ -336,8 +336,8 @@ def lanczos_difference(
 ) -> float:
     """The largest difference of a Ritz value from jaxlimit's, over the largest Ritz value; same start.
 
-    It exceeds that of the products where few examples leave few large eigenvalues: once a run has them,
-    the next vector is a small remainder, in which rounding weighs more.
+    It exceeds that of the products by the rounding of the peer's own norms and inner products: on a CPU
+    PyTorch's float32 norm of a unit vector of 8e5 entries can be .99993.
     """
     vector = _gaussian(curvature, (), seed)
     start = ravel_pytree(curvature.weights)[1](jnp.asarray(vector))
