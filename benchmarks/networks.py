@@ -125,10 +125,10 @@ NETWORKS = {
     "digits": Network(models.digits_net, _digits, 1438),
     "fc2": Network(partial(models.fc2, 784), _mnist, 2048),
     "fc5": Network(partial(models.fc5, 784), _mnist, 2048),
-    "lenet": Network(models.LeNet, _cifar10, 1024),
-    "vgg16": Network(partial(models.VGG, 16), _cifar10, 256),
-    "resnet18": Network(partial(models.ResNet, 18), _cifar10, 256),
-    "transformer": Network(Transformer, _text, 256),
+    "lenet": Network(models.LeNet, _cifar10, 512),
+    "vgg16": Network(partial(models.VGG, 16), _cifar10, 64),
+    "resnet18": Network(partial(models.ResNet, 18), _cifar10, 64),
+    "transformer": Network(Transformer, _text, 128),
 }
 
 

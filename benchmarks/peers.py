@@ -13,7 +13,6 @@ the same prunable weights as jaxlimit. `to_native` and `to_flat` convert vectors
 import argparse
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Any, ClassVar
@@ -34,6 +33,7 @@ from scipy.linalg import eigh_tridiagonal
 from twins import Twin, make_twin
 
 import jaxlimit
+from jaxlimit.products import linear_mean
 
 PyTree = Any
 OPERATORS = ("hessian", "gauss_newton")
@@ -262,7 +262,7 @@ class Matfree:
 
     def __init__(self, curvature: jaxlimit.Curvature):
         self.curvature = curvature
-        self._program = lru_cache(maxsize=None)(self._compile)
+        self.compile = lru_cache(maxsize=None)(self._compile)
 
     @property
     def version(self) -> str:
@@ -274,21 +274,21 @@ class Matfree:
         return jnp.asarray(vector)
 
     def lanczos(self, start: jax.Array, num_steps: int) -> Rule:
-        """A whole run; the first of each number of steps compiles."""
-        curvature = self.curvature
-        groups = list(curvature._groups)
-        return gauss_rule(*self._program(num_steps)(start, curvature.weights, curvature._rest, groups))
+        """A whole run; `compile` it first, or the first of each number of steps does."""
+        return gauss_rule(*self.compile(num_steps)(start, self.curvature._linear))
 
     def _compile(self, num_steps: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
-        unravel = ravel_pytree(self.curvature.weights)[1]
+        curvature = self.curvature
+        flat, unravel = ravel_pytree(curvature.weights)
         decompose = decomp.tridiag_sym(num_steps, materialize=False)
 
-        # Weights and data are arguments: as constants of the program they would be compiled into it.
-        def matvec(vector: jax.Array, weights: PyTree, rest: PyTree, groups: PyTree) -> jax.Array:
-            curvature = replace(self.curvature, weights=weights, _rest=rest, _groups=groups)
-            return ravel_pytree(curvature.matvec(unravel(vector)))[0]
+        # The linearised batches are arguments: as constants of the program they would be compiled into it.
+        def matvec(vector: jax.Array, linear: PyTree) -> jax.Array:
+            vectors = jax.tree.map(lambda x: x[None], unravel(vector))
+            return ravel_pytree(linear_mean(curvature._product, linear, curvature.num_examples, vectors))[0]
 
-        return jax.jit(lambda start, *arguments: decompose(matvec, start, *arguments).J_small)
+        program = jax.jit(lambda start, linear: decompose(matvec, start, linear).J_small)
+        return program.lower(flat, curvature._linear).compile()
 
 
 PEERS: tuple[type[Peer], ...] = (DoubleBackward, HessianEigenthings, Curvlinops, PyHessian)

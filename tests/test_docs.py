@@ -25,6 +25,7 @@ from jaxlimit import (
     models,
     plots,
     presets,
+    prunable,
     quadrature,
     result,
     roots,
@@ -79,6 +80,7 @@ def test_every_public_name_is_documented(site):
         models,
         plots,
         presets,
+        prunable,
         quadrature,
         result,
         roots,
@@ -89,9 +91,19 @@ def test_every_public_name_is_documented(site):
         assert not public_names(module) - names
 
 
-@pytest.mark.parametrize("name", ["accuracy", "predicted_vs_measured"])
-def test_tables_of_the_benchmarks_are_shown(site, name):
-    page = {"accuracy": "numerics", "predicted_vs_measured": "limits"}[name]
+PAGES = {
+    "accuracy": "numerics",
+    "predicted_vs_measured": "limits",
+    "real_runs": "runs",
+    **dict.fromkeys(
+        ("products", "products_peers", "spectrum", "spectrum_overhead", "scaling", "input_pipeline"),
+        "performance",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "page"), PAGES.items())
+def test_tables_of_the_benchmarks_are_shown(site, name, page):
     rows = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text().splitlines()
     first = [cell.strip() for cell in rows[2].strip("|").split("|")]
     text = (site / page / "index.html").read_text()
