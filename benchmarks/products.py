@@ -29,19 +29,17 @@ from jax.flatten_util import ravel_pytree
 
 import jaxlimit
 from jaxlimit import record
+from jaxlimit.batches import grouped
 from jaxlimit.prunable import combine, partition
 
 NAME = "products"
 BLOCKS = (2, 4, 8)
 # Blocks only where a single product takes less than so many seconds.
 BLOCKS_BELOW = 1.0
+# Other ways to differentiate, which the benchmark writes itself.
+MODES = ("forward over reverse", "reverse over reverse")
 PyTree = Any
 Functions = dict[str, Callable[[], Any]]
-
-
-def gradients(curvature: jaxlimit.Curvature) -> Callable[[], Any]:
-    """The gradient of the mean loss, computed anew at every call."""
-    return lambda: replace(curvature).gradient
 
 
 def vectors_like(weights: PyTree, count: int) -> PyTree:
@@ -50,17 +48,15 @@ def vectors_like(weights: PyTree, count: int) -> PyTree:
     return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal((count, *x.shape), np.float32)), weights)
 
 
-def modes(problem: networks.Problem, batches: jaxlimit.Batches, vector: PyTree) -> Functions:
-    """Hessian products differentiated in other ways, as a scan over batches; uneven batches are left out."""
-    count = batches.num_examples // batches.batch_size
-    groups = jax.tree.map(
-        lambda x: x[: count * batches.batch_size].reshape(count, batches.batch_size, *x.shape[1:]),
-        batches.arrays,
-    )
+def differentiated(problem: networks.Problem, groups: list[PyTree], vector: PyTree) -> Functions:
+    """The gradient, and Hessian products differentiated in the usual ways, each a compiled scan."""
     weights, rest = partition(problem.params, networks.is_prunable)
 
     def gradient(weights: PyTree, rest: PyTree, batch: PyTree) -> PyTree:
         return jax.grad(lambda w: problem.loss(combine(w, rest), batch))(weights)
+
+    def plain(weights: PyTree, rest: PyTree, vector: PyTree, batch: PyTree) -> PyTree:
+        return gradient(weights, rest, batch)
 
     def forward_over_reverse(weights: PyTree, rest: PyTree, vector: PyTree, batch: PyTree) -> PyTree:
         return jax.jvp(lambda w: gradient(w, rest, batch), (weights,), (vector,))[1]
@@ -73,16 +69,21 @@ def modes(problem: networks.Problem, batches: jaxlimit.Batches, vector: PyTree) 
 
     def compiled(product: Callable[..., PyTree]) -> Callable[[], PyTree]:
         @jax.jit
-        def total(weights: PyTree, rest: PyTree, vector: PyTree, groups: PyTree) -> PyTree:
+        def total(weights: PyTree, rest: PyTree, vector: PyTree, groups: list[PyTree]) -> PyTree:
             def add(total: PyTree, batch: PyTree) -> tuple[PyTree, None]:
                 with jax.default_matmul_precision("highest"):
-                    return jax.tree.map(jnp.add, total, product(weights, rest, vector, batch)), None
+                    found, size = product(weights, rest, vector, batch), len(batch[1])
+                return jax.tree.map(lambda t, x: t + size * x, total, found), None
 
-            return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, weights), groups)[0]
+            sum_ = jax.tree.map(jnp.zeros_like, weights)
+            for group in groups:
+                sum_, _ = jax.lax.scan(add, sum_, group)
+            return sum_
 
         return partial(total, weights, rest, vector, groups)
 
     return {
+        "gradient": compiled(plain),
         "forward over reverse": compiled(forward_over_reverse),
         "reverse over reverse": compiled(reverse_over_reverse),
     }
@@ -95,13 +96,15 @@ def own_functions(
     curvature = problem.curvature(operator, precision=precision)
     one = vectors_like(curvature.weights, 1)
     anew = replace(curvature, _linear_bytes=0)
+    vector = jax.tree.map(lambda x: x[0], one)
     functions: Functions = {
-        "gradient": gradients(curvature),
+        "gradient": differentiated(problem, list(curvature._groups), vector)["gradient"],
         "jaxlimit": lambda: curvature.matmat(one),
         "jaxlimit, anew": lambda: anew.matmat(one),
     }
     if operator == "hessian":
-        functions |= modes(problem, problem.batches(), jax.tree.map(lambda x: x[0], one))
+        others = differentiated(problem, list(grouped(problem.batches())), vector)
+        functions |= {name: others[name] for name in MODES}
     for size in BLOCKS if blocks else ():
         block = vectors_like(curvature.weights, size)
         functions[f"jaxlimit, block of {size}"] = partial(curvature.matmat, block)
@@ -214,11 +217,10 @@ def own_table(rows: Sequence[Mapping[str, Any]], rate: float) -> str:
 def peer_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Milliseconds of a product, and how many times as long the peers take."""
     names = list(dict.fromkeys(name for row in rows for name in row["versions"]))
-    modes = ("forward over reverse", "reverse over reverse")
     lines = []
     for row in rows:
         times, own = row["seconds"], row["seconds"]["jaxlimit"]
-        others = [times.get(name) for name in (*modes, *names)]
+        others = [times.get(name) for name in (*MODES, *names)]
         fastest = min(times[name] for name in row["versions"]) / own
         lines.append(
             [row["network"], row["operator"], f"{1e3 * own:.1f} ms"]
@@ -226,7 +228,7 @@ def peer_table(rows: Sequence[Mapping[str, Any]]) -> str:
             + [f"{fastest:.1f}"]
         )
     return common.markdown(
-        ["network", "curvature", "jaxlimit", *modes, *names, "fastest peer / jaxlimit"], lines
+        ["network", "curvature", "jaxlimit", *MODES, *names, "fastest peer / jaxlimit"], lines
     )
 
 

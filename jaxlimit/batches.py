@@ -163,13 +163,18 @@ def example_sum(fn: Callable[..., PyTree], groups: Iterable[PyTree], *args: PyTr
     total, num_examples = None, 0
     for group in groups:
         if total is None:
-            first = jax.tree.map(lambda x: x[0], group)
-            total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, *args, first))
+            first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), group)
+            total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), _value.eval_shape(fn, *args, first))
         total = _add_group(fn, total, args, group)
         num_examples += group_length(group)
     if num_examples == 0:
         raise ValueError("batches hold no examples.")
     return total, num_examples
+
+
+@partial(jax.jit, static_argnums=0)
+def _value(fn: Callable[..., PyTree], *args: PyTree) -> PyTree:
+    return fn(*args)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
