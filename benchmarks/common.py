@@ -37,21 +37,24 @@ def seconds(function: Callable[[], Any]) -> float:
 
 
 def in_turns(functions: Mapping[str, Callable[[], Any]], budget: float = 2.0) -> dict[str, float]:
-    """Median seconds of each function, after a call that warms it up.
+    """Median seconds of each function, after it was warmed up.
 
-    All of them take turns, so that whatever else the machine does meets them alike.
+    They take turns in series of calls, so that whatever else the machine does meets them alike. The first
+    call of a series is not counted: it finds the caches full of another's data, and on a CPU the threads of
+    another library still awake.
 
     Args:
         functions: by name; each returns when, or gives arrays that tell when, its work is done.
-        budget: seconds for a function, of 3 to 25 calls.
+        budget: seconds for a function, in 3 series of 1 to 8 calls.
     """
     warm = {name: (seconds(function), seconds(function))[1] for name, function in functions.items()}
-    rounds = {name: min(max(3, int(budget / once)), 25) for name, once in warm.items()}
     found: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(max(rounds.values())):
+    for _ in range(3):
         for name, function in functions.items():
-            if turn < rounds[name]:
-                found[name].append(seconds(function))
+            time.sleep(0.02)
+            seconds(function)
+            calls = min(max(1, int(budget / 3 / warm[name]) - 1), 8)
+            found[name] += [seconds(function) for _ in range(calls)]
     return {name: median(values) for name, values in found.items()}
 
 
