@@ -16,9 +16,12 @@ import pytest
 
 import jaxlimit
 from jaxlimit import (
+    baselines,
     compat,
     curvature,
     data,
+    descent,
+    experiments,
     geometry,
     lanczos,
     magnitude,
@@ -85,13 +88,14 @@ def test_every_public_name_is_documented(site):
     ):
         missing = public_names(module) - names
         assert not {name for name in missing if name.rpartition(".")[2] not in top | helpers}, module
-    for module in (training, weights):
+    for module in (baselines, descent, experiments, training, weights):
         assert not public_names(module) - names
 
 
-@pytest.mark.parametrize("name", ["accuracy", "predicted_vs_measured"])
+@pytest.mark.parametrize("name", ["accuracy", "predicted_vs_measured", "methods_digits"])
 def test_tables_of_the_benchmarks_are_shown(site, name):
-    page = {"accuracy": "numerics", "predicted_vs_measured": "limits"}[name]
+    pages = {"accuracy": "numerics", "predicted_vs_measured": "limits", "methods_digits": "methods"}
+    page = pages[name]
     rows = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text().splitlines()
     first = [cell.strip() for cell in rows[2].strip("|").split("|")]
     text = (site / page / "index.html").read_text()
