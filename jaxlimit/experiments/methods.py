@@ -50,10 +50,12 @@ def compare(
     methods: tuple[str, ...] = tuple(METHODS),
     sparsities: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95, 0.98),
     seeds: int = 3,
-    epochs: Annotated[int | None, arg(help_behavior_hint="(default: each recipe's)")] = None,
-    l1: Annotated[float | None, arg(help_behavior_hint="(default: the preset's)")] = None,
-    out: Annotated[Path | None, arg(help_behavior_hint="(default: results/compare-PRESET)")] = None,
-    data: Annotated[str | None, arg(help_behavior_hint="(default: $JAXLIMIT_DATA)")] = None,
+    epochs: Annotated[int | None, arg(help_behavior_hint="(default: each recipe's)", metavar="INT")] = None,
+    l1: Annotated[float | None, arg(help_behavior_hint="(default: the preset's)", metavar="FLOAT")] = None,
+    out: Annotated[
+        Path | None, arg(help_behavior_hint="(default: results/compare-PRESET)", metavar="DIR")
+    ] = None,
+    data: Annotated[str | None, arg(help_behavior_hint="(default: $JAXLIMIT_DATA)", metavar="DIR")] = None,
 ) -> Experiment:
     """Compare LOMP with other pruning methods: accuracy against sparsity, as a table and a figure.
 
