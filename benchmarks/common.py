@@ -1,12 +1,19 @@
-"""What all benchmarks share: where results go, and the machine they were measured on."""
+"""What all benchmarks share: where results go, the machine they were measured on, and the clock."""
 
 import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from jaxlimit import record
 
 RESULTS = Path(__file__).parent / "results"
+FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 
 
 def environment() -> dict[str, Any]:
@@ -20,3 +27,61 @@ def processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Until the result is there."""
+    start = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - start
+
+
+def in_turns(functions: Mapping[str, Callable[[], Any]], budget: float = 2.0) -> dict[str, float]:
+    """Median seconds of each function, after a call that warms it up.
+
+    All of them take turns, so that whatever else the machine does meets them alike.
+
+    Args:
+        functions: by name; each returns when, or gives arrays that tell when, its work is done.
+        budget: seconds for a function, of 3 to 25 calls.
+    """
+    warm = {name: (seconds(function), seconds(function))[1] for name, function in functions.items()}
+    rounds = {name: min(max(3, int(budget / once)), 25) for name, once in warm.items()}
+    found: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(max(rounds.values())):
+        for name, function in functions.items():
+            if turn < rounds[name]:
+                found[name].append(seconds(function))
+    return {name: median(values) for name, values in found.items()}
+
+
+def once(functions: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """Seconds of each function, called once: for what takes long and has been compiled before."""
+    return {name: seconds(function) for name, function in functions.items()}
+
+
+def matmul_rate(size: int = 2048) -> float:
+    """Operations a second of a float32 matrix product at full precision: what bounds products with H."""
+    matrix = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(lambda x: jnp.matmul(x, x, precision="highest"))
+    return 2 * size**3 / in_turns({"product": lambda: product(matrix)})["product"]
+
+
+def operations(function: Callable[..., Any], *arguments: Any) -> float:
+    """Floating-point operations of the compiled program, as XLA counts them; a loop's body counts once."""
+    analysis: Any = jax.jit(function).lower(*arguments).compile().cost_analysis()
+    return float(analysis["flops"])
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text and whose others are numbers."""
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write(name: str, document: Mapping[str, Any], table: str) -> None:
+    """Results as results/NAME.json and NAME.md, with the machine; the table on the screen."""
+    whole = {"format": record.FORMAT, **document, "environment": environment()}
+    record.write_json(RESULTS / f"{name}.json", whole)
+    record.write_atomic(RESULTS / f"{name}.md", table)
+    print(table, end="", flush=True)

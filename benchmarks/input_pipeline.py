@@ -15,7 +15,7 @@ import common
 import jax
 import jax.numpy as jnp
 
-from jaxlimit import record, training
+from jaxlimit import training
 from jaxlimit.presets import Arrays, Options, build_network, find_preset, load_arrays
 
 NAME = "input_pipeline"
@@ -23,13 +23,6 @@ BATCH_SIZE = 128
 ROUNDS = 3
 # Preset, and updates in an epoch: as many as take seconds on one core.
 NETWORKS = {"cifar10-fc5": 40, "cifar10-lenet": 20, "cifar10-vgg16": 2}
-
-
-def seconds(function: Callable[[], Any]) -> float:
-    """Until the result is there."""
-    start = time.perf_counter()
-    jax.block_until_ready(function())
-    return time.perf_counter() - start
 
 
 def epoch_seconds(name: str, arrays: Arrays) -> float:
@@ -75,25 +68,25 @@ def measure(name: str, updates: int) -> dict[str, Any]:
     epochs, inputs = [], []
     for _ in range(ROUNDS):
         epochs.append(epoch_seconds(name, arrays))
-        inputs += [seconds(prepare) for _ in range(3)]
+        inputs += [common.seconds(prepare) for _ in range(3)]
     epoch, alone = min(epochs) / updates, min(inputs) / updates
     return {"network": name, "updates": updates, "update": epoch, "input": alone, "share": alone / epoch}
 
 
 def main() -> None:
     rows = [measure(name, updates) for name, updates in NETWORKS.items()]
-    lines = ["| network | update | its input | share |", "| --- | ---: | ---: | ---: |"]
-    for row in rows:
-        update, alone = 1e3 * row["update"], 1e3 * row["input"]
-        lines.append(f"| {row['network']} | {update:.0f} ms | {alone:.2f} ms | {row['share']:.1%} |")
-    table = "\n".join([*lines, ""])
+    cells = [
+        [
+            row["network"],
+            f"{1e3 * row['update']:.0f} ms",
+            f"{1e3 * row['input']:.2f} ms",
+            f"{row['share']:.1%}",
+        ]
+        for row in rows
+    ]
+    table = common.markdown(("network", "update", "its input", "share"), cells)
     document = {"command": f"python benchmarks/{NAME}.py", "batch_size": BATCH_SIZE, "networks": rows}
-    record.write_json(
-        common.RESULTS / f"{NAME}.json",
-        {"format": record.FORMAT} | document | {"environment": common.environment()},
-    )
-    record.write_atomic(common.RESULTS / f"{NAME}.md", table)
-    print(table, end="")
+    common.write(NAME, document, table)
 
 
 if __name__ == "__main__":

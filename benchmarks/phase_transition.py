@@ -41,10 +41,10 @@ from scipy.optimize import minimize
 
 import jaxlimit
 from jaxlimit import geometry, plots, presets, record, training
-from jaxlimit.curvature import combine, partition
 from jaxlimit.losses import CURVATURES
 from jaxlimit.magnitude import MagnitudeOrder, flatten, magnitude_order, num_removed
 from jaxlimit.models import from_nnx
+from jaxlimit.prunable import combine, partition
 
 Array = NDArray[np.float64]
 ValueAndGradient = Callable[[Array], tuple[float, Array]]

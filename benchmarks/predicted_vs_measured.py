@@ -29,7 +29,7 @@ import common
 import jax
 import numpy as np
 
-from jaxlimit import curvature, limit, measure, models, record, training, weights
+from jaxlimit import limit, measure, models, prunable, record, training, weights
 from jaxlimit.batches import Batches, batched, loss_statistics
 from jaxlimit.losses import CURVATURES
 from jaxlimit.presets import PRESETS, Arrays, Options, Preset, build_network, load_arrays
@@ -191,7 +191,7 @@ def measured(case: Case, problem: Problem, params: Any) -> dict[str, Any]:
     report(f"test accuracy {test_accuracy:.2%}, a point less at {accuracy}")
     finetuned, evaluated = finetuned_threshold(problem, params, loss, bound, report)
     return {
-        "num_weights": sum(leaf.size for leaf in jax.tree.leaves(curvature.partition(params)[0])),
+        "num_weights": sum(leaf.size for leaf in jax.tree.leaves(prunable.partition(params)[0])),
         "train_loss": statistics.mean,
         "loss_tolerance": statistics.batch_std,
         "test_accuracy": test_accuracy,

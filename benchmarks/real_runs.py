@@ -19,7 +19,6 @@ import common
 from jaxlimit import cli, record
 
 NAME = "real_runs"
-FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 # What is typed after `jaxlimit`.
 RUNS = {
     "digits-seed0": "run --seed 0",
@@ -55,17 +54,17 @@ def perform(name: str, folder: Path) -> None:
         raise SystemExit(code)
     document = record.read_json(folder / record.LIMIT) | {"command": f"jaxlimit {RUNS[name]}"}
     record.write_json(common.RESULTS / f"{name}.json", document)
-    shutil.copyfile(folder / record.FIGURES / "loss.png", FIGURES / f"{name}.png")
+    shutil.copyfile(folder / record.FIGURES / "loss.png", common.FIGURES / f"{name}.png")
 
 
 def markdown_table(documents: Mapping[str, Mapping[str, Any]]) -> str:
     """A row for each run. A limit that is not resolved to the run's tolerance is marked with a ~."""
-    rows = [("run", "test accuracy", "1 point less", *COLUMNS), ("---", *["---:"] * (2 + len(COLUMNS)))]
+    rows = []
     for name, document in documents.items():
         accuracy = f"{document['network']['test_accuracy']:.2%}"
         point_less = _cell(document, ("measured", "accuracy", "value"))
         rows.append((name, accuracy, point_less, *(_cell(document, path) for path in COLUMNS.values())))
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+    return common.markdown(("run", "test accuracy", "1 point less", *COLUMNS), rows)
 
 
 def _cell(document: Mapping[str, Any], path: tuple[str, ...]) -> str:

@@ -3,11 +3,12 @@
 from jaxlimit import geometry
 from jaxlimit.adaptive import Progress
 from jaxlimit.batches import Batches, LossStatistics, batched, loss_statistics
-from jaxlimit.curvature import Curvature, gauss_newton, hessian, is_kernel
+from jaxlimit.curvature import Curvature, gauss_newton, hessian
 from jaxlimit.lanczos import Tridiagonal, tridiagonalize
 from jaxlimit.limit import pruning_limit
 from jaxlimit.magnitude import apply_mask, magnitude_mask, removed_norm
 from jaxlimit.measure import Sweep, finetuned_sweep, sparsity_sweep
+from jaxlimit.prunable import is_kernel
 from jaxlimit.quadrature import SpectralMeasure, spectral_measure
 from jaxlimit.result import PruningLimit
 from jaxlimit.roots import Estimate

@@ -25,9 +25,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jaxlimit import lanczos
-from jaxlimit.curvature import Curvature, combine
+from jaxlimit.curvature import Curvature
 from jaxlimit.geometry import width_dimension
 from jaxlimit.magnitude import MagnitudeOrder, flatten, magnitude_order, unflatten
+from jaxlimit.prunable import combine
 from jaxlimit.quadrature import SpectralBracket, SpectralMeasure, gauss, rademacher
 from jaxlimit.roots import width_limit
 

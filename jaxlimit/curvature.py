@@ -8,6 +8,10 @@ With w the prunable weights, everything else held fixed, and L the mean loss ove
 J is the Jacobian of the network's outputs. G equals H without the network's own second derivative; it is
 positive semidefinite when the loss is convex in the outputs (Schraudolph 2002). Sums over batches are
 weighted by their numbers of examples. Data and parameters are arguments of the compiled functions.
+
+Both are linear in v, and Lanczos multiplies many v at the same w: the batches are linearised there once, and
+a product is what is left to do, without a forward pass. That needs memory for what the network computes from
+every example, so it is done for data in memory and within a budget; else each product linearises anew.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,65 +24,23 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlimit.batches import batch_length, check_scalar, example_sum, grouped
+from jaxlimit.batches import Batches, batch_length, example_sum, grouped
+from jaxlimit.products import (
+    LINEAR_BYTES,
+    GaussNewtonProduct,
+    Gradient,
+    HessianProduct,
+    LinearGroup,
+    Loss,
+    Product,
+    linear_mean,
+    linearize_group,
+    num_bytes,
+    suitable_batch_size,
+)
+from jaxlimit.prunable import Prunable, combine, is_kernel, partition
 
 PyTree = Any
-Prunable = PyTree | Callable[[tuple, Any], bool]
-
-
-def is_kernel(path: tuple, leaf: Any) -> bool:
-    """The default of `prunable`: floating-point arrays with two or more dimensions.
-
-    These are the kernels of dense and convolution layers; biases and normalisation have one dimension
-    and stay out, as in the paper.
-    """
-    return np.ndim(leaf) >= 2 and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-
-
-def partition(params: PyTree, prunable: Prunable = is_kernel) -> tuple[PyTree, PyTree]:
-    """Splits params into prunable weights and the rest, each with None where the other has a leaf.
-
-    Raises:
-        ValueError: a tree of bools that does not match, nothing prunable, or prunable leaves that are
-            not floating-point or not finite.
-
-    Examples:
-        >>> partition({"kernel": jnp.ones((1, 2)), "bias": jnp.ones(2)})[0]
-        {'bias': None, 'kernel': Array([[1., 1.]], dtype=float32)}
-    """
-    if callable(prunable):
-        chosen = jax.tree_util.tree_map_with_path(lambda path, x: bool(prunable(path, x)), params)
-    else:
-        chosen = prunable
-        expected, got = jax.tree.structure(params), jax.tree.structure(prunable)
-        if expected != got:
-            raise ValueError(f"prunable does not match params: expected the tree {expected}, got {got}.")
-    weights = jax.tree.map(lambda keep, x: jnp.asarray(x) if keep else None, chosen, params)
-    rest = jax.tree.map(lambda keep, x: None if keep else x, chosen, params)
-    _check_weights(weights)
-    return weights, rest
-
-
-def combine(weights: PyTree, rest: PyTree) -> PyTree:
-    """The inverse of `partition`."""
-    return jax.tree.map(lambda w, r: r if w is None else w, weights, rest, is_leaf=lambda x: x is None)
-
-
-def _check_weights(weights: PyTree) -> None:
-    leaves = jax.tree_util.tree_leaves_with_path(weights)
-    if not leaves:
-        raise ValueError(
-            "no prunable leaf: params has no floating-point array that `prunable` accepts (the default takes "
-            "arrays of 2 or more dimensions)."
-        )
-    for path, leaf in leaves:
-        name = jax.tree_util.keystr(path)
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise ValueError(
-                f"prunable leaf {name} has dtype {jnp.result_type(leaf)}: floating-point needed."
-            )
-        if not bool(jnp.all(jnp.isfinite(leaf))):
-            raise ValueError(f"prunable leaf {name} holds NaN or infinite weights.")
 
 
 @dataclass(frozen=True)
@@ -96,7 +58,8 @@ class Curvature:
     num_examples: int
     _rest: PyTree
     _groups: Iterable[PyTree]
-    _product: "_Product"
+    _product: Product
+    _linear_bytes: int
 
     @property
     def dim(self) -> int:
@@ -116,7 +79,8 @@ class Curvature:
     @cached_property
     def gradient(self) -> PyTree:
         """Gradient of the mean loss with respect to the weights, same tree; computed on first use."""
-        return self._mean(_Gradient(self._product))
+        with jax.ensure_compile_time_eval():  # kept, so it must not be a tracer
+            return self._mean(Gradient(self._product))
 
     def matvec(self, vector: PyTree) -> PyTree:
         """H v for one vector shaped like `weights`. Cost: about two gradients of the loss."""
@@ -124,7 +88,7 @@ class Curvature:
         return jax.tree.map(lambda x: x[0], product)
 
     def matmat(self, vectors: PyTree) -> PyTree:
-        """H V for several vectors along a leading axis; each batch's forward pass is shared by all.
+        """H V for several vectors along a leading axis, which share whatever does not depend on them.
 
         Raises:
             ValueError: vectors do not match the weights in structure or shape.
@@ -137,7 +101,21 @@ class Curvature:
             if leaf.shape[1:] != weight.shape:
                 raise ValueError(f"a leaf of shape {leaf.shape[1:]} stands where weights has {weight.shape}.")
         vectors = jax.tree.map(lambda v, w: jnp.asarray(v, w.dtype), vectors, self.weights)
-        return self._mean(self._product, vectors)
+        if self._linear is None:
+            return self._mean(self._product, vectors)
+        return linear_mean(self._product, self._linear, self.num_examples, vectors)
+
+    @cached_property
+    def _linear(self) -> list[LinearGroup] | None:
+        """The batches, linearised at the weights; None for a stream, or where they do not fit the budget."""
+        if not isinstance(self._groups, list):
+            return None
+        with jax.ensure_compile_time_eval():
+            arguments = [(self._product, self.weights, self._rest, group) for group in self._groups]
+            shapes = [linearize_group.eval_shape(*each) for each in arguments]
+            if num_bytes(shapes) > self._linear_bytes:
+                return None
+            return [linearize_group(*each) for each in arguments]
 
     def dense(self) -> NDArray[np.float64]:
         """The matrix itself: see `dense_matrix`."""
@@ -151,7 +129,7 @@ class Curvature:
 
 
 def dense_matrix(
-    matmat: Callable[[PyTree], PyTree], like: PyTree, block_size: int = 128
+    matmat: Callable[[PyTree], PyTree], like: PyTree, block_size: int = 16
 ) -> NDArray[np.float64]:
     """The symmetric matrix behind products, symmetrised, in the order of the flattened weights.
 
@@ -186,18 +164,23 @@ def hessian(
     *,
     prunable: Prunable = is_kernel,
     precision: str = "highest",
+    linear_bytes: int = LINEAR_BYTES,
 ) -> Curvature:
     r"""The Hessian of the mean loss on the prunable weights.
 
-    Cost of a product: about two gradients; memory: one batch's activations twice and one vector.
+    Cost of a product: about two gradients or, linearised, 1.6; memory: one batch's activations twice and one
+    vector, and up to `linear_bytes`.
 
     Args:
         loss_fn: `loss_fn(params, batch) -> scalar`, the mean over the batch's examples.
         params: pytree of parameters, at which the Hessian is taken.
-        batches: `batched(...)`, a list of batches, or any re-iterable of batches.
+        batches: `batched(...)`, which is cut anew into batches of a size that suits the products; a list of
+            batches, or any re-iterable of batches, which are taken as they are.
         prunable: pytree of bools like params, or `fn(path, leaf) -> bool`; default: `is_kernel`.
         precision: of matrix products, as in `jax.default_matmul_precision`. The default "highest" is
             float32: the devices' faster formats (TF32, bfloat16) disturb the smallest eigenvalues.
+        linear_bytes: memory in which the linearised batches are kept from the first product on, if they fit
+            and are not a stream; 0 linearises in every product.
 
     Raises:
         ValueError: no batches; nothing prunable; non-finite weights or loss; data that changes from one
@@ -212,8 +195,8 @@ def hessian(
         >>> curvature.matvec(jnp.ones((1, 1)))
         Array([[7.]], dtype=float32)
     """
-    product = _HessianProduct(loss_fn, precision)
-    return _curvature(product, params, batches, prunable, positive_semidefinite=False)
+    product = HessianProduct(loss_fn, precision)
+    return _curvature(product, params, batches, prunable, linear_bytes, positive_semidefinite=False)
 
 
 def gauss_newton(
@@ -224,19 +207,21 @@ def gauss_newton(
     *,
     prunable: Prunable = is_kernel,
     precision: str = "highest",
+    linear_bytes: int = LINEAR_BYTES,
 ) -> Curvature:
     r"""The generalised Gauss-Newton matrix J^T (d^2 loss / d outputs^2) J on the prunable weights.
 
     Positive semidefinite for every loss that is convex in the outputs, which is not checked.
-    Cost of a product: about 1.3 gradients; memory as for `hessian`.
+    Cost of a product: about 1.6 gradients or, linearised, 1.2; memory as for `hessian`.
 
     Args:
         predict_fn: `predict_fn(params, batch) -> outputs` (logits, say).
         loss_fn: `loss_fn(outputs, batch) -> scalar`, the mean over the batch's examples, convex in outputs.
         params: pytree of parameters.
-        batches: `batched(...)`, a list of batches, or any re-iterable of batches.
+        batches: `batched(...)`, a list of batches, or any re-iterable of batches, as for `hessian`.
         prunable: pytree of bools like params, or `fn(path, leaf) -> bool`; default: `is_kernel`.
         precision: of matrix products, as for `hessian`.
+        linear_bytes: memory for the linearised batches, as for `hessian`.
 
     Raises:
         ValueError: as for `hessian`.
@@ -249,95 +234,31 @@ def gauss_newton(
         >>> curvature.matvec(jnp.ones((1, 1)))
         Array([[5.]], dtype=float32)
     """
-    product = _GaussNewtonProduct(predict_fn, loss_fn, precision)
-    return _curvature(product, params, batches, prunable, positive_semidefinite=True)
-
-
-# The functions below are handed to `example_sum` as static arguments. As frozen dataclasses they are equal
-# when their fields are, so a second Curvature of the same loss does not compile again.
-
-
-@dataclass(frozen=True)
-class _HessianProduct:
-    loss_fn: Callable
-    precision: str
-
-    def loss(self, params: PyTree, batch: PyTree) -> jax.Array:
-        return self.loss_fn(params, batch)
-
-    def __call__(self, weights: PyTree, rest: PyTree, vectors: PyTree, batch: PyTree) -> PyTree:
-        def gradient(weights: PyTree) -> PyTree:
-            return jax.grad(lambda w: self.loss(combine(w, rest), batch))(weights)
-
-        with jax.default_matmul_precision(self.precision):
-            if _count(vectors) == 1:
-                vector = jax.tree.map(lambda v: v[0], vectors)
-                return jax.tree.map(lambda x: x[None], jax.jvp(gradient, (weights,), (vector,))[1])
-            return jax.vmap(jax.linearize(gradient, weights)[1])(vectors)
-
-
-@dataclass(frozen=True)
-class _GaussNewtonProduct:
-    predict_fn: Callable
-    output_loss: Callable
-    precision: str
-
-    def loss(self, params: PyTree, batch: PyTree) -> jax.Array:
-        return self.output_loss(self.predict_fn(params, batch), batch)
-
-    def __call__(self, weights: PyTree, rest: PyTree, vectors: PyTree, batch: PyTree) -> PyTree:
-        def predict(weights: PyTree) -> PyTree:
-            return self.predict_fn(combine(weights, rest), batch)
-
-        with jax.default_matmul_precision(self.precision):
-            outputs, push_forward = jax.linearize(predict, weights)
-            pull_back = jax.linear_transpose(push_forward, weights)
-            curve = jax.linearize(jax.grad(lambda z: self.output_loss(z, batch)), outputs)[1]
-            return jax.vmap(lambda v: pull_back(curve(push_forward(v)))[0])(vectors)
-
-
-_Product = _HessianProduct | _GaussNewtonProduct
-
-
-@dataclass(frozen=True)
-class _Gradient:
-    product: _Product
-
-    def __call__(self, weights: PyTree, rest: PyTree, batch: PyTree) -> PyTree:
-        with jax.default_matmul_precision(self.product.precision):
-            return jax.grad(lambda w: self.product.loss(combine(w, rest), batch))(weights)
-
-
-@dataclass(frozen=True)
-class _Loss:
-    product: _Product
-
-    def __call__(self, weights: PyTree, rest: PyTree, batch: PyTree) -> PyTree:
-        with jax.default_matmul_precision(self.product.precision):
-            loss = self.product.loss(combine(weights, rest), batch)
-        check_scalar(loss)
-        return loss
-
-
-def _count(vectors: PyTree) -> int:
-    return jax.tree.leaves(vectors)[0].shape[0]
+    product = GaussNewtonProduct(predict_fn, loss_fn, precision)
+    return _curvature(product, params, batches, prunable, linear_bytes, positive_semidefinite=True)
 
 
 def _curvature(
-    product: _Product,
+    product: Product,
     params: PyTree,
     batches: Iterable[PyTree],
     prunable: Prunable,
+    linear_bytes: int,
     positive_semidefinite: bool,
 ) -> Curvature:
+    if linear_bytes < 0:
+        raise ValueError(f"linear_bytes must be at least 0, got {linear_bytes}.")
     weights, rest = partition(params, prunable)
     groups = grouped(batches)
-    loss = _Loss(product)
+    loss = Loss(product)
     num_examples = _check_data(loss, weights, rest, groups)
-    return Curvature(weights, positive_semidefinite, num_examples, rest, groups, product)
+    if isinstance(batches, Batches):
+        size = suitable_batch_size(product, weights, rest, batches.arrays)
+        groups = grouped(replace(batches, batch_size=size))
+    return Curvature(weights, positive_semidefinite, num_examples, rest, groups, product, linear_bytes)
 
 
-def _check_data(loss: _Loss, weights: PyTree, rest: PyTree, groups: Iterable[PyTree]) -> int:
+def _check_data(loss: Loss, weights: PyTree, rest: PyTree, groups: Iterable[PyTree]) -> int:
     """Two passes over the data must agree; the loss must be finite and a mean. Returns the examples."""
     (first, num_first), (second, num_second) = (example_sum(loss, groups, weights, rest) for _ in range(2))
     first, second = float(first) / num_first, float(second) / num_second
@@ -351,7 +272,7 @@ def _check_data(loss: _Loss, weights: PyTree, rest: PyTree, groups: Iterable[PyT
     return num_first
 
 
-def _check_mean(loss: _Loss, weights: PyTree, rest: PyTree, batch: PyTree) -> None:
+def _check_mean(loss: Loss, weights: PyTree, rest: PyTree, batch: PyTree) -> None:
     """The loss of a batch is the weighted mean of the losses of its two halves, or it is not a mean."""
     size = batch_length(batch)
     if size < 2:

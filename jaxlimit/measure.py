@@ -17,8 +17,8 @@ import optax
 from numpy.typing import ArrayLike, NDArray
 
 from jaxlimit.batches import batch_length, example_sum, group_length, grouped
-from jaxlimit.curvature import Prunable, combine, is_kernel, partition
 from jaxlimit.magnitude import MagnitudeOrder, magnitude_order, num_removed, unflatten
+from jaxlimit.prunable import Prunable, combine, is_kernel, partition
 
 PyTree = Any
 Metrics = Callable[[PyTree, PyTree], dict[str, jax.Array]]

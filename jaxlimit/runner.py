@@ -22,16 +22,17 @@ from numpy.typing import NDArray
 from jaxlimit import (
     batches,
     comparison,
-    curvature,
     limit,
     magnitude,
     measure,
     models,
+    prunable,
     record,
     report,
     training,
     weights,
 )
+from jaxlimit.curvature import Curvature
 from jaxlimit.monitor import Monitor
 from jaxlimit.presets import Arrays, Options, Preset, build_network
 
@@ -41,8 +42,8 @@ SWEEP = np.arange(401) / 400
 # the two around the crossing of the loss.
 FINETUNED_SWEEP = (*range(10, 50, 10), *range(50, 80, 5), *range(80, 100))
 SPLITS = ("train", "test")
-# Examples at once in curvature products and sweeps: as many as fit a CPU's cache, or fill another device.
-# Sums over examples do not depend on it.
+# Examples at once in sweeps: as many as fit a CPU's cache, or fill another device. Sums over examples do not
+# depend on it.
 CPU_BATCH, DEVICE_BATCH = 128, 1024
 # The accuracy threshold: the largest sparsity that costs at most one point of test accuracy.
 ACCURACY_LOSS = 0.01
@@ -194,7 +195,7 @@ class _Run:
         self.monitor.finish(f"test accuracy {network['test_accuracy']:.2%}, loss tolerance {tolerance:.4g}")
 
     def _describe_network(self) -> dict[str, Any]:
-        flat = magnitude.flatten(curvature.partition(self.params)[0])
+        flat = magnitude.flatten(prunable.partition(self.params)[0])
         described: dict[str, Any] = {
             "num_parameters": int(sum(leaf.size for leaf in jax.tree.leaves(self.params))),
             "num_weights": flat.size,
@@ -244,7 +245,7 @@ class _Run:
         shutil.rmtree(checkpoint, ignore_errors=True)
         self.monitor.finish(", ".join(f"{key} {value.value:.3f}" for key, value in found.estimates().items()))
 
-    def _curvature(self, name: str, num_examples: int | None) -> curvature.Curvature:
+    def _curvature(self, name: str, num_examples: int | None) -> Curvature:
         """Of the loss over the first so many training examples."""
         data = self.batches([array[:num_examples] for array in self.arrays["train"]])
         return training.classification_curvature(name, self.predict, self.params, data)
@@ -254,7 +255,7 @@ class _Run:
         if self.done("sweep", title):
             return
         with self.stage("sweep", title, 2):
-            kernels = curvature.partition(self.params)[0]
+            kernels = prunable.partition(self.params)[0]
             self.columns["removed_norm"] = magnitude.removed_norm(kernels, SWEEP)
             for count, split in enumerate(self.arrays):
                 found = measure.sparsity_sweep(

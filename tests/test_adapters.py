@@ -22,8 +22,8 @@ from flax import linen, traverse_util
 from flax.core import FrozenDict
 
 import jaxlimit
-from jaxlimit.curvature import partition
 from jaxlimit.models import from_equinox, from_linen
+from jaxlimit.prunable import partition
 from jaxlimit.training import classification_loss, classification_metrics
 from jaxlimit.weights import load_weights, save_weights
 

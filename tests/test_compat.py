@@ -14,7 +14,7 @@ from flax import nnx
 
 import jaxlimit
 from jaxlimit import compat, data, models, quadrature, training
-from jaxlimit.magnitude import magnitude_order
+from jaxlimit.magnitude import flatten, magnitude_order
 from jaxlimit.roots import width_limit
 
 GOLDEN = Path(__file__).parent / "data"
@@ -96,33 +96,38 @@ def test_spectrum_leaves_out_batch_norm_and_keeps_biases():
     }
 
 
-def golden_curvature(case, make, load, num_examples, image_layout, tmp_path):
-    """The Hessian at its weights on its examples, eps, and its start vector as a tree of parameters."""
+def golden_curvature(case, make, load, num_examples, image_layout, tmp_path, dtype=np.float32):
+    """The Hessian at its weights on its examples, eps, and its vectors as trees of parameters, by name."""
     folder = GOLDEN / case
     with np.load(folder / "weights.npz") as file:
         shapes = {name: file[name].shape for name in file["__order__"]}
+    ends = np.cumsum([math.prod(shape) for shape in shapes.values()])[:-1]
+
+    def parameters(file):
+        predict, params = models.from_nnx(models.load_torch_state(make(rngs=nnx.Rngs(0)), file))
+        return predict, jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+
+    def as_parameters(vector):
+        parts = zip(shapes.items(), np.split(vector.astype(np.float32), ends), strict=True)
+        np.savez(tmp_path / "vector.npz", **{name: x.reshape(shape) for (name, shape), x in parts})
+        return parameters(tmp_path / "vector.npz")[1]
+
+    predict, params = parameters(folder / "weights.npz")
     with np.load(folder / "det64.npz") as file:
-        drawn = file["v0_sign"].astype(np.float32)
-        signs = np.split(drawn, np.cumsum([math.prod(shape) for shape in shapes.values()])[:-1])
-    parts = zip(shapes.items(), signs, strict=True)
-    np.savez(tmp_path / "start.npz", **{name: x.reshape(shape) for (name, shape), x in parts})
-    (predict, params), (_, start) = (
-        models.from_nnx(models.load_torch_state(make(rngs=nnx.Rngs(0)), file))
-        for file in (folder / "weights.npz", tmp_path / "start.npz")
-    )
+        vectors = {name: as_parameters(file[name]) for name in ("v0_sign", "Hv0")}
     found = load()
-    examples = image_layout(found.train_images[:num_examples]), found.train_labels[:num_examples]
-    batches = jaxlimit.batched(examples, 128)
+    images = image_layout(found.train_images[:num_examples]).astype(dtype)
+    batches = jaxlimit.batched((images, found.train_labels[:num_examples]), 128)
     loss = training.classification_loss(predict)
     eps = jaxlimit.loss_statistics(loss, params, batches).batch_std
-    return jaxlimit.hessian(loss, params, batches), eps, start
+    return jaxlimit.hessian(loss, params, batches), eps, vectors
 
 
 @pytest.mark.mnist
 @pytest.mark.skipif("JAXLIMIT_DATA" not in os.environ, reason="needs MNIST under $JAXLIMIT_DATA")
 def test_prediction_from_its_weights(tmp_path):
     """From weights, data and start vector to the prediction, by our products and our Lanczos."""
-    curvature, eps, start = golden_curvature(
+    curvature, eps, vectors = golden_curvature(
         "golden_fc2_mnist",
         partial(models.fc2, 784),
         data.load_mnist,
@@ -131,6 +136,7 @@ def test_prediction_from_its_weights(tmp_path):
         tmp_path,
     )
     key = jax.random.key(0)
+    start = vectors["v0_sign"]
     found = compat.reference_limit(curvature, key, loss_tolerance=eps, num_matvecs=64, probe=start)
     assert (found.value, found.zero_share, found.num_matvecs) == (0.892, 0.0, 64)
     assert found.direct == pytest.approx(0.8894, abs=5e-4)
@@ -139,16 +145,32 @@ def test_prediction_from_its_weights(tmp_path):
     assert other.value != found.value
 
 
+@pytest.mark.cifar10
+@pytest.mark.skipif("JAXLIMIT_DATA" not in os.environ, reason="needs CIFAR-10 under $JAXLIMIT_DATA")
+def test_product_of_its_convolutional_network(tmp_path, x64):
+    """Loss tolerance and Hessian product of its LeNet over all parameters, in float64."""
+    curvature, eps, vectors = golden_curvature(
+        "golden_lenet_cifar10", models.LeNet, data.load_cifar10, 1024, np.asarray, tmp_path, np.float64
+    )
+    summary = json.loads((GOLDEN / "golden_lenet_cifar10" / "summary.json").read_text())["modes"]["det64"]
+    assert eps == pytest.approx(summary["ep=loss_std"], rel=1e-5)
+    curvature = curvature.of(lambda path, leaf: True)
+    assert curvature.dim == 121_182
+    product = flatten(curvature.matvec(vectors["v0_sign"])) / np.sqrt(curvature.dim)
+    expected = flatten(vectors["Hv0"])
+    assert np.linalg.norm(product - expected) < 1e-6 * np.linalg.norm(expected)
+
+
 @pytest.mark.slow
 @pytest.mark.cifar10
 @pytest.mark.skipif("JAXLIMIT_DATA" not in os.environ, reason="needs CIFAR-10 under $JAXLIMIT_DATA")
 def test_prediction_of_a_convolutional_network_from_its_weights(tmp_path):
     """The same for LeNet, with 17 of 100 rows of the Hessian that it counts as zero."""
-    curvature, eps, start = golden_curvature(
-        "golden_lenet_cifar10", models.LeNet, data.load_cifar10, 1024, lambda images: images, tmp_path
+    curvature, eps, vectors = golden_curvature(
+        "golden_lenet_cifar10", models.LeNet, data.load_cifar10, 1024, np.asarray, tmp_path
     )
     found = compat.reference_limit(
-        curvature, jax.random.key(0), loss_tolerance=eps, num_matvecs=64, probe=start
+        curvature, jax.random.key(0), loss_tolerance=eps, num_matvecs=64, probe=vectors["v0_sign"]
     )
     assert (found.value, found.zero_share, found.num_matvecs) == (0.566, 0.17, 64)
 

@@ -18,9 +18,11 @@ from conftest import make_mlp, output_loss, predict
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from jaxlimit import products
 from jaxlimit.batches import batched
-from jaxlimit.curvature import combine, dense_matrix, gauss_newton, hessian, is_kernel, partition
+from jaxlimit.curvature import dense_matrix, gauss_newton, hessian
 from jaxlimit.models import from_nnx
+from jaxlimit.prunable import combine, is_kernel, partition
 
 RTOL = {"float32": 1e-5, "float64": 1e-10}
 
@@ -88,7 +90,8 @@ def oracle():
 
 
 def curvature_of(kind, problem, batches=None, **options):
-    batches = batched(problem.arrays, problem.batch_size) if batches is None else batches
+    # A list is taken as it is: uneven batches stay uneven.
+    batches = list(batched(problem.arrays, problem.batch_size)) if batches is None else batches
     if kind == "hessian":
         return hessian(problem.loss, problem.params, batches, **options)
     return gauss_newton(problem.predict, problem.output_loss, problem.params, batches, **options)
@@ -199,8 +202,40 @@ class Stream:
 @in_float64
 @pytest.mark.parametrize(("kind", "batch_size"), [("hessian", 1), ("gauss_newton", 16)])
 def test_the_cut_into_batches_does_not_matter(kind, batch_size, mlp, dtype, oracle):
-    curvature = curvature_of(kind, mlp, batched(mlp.arrays, batch_size))
+    curvature = curvature_of(kind, mlp, list(batched(mlp.arrays, batch_size)))
     assert_close(curvature.dense(), getattr(oracle, kind), dtype)
+
+
+@in_float32
+@kinds
+def test_arrays_in_memory_are_cut_to_suit_the_products(kind, mlp, dtype, oracle, monkeypatch):
+    assert batch_sizes(curvature_of(kind, mlp, batched(mlp.arrays, 5))) == [17]
+    # With room for 20 examples: 102 are cut evenly by 17, which is more than half of 20; 103 have no divisor.
+    many = jax.tree.map(lambda x: jnp.tile(x, (6, 1)), mlp.arrays)
+    per_example = bytes_per_example(curvature_of(kind, mlp))
+    monkeypatch.setitem(products.BATCH_BYTES, "cpu", 20 * per_example)
+    curvature = curvature_of(kind, mlp, batched(many, 102))
+    assert batch_sizes(curvature) == [17]
+    assert_close(curvature.dense(), getattr(oracle, kind), dtype)
+    one_more = jax.tree.map(lambda x: jnp.concatenate([x, x[:1]]), many)
+    assert batch_sizes(curvature_of(kind, mlp, batched(one_more, 5))) == [20, 3]
+    # However little fits, a few examples are taken together.
+    monkeypatch.setitem(products.BATCH_BYTES, "cpu", 1)
+    assert batch_sizes(curvature_of(kind, mlp, batched(many, 102))) == [products.LEAST_BATCH, 6]
+
+
+def batch_sizes(curvature):
+    return [group["x"].shape[1] for group in curvature._groups]
+
+
+def bytes_per_example(curvature):
+    """Of the linearised batch of two examples, what grows with their number."""
+    sizes = []
+    for count in (2, 4):
+        arrays = jax.tree.map(lambda x, n=count: x[:n], make_mlp(np.float32).arrays)
+        linear = curvature._product.linearize(curvature.weights, curvature._rest, arrays)
+        sizes.append(sum(x.nbytes for x in jax.tree.leaves(linear)))
+    return (sizes[1] - sizes[0]) // 2
 
 
 @in_float32
@@ -393,20 +428,24 @@ def subjaxprs(jaxpr):
                 yield from subjaxprs(value)
 
 
-def compiled_parts(jaxpr):
-    return [
-        e
-        for e in subjaxprs(jaxpr)
-        if e.primitive.name in ("jit", "pjit") and e.params["name"] == "_add_group"
-    ]
+def compiled_parts(jaxpr, name):
+    return [e for e in subjaxprs(jaxpr) if e.primitive.name in ("jit", "pjit") and e.params["name"] == name]
+
+
+def assert_no_constants(part):
+    assert sum(np.size(c) for c in part.params["jaxpr"].consts) <= 1
+    for equation in subjaxprs(part.params["jaxpr"].jaxpr):
+        for variable in equation.invars:
+            if isinstance(variable, Literal):
+                assert np.size(variable.val) <= 1
 
 
 @in_float32
 @kinds
 def test_data_and_parameters_are_arguments_of_the_compiled_function(kind, mlp):
-    curvature = curvature_of(kind, mlp)
+    curvature = curvature_of(kind, mlp, linear_bytes=0)
     jaxpr = jax.make_jaxpr(curvature.matvec)(curvature.weights)
-    parts = compiled_parts(jaxpr.jaxpr)
+    parts = compiled_parts(jaxpr.jaxpr, "_add_group")
     assert len(parts) == 2  # three batches of 5, and one of 2
     for part, data in zip(parts, [(3, 5, 4), (1, 2, 4)], strict=True):
         shapes = [x.aval.shape for x in part.invars]
@@ -414,11 +453,64 @@ def test_data_and_parameters_are_arguments_of_the_compiled_function(kind, mlp):
         assert {(4, 5), (5, 3)} <= set(shapes)  # the kernels
         assert {(1, 4, 5), (1, 5, 3)} <= set(shapes)  # the vectors
         assert {(5,), (3,)} <= set(shapes)  # the biases
-        assert sum(np.size(c) for c in part.params["jaxpr"].consts) <= 1
-        for equation in subjaxprs(part.params["jaxpr"].jaxpr):
-            for variable in equation.invars:
-                if isinstance(variable, Literal):
-                    assert np.size(variable.val) <= 1
+        assert_no_constants(part)
+
+
+@in_float32
+@kinds
+def test_linearised_batches_are_arguments_of_the_compiled_function(kind, mlp):
+    curvature = curvature_of(kind, mlp)
+    jaxpr = jax.make_jaxpr(curvature.matvec)(curvature.weights)
+    (part,) = compiled_parts(jaxpr.jaxpr, "linear_mean")
+    shapes = {x.aval.shape for x in part.invars}
+    assert {(3, 5, 4), (1, 2, 4)} <= shapes  # the inputs, of which the first layer's products are made
+    assert {(1, 4, 5), (1, 5, 3)} <= shapes  # the vectors
+    assert_no_constants(part)
+    # The forward pass is not in it: neither the activation function nor the logarithm of the softmax.
+    names = {equation.primitive.name for equation in subjaxprs(jaxpr.jaxpr)}
+    assert not names & {"tanh", "log", "exp", "logistic"}
+
+
+@kinds
+@pytest.mark.parametrize("count", [1, 3])
+def test_products_are_the_same_with_and_without_linearised_batches(kind, count, mlp, dtype):
+    curvatures = [curvature_of(kind, mlp, linear_bytes=size) for size in (0, 2**20)]
+    vectors = random_vectors(curvatures[0].weights, count)
+    anew, kept = (flat(curvature.matmat(vectors)) for curvature in curvatures)
+    assert_close(kept, anew, dtype)
+
+
+def kept_bytes(curvature):
+    return sum(x.nbytes for x in jax.tree.leaves(curvature._linear))
+
+
+@in_float32
+@kinds
+def test_linearised_batches_stay_within_their_budget(kind, mlp):
+    kept = kept_bytes(curvature_of(kind, mlp))
+    assert kept > 17 * 4 * (4 + 5 + 3)  # inputs, activations and probabilities of every example
+    assert kept_bytes(curvature_of(kind, mlp, linear_bytes=kept)) == kept
+    assert curvature_of(kind, mlp, linear_bytes=kept - 1)._linear is None
+    stream = Stream(mlp.arrays, [5, 5, 5, 2])
+    assert curvature_of(kind, mlp, batches=stream)._linear is None
+    with pytest.raises(ValueError, match="linear_bytes must be at least 0, got -1"):
+        curvature_of(kind, mlp, linear_bytes=-1)
+
+
+@in_float32
+@kinds
+def test_first_products_may_be_inside_a_compiled_function(kind, mlp):
+    curvature = curvature_of(kind, mlp)
+    vector = jax.tree.map(lambda x: x[0], random_vectors(curvature.weights, 1))
+
+    @jax.jit
+    def compiled(vector):
+        return curvature.matvec(vector), curvature.gradient
+
+    inside = compiled(vector)
+    # What they keep can be used outside.
+    for found, expected in zip(inside, (curvature.matvec(vector), curvature.gradient), strict=True):
+        np.testing.assert_allclose(flat(found), flat(expected), rtol=1e-5, atol=1e-6)
 
 
 @in_float32

@@ -28,6 +28,7 @@ from jaxlimit import (
     models,
     plots,
     presets,
+    prunable,
     quadrature,
     result,
     roots,
@@ -82,6 +83,7 @@ def test_every_public_name_is_documented(site):
         models,
         plots,
         presets,
+        prunable,
         quadrature,
         result,
         roots,
@@ -92,10 +94,20 @@ def test_every_public_name_is_documented(site):
         assert not public_names(module) - names
 
 
-@pytest.mark.parametrize("name", ["accuracy", "predicted_vs_measured", "methods_digits"])
-def test_tables_of_the_benchmarks_are_shown(site, name):
-    pages = {"accuracy": "numerics", "predicted_vs_measured": "limits", "methods_digits": "methods"}
-    page = pages[name]
+PAGES = {
+    "accuracy": "numerics",
+    "predicted_vs_measured": "limits",
+    "real_runs": "runs",
+    "methods_digits": "methods",
+    **dict.fromkeys(
+        ("products", "products_peers", "spectrum", "spectrum_overhead", "scaling", "input_pipeline"),
+        "performance",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "page"), PAGES.items())
+def test_tables_of_the_benchmarks_are_shown(site, name, page):
     rows = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text().splitlines()
     first = [cell.strip() for cell in rows[2].strip("|").split("|")]
     text = (site / page / "index.html").read_text()

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
 import jaxlimit
-from jaxlimit import data, models, roots, training
+from jaxlimit import data, models, prunable, roots, training
 from jaxlimit.curvature import dense_matrix
 from jaxlimit.dense import dense_curvature
 from jaxlimit.magnitude import magnitude_order
@@ -63,16 +63,16 @@ def curvature_of(network: Network, kind: str) -> jaxlimit.Curvature:
 def dense_truth(network: Network, kind: str) -> dict[str, float]:
     """All four limits from a dense float64 matrix, scanning every n."""
     with jax.enable_x64(True):
-        weights, rest = jaxlimit.curvature.partition(network.params)
+        weights, rest = prunable.partition(network.params)
         flat, unravel = ravel_pytree(jax.tree.map(lambda x: x.astype(jnp.float64), weights))
         inputs, labels = network.batches.arrays
         inputs = jnp.asarray(inputs, jnp.float64)
 
         def loss(w):
-            return network.loss(jaxlimit.curvature.combine(unravel(w), rest), (inputs, labels))
+            return network.loss(prunable.combine(unravel(w), rest), (inputs, labels))
 
         def outputs(w):
-            return network.predict(jaxlimit.curvature.combine(unravel(w), rest), inputs)
+            return network.predict(prunable.combine(unravel(w), rest), inputs)
 
         gradient = np.asarray(jax.grad(loss)(flat))
         if kind == "hessian":

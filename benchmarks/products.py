@@ -1,0 +1,255 @@
+"""How long does a product with the curvature take: against the gradient, the hardware, and every peer?
+
+    python benchmarks/products.py [--networks fc2 lenet] [--precisions highest]
+
+For each network of networks.py and both curvatures, on the same weights, data and vectors and in one process:
+the gradient of the mean loss; jaxlimit's product, for one vector and for blocks; the same linearised anew in
+every product, in the batches of 128 that the peers have; other ways to differentiate; and the product of
+every peer. All take turns. Operations are XLA's count for one batch of all examples; the rate is that of a
+large matrix product on the same machine.
+
+Results are in results/products.json, products.md (against the gradient and the hardware) and
+products_peers.md. Needs `pip install -e ".[cli,bench]"`, and MNIST and CIFAR-10 under $JAXLIMIT_DATA.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import common
+import jax
+import jax.numpy as jnp
+import networks
+import numpy as np
+import peers
+from jax.flatten_util import ravel_pytree
+
+import jaxlimit
+from jaxlimit import record
+from jaxlimit.prunable import combine, partition
+
+NAME = "products"
+BLOCKS = (2, 4, 8)
+# Blocks only where a single product takes less than so many seconds.
+BLOCKS_BELOW = 1.0
+PyTree = Any
+Functions = dict[str, Callable[[], Any]]
+
+
+def gradients(curvature: jaxlimit.Curvature) -> Callable[[], Any]:
+    """The gradient of the mean loss, computed anew at every call."""
+    return lambda: replace(curvature).gradient
+
+
+def vectors_like(weights: PyTree, count: int) -> PyTree:
+    """Gaussian vectors along a leading axis."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal((count, *x.shape), np.float32)), weights)
+
+
+def modes(problem: networks.Problem, batches: jaxlimit.Batches, vector: PyTree) -> Functions:
+    """Hessian products differentiated in other ways, as a scan over batches; uneven batches are left out."""
+    count = batches.num_examples // batches.batch_size
+    groups = jax.tree.map(
+        lambda x: x[: count * batches.batch_size].reshape(count, batches.batch_size, *x.shape[1:]),
+        batches.arrays,
+    )
+    weights, rest = partition(problem.params, networks.is_prunable)
+
+    def gradient(weights: PyTree, rest: PyTree, batch: PyTree) -> PyTree:
+        return jax.grad(lambda w: problem.loss(combine(w, rest), batch))(weights)
+
+    def forward_over_reverse(weights: PyTree, rest: PyTree, vector: PyTree, batch: PyTree) -> PyTree:
+        return jax.jvp(lambda w: gradient(w, rest, batch), (weights,), (vector,))[1]
+
+    def reverse_over_reverse(weights: PyTree, rest: PyTree, vector: PyTree, batch: PyTree) -> PyTree:
+        def slope(weights: PyTree) -> jax.Array:
+            return ravel_pytree(gradient(weights, rest, batch))[0] @ ravel_pytree(vector)[0]
+
+        return jax.grad(slope)(weights)
+
+    def compiled(product: Callable[..., PyTree]) -> Callable[[], PyTree]:
+        @jax.jit
+        def total(weights: PyTree, rest: PyTree, vector: PyTree, groups: PyTree) -> PyTree:
+            def add(total: PyTree, batch: PyTree) -> tuple[PyTree, None]:
+                with jax.default_matmul_precision("highest"):
+                    return jax.tree.map(jnp.add, total, product(weights, rest, vector, batch)), None
+
+            return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, weights), groups)[0]
+
+        return partial(total, weights, rest, vector, groups)
+
+    return {
+        "forward over reverse": compiled(forward_over_reverse),
+        "reverse over reverse": compiled(reverse_over_reverse),
+    }
+
+
+def own_functions(
+    problem: networks.Problem, operator: str, precision: str, blocks: bool
+) -> tuple[jaxlimit.Curvature, Functions]:
+    """The curvature, and what is timed of jaxlimit."""
+    curvature = problem.curvature(operator, precision=precision)
+    one = vectors_like(curvature.weights, 1)
+    anew = replace(curvature, _linear_bytes=0)
+    functions: Functions = {
+        "gradient": gradients(curvature),
+        "jaxlimit": lambda: curvature.matmat(one),
+        "jaxlimit, anew": lambda: anew.matmat(one),
+    }
+    if operator == "hessian":
+        functions |= modes(problem, problem.batches(), jax.tree.map(lambda x: x[0], one))
+    for size in BLOCKS if blocks else ():
+        block = vectors_like(curvature.weights, size)
+        functions[f"jaxlimit, block of {size}"] = partial(curvature.matmat, block)
+    return curvature, functions
+
+
+def peer_functions(found: list[peers.Peer], dim: int, blocks: bool) -> Functions:
+    """What is timed of the peers, on vectors of their own kind."""
+    vectors = np.random.default_rng(0).standard_normal((max(BLOCKS), dim), np.float32)
+
+    def synchronized(peer: peers.Peer, product: Callable[[Any], Any], vector: Any) -> Callable[[], None]:
+        def call() -> None:
+            product(vector)
+            peer.synchronize()
+
+        return call
+
+    functions: Functions = {}
+    for peer in found:
+        functions[peer.name] = synchronized(peer, peer.matvec, peer.to_native(vectors[0]))
+        for size in BLOCKS if blocks and peer.has_blocks else ():
+            block = peer.to_native_block(vectors[:size])
+            functions[f"{peer.name}, block of {size}"] = synchronized(peer, peer.matmat, block)
+    return functions
+
+
+def counted_operations(problem: networks.Problem, curvature: jaxlimit.Curvature) -> dict[str, float]:
+    """Of the gradient, and of the product linearised anew and kept, for all examples."""
+    product, weights, rest = curvature._product, curvature.weights, curvature._rest
+    # Few examples stand for all: the count is proportional to them.
+    share = min(len(problem.inputs), 32)
+    batch = problem.inputs[:share], problem.labels[:share]
+    one = vectors_like(weights, 1)
+    linear = jax.jit(product.linearize)(weights, rest, batch)
+    counts = {
+        "gradient": common.operations(jax.grad(lambda w: product.loss(combine(w, rest), batch)), weights),
+        "anew": common.operations(product, weights, rest, one, batch),
+        "kept": common.operations(product.apply, linear, one),
+    }
+    return {name: count * len(problem.inputs) / share for name, count in counts.items()}
+
+
+def first_call(problem: networks.Problem, operator: str) -> float:
+    """Seconds of the first product, compilation and linearisation included."""
+    curvature = problem.curvature(operator)
+    one = vectors_like(curvature.weights, 1)
+    start = time.perf_counter()
+    jax.block_until_ready(curvature.matmat(one))
+    return time.perf_counter() - start
+
+
+def measure(name: str, operator: str, precision: str) -> dict[str, Any]:
+    """All timings of one network and curvature."""
+    problem = networks.load_problem(name)
+    compilation = first_call(problem, operator)
+    curvature = problem.curvature(operator)
+    one = vectors_like(curvature.weights, 1)
+    jax.block_until_ready(curvature.matmat(one))
+    blocks = common.seconds(lambda: curvature.matmat(one)) < BLOCKS_BELOW
+    curvature, functions = own_functions(problem, operator, precision, blocks)
+    found = peers.load_peers(problem, operator)
+    differences = {peer.name: peers.product_difference(peer, curvature) for peer in found}
+    functions |= peer_functions(found, curvature.dim, blocks)
+    return {
+        "network": name,
+        "operator": operator,
+        "precision": precision,
+        "num_weights": curvature.dim,
+        "num_examples": len(problem.inputs),
+        "seconds": common.in_turns(functions),
+        "first_call": compilation,
+        "operations": counted_operations(problem, curvature),
+        "linear_bytes": sum(x.nbytes for x in jax.tree.leaves(curvature._linear)),
+        "batch_size": int(jax.tree.leaves(curvature._groups)[0].shape[1]),
+        "versions": {peer.name: peer.version for peer in found},
+        "difference": differences,
+    }
+
+
+def own_table(rows: Sequence[Mapping[str, Any]], rate: float) -> str:
+    """Times in gradients, blocks per vector, and the share of the rate of a large matrix product."""
+    heads = ["network", "curvature", "gradient", "product", "in gradients", "anew", "operations"]
+    heads += [f"block of {size}" for size in BLOCKS] + ["share of matrix-product rate", "kept", "first call"]
+    lines = []
+    for row in rows:
+        times, counts = row["seconds"], row["operations"]
+        gradient, product = times["gradient"], times["jaxlimit"]
+        block = [times.get(f"jaxlimit, block of {size}") for size in BLOCKS]
+        lines.append(
+            [
+                row["network"],
+                row["operator"],
+                f"{1e3 * gradient:.1f} ms",
+                f"{1e3 * product:.1f} ms",
+                f"{product / gradient:.2f}",
+                f"{times['jaxlimit, anew'] / gradient:.2f}",
+                f"{counts['kept'] / counts['gradient']:.2f}",
+                *[
+                    "" if x is None else f"{x / size / gradient:.2f}"
+                    for x, size in zip(block, BLOCKS, strict=True)
+                ],
+                f"{counts['kept'] / product / rate:.0%}",
+                f"{row['linear_bytes'] / 2**20:,.0f} MiB",
+                f"{row['first_call']:.1f} s",
+            ]
+        )
+    return common.markdown(heads, lines)
+
+
+def peer_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Milliseconds of a product, and how many times as long the peers take."""
+    names = list(dict.fromkeys(name for row in rows for name in row["versions"]))
+    modes = ("forward over reverse", "reverse over reverse")
+    lines = []
+    for row in rows:
+        times, own = row["seconds"], row["seconds"]["jaxlimit"]
+        others = [times.get(name) for name in (*modes, *names)]
+        fastest = min(times[name] for name in row["versions"]) / own
+        lines.append(
+            [row["network"], row["operator"], f"{1e3 * own:.1f} ms"]
+            + ["" if x is None else f"{1e3 * x:.1f} ms" for x in others]
+            + [f"{fastest:.1f}"]
+        )
+    return common.markdown(
+        ["network", "curvature", "jaxlimit", *modes, *names, "fastest peer / jaxlimit"], lines
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--networks", nargs="+", default=list(networks.NETWORKS), choices=networks.NETWORKS)
+    parser.add_argument(
+        "--precisions", nargs="+", default=["highest"], help="of matrix products (default: %(default)s)"
+    )
+    options = parser.parse_args()
+    rate, rows = common.matmul_rate(), []
+    for precision in options.precisions:
+        for name in options.networks:
+            for operator in peers.OPERATORS:
+                rows.append(measure(name, operator, precision))
+                print(own_table(rows[-1:], rate) + peer_table(rows[-1:]), flush=True)
+    command = f"python benchmarks/{NAME}.py --networks {' '.join(options.networks)}"
+    document = {"command": command, "matmul_rate": rate, "rows": rows}
+    record.write_atomic(common.RESULTS / f"{NAME}_peers.md", peer_table(rows))
+    common.write(NAME, document, own_table(rows, rate))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""How long does a whole Lanczos run take: against every peer, and against its products alone?
+
+    python benchmarks/spectrum.py [--parts peers overhead]
+
+    peers      32, 64 and 128 steps with the Hessian, from the same start vector, beside each peer that has a
+               run of its own. What it reorthogonalises differs: jaxlimit, matfree and the plain loop keep the
+               whole basis orthogonal, hessian-eigenthings too, curvlinops nothing.
+    overhead   what 128 steps cost beyond their products, for the FC5 of CIFAR-10 (3.9 million weights)
+
+Results are in results/spectrum.json, spectrum.md and spectrum_overhead.md. Needs
+`pip install -e ".[cli,bench]"`, and MNIST and CIFAR-10 under $JAXLIMIT_DATA.
+"""
+
+import argparse
+import resource
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import common
+import jax
+import networks
+import numpy as np
+import peers
+
+import jaxlimit
+from jaxlimit import lanczos, products, quadrature, record
+from jaxlimit.losses import classification_curvature
+from jaxlimit.models import from_nnx
+from jaxlimit.presets import Options, build_network, find_preset, load_arrays
+
+NAME = "spectrum"
+STEPS = (32, 64, 128)
+# Networks with their numbers of examples, fewer than a product is timed with where a run takes minutes.
+NETWORKS = {"digits": 1_438, "fc2": 2_048, "fc5": 2_048, "lenet": 256, "transformer": 64}
+OVERHEAD_EXAMPLES = (2_048, 10_000)
+
+
+def own_run(curvature: jaxlimit.Curvature, start: Any, num_steps: int) -> lanczos.LanczosState:
+    """A run with full reorthogonalisation, as `pruning_limit` makes it."""
+    return lanczos.run(curvature.matmat, lanczos.init(start), num_steps)
+
+
+def starts(curvature: jaxlimit.Curvature) -> tuple[Any, np.ndarray]:
+    """One vector of random signs, as a tree with a leading axis and flat."""
+    tree = quadrature.rademacher(jax.random.key(0), curvature.weights, 1)
+    return tree, np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+
+def against_peers(name: str, num_examples: int) -> list[dict[str, Any]]:
+    """Seconds of the runs of one network, by number of steps."""
+    problem = networks.load_problem(name, num_examples)
+    curvature = problem.curvature("hessian")
+    tree, flat = starts(curvature)
+    found = [peer for peer in peers.load_peers(problem, "hessian") if peer.has_lanczos]
+    matfree = peers.Matfree(curvature)
+    others: list[Any] = [*found, matfree]
+    rows = []
+    for num_steps in STEPS:
+        matfree.compile(num_steps)
+        functions: dict[str, Callable[[], Any]] = {"jaxlimit": partial(own_run, curvature, tree, num_steps)}
+        for peer in others:
+            functions[peer.name] = partial(peer.lanczos, peer.to_native(flat), num_steps)
+        # Short runs are repeated; long ones are warmed up by the shorter ones before.
+        timed = common.in_turns(functions) if num_steps == STEPS[0] else common.once(functions)
+        row = {"network": name, "num_examples": num_examples, "num_weights": curvature.dim}
+        rows.append({**row, "steps": num_steps, "seconds": timed})
+        print(table(rows[-1:]), flush=True)
+    return rows
+
+
+def overhead(num_examples: int, num_steps: int = STEPS[-1]) -> dict[str, Any]:
+    """Seconds of a run, and of as many products alone."""
+    preset = find_preset("cifar10-fc5")
+    (images, labels), _ = load_arrays(preset, Options())
+    predict, params = from_nnx(build_network(preset, seed=0))
+    batches = jaxlimit.batched((images[:num_examples], labels[:num_examples]), 128)
+    curvature = classification_curvature("hessian", predict, params, batches)
+    start, _ = starts(curvature)
+
+    def alone() -> Any:
+        vector = start
+        for _ in range(num_steps):
+            vector = curvature.matmat(vector)
+        return vector
+
+    functions = {
+        "products": alone,
+        "run": partial(own_run, curvature, start, num_steps),
+        "run without reorthogonalisation": lambda: lanczos.run(
+            curvature.matmat, lanczos.init(start, reorthogonalize=False), num_steps
+        ),
+    }
+    jax.block_until_ready(own_run(curvature, start, 1))
+    timed = common.once(functions)
+    linear = curvature._linear
+    assert linear is not None
+    program = products.linear_mean.lower(curvature._product, linear, curvature.num_examples, start)
+    memory: Any = program.compile().memory_analysis()
+    return {
+        "network": "cifar10-fc5",
+        "num_examples": num_examples,
+        "num_weights": curvature.dim,
+        "steps": num_steps,
+        "seconds": timed,
+        "bytes": {
+            "linearised batches": sum(x.nbytes for x in jax.tree.leaves(linear)),
+            "basis": 4 * curvature.dim * num_steps,
+            "product, temporary": memory.temp_size_in_bytes,
+            "process, largest": _largest_memory(),
+        },
+    }
+
+
+def _largest_memory() -> int:
+    """Of this process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Seconds of the runs."""
+    names = list(dict.fromkeys(name for row in rows for name in row["seconds"]))
+    lines = []
+    for row in rows:
+        times = row["seconds"]
+        best = min(value for name, value in times.items() if name != "jaxlimit") / times["jaxlimit"]
+        cells = [f"{times[name]:.2f} s" if name in times else "" for name in names]
+        lines.append([row["network"], f"{row['num_examples']:,}", str(row["steps"]), *cells, f"{best:.1f}"])
+    return common.markdown(["network", "examples", "steps", *names, "fastest peer / jaxlimit"], lines)
+
+
+def overhead_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What a run costs beyond its products, and its memory."""
+    heads = ["examples", "products", "run", "beyond the products", "without reorthogonalisation"]
+    lines = []
+    for row in rows:
+        times, sizes = row["seconds"], row["bytes"]
+        low = times["run without reorthogonalisation"]
+        lines.append(
+            [
+                f"{row['num_examples']:,}",
+                f"{times['products']:.1f} s",
+                f"{times['run']:.1f} s",
+                f"{times['run'] / times['products'] - 1:.1%}",
+                f"{low / times['products'] - 1:.1%}",
+                *(f"{size / 2**20:,.0f} MiB" for size in sizes.values()),
+            ]
+        )
+    return common.markdown([*heads, *rows[0]["bytes"]], lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", nargs="+", default=["peers", "overhead"], choices=["peers", "overhead"])
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
+    options = parser.parse_args()
+    path = common.RESULTS / f"{NAME}.json"
+    document = record.read_json(path) if path.exists() else {}
+    document |= {"command": f"python benchmarks/{NAME}.py"}
+    if "peers" in options.parts:
+        document["peers"] = [row for name in options.networks for row in against_peers(name, NETWORKS[name])]
+    if "overhead" in options.parts:
+        document["overhead"] = [overhead(count) for count in OVERHEAD_EXAMPLES]
+        record.write_atomic(common.RESULTS / f"{NAME}_overhead.md", overhead_table(document["overhead"]))
+        print(overhead_table(document["overhead"]))
+    common.write(NAME, document, table(document["peers"]))
+
+
+if __name__ == "__main__":
+    main()
