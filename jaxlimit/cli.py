@@ -1,4 +1,4 @@
-"""The command line: `jaxlimit run`, `jaxlimit presets`, `jaxlimit report`."""
+"""The command line: `jaxlimit run`, `jaxlimit presets`, `jaxlimit report`, `jaxlimit experiment`."""
 
 import importlib.util
 import shlex
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from jaxlimit import __version__
 
 if TYPE_CHECKING:
+    from jaxlimit.experiments import Experiment
     from jaxlimit.presets import Options, Preset
 
 EXTRA = ("tyro", "rich", "matplotlib", "safetensors")
@@ -61,6 +62,8 @@ def main(args: Sequence[str] | None = None) -> int:
             return _run(command, args)
         if isinstance(command, Report):
             return _report(command)
+        if not isinstance(command, Presets):
+            return _experiment(command, args)
         from jaxlimit.presets import presets_table
 
         print(presets_table())
@@ -73,7 +76,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return _error("interrupted.", INTERRUPTED)
 
 
-def parse(args: Sequence[str]) -> Run | Presets | Report:
+def parse(args: Sequence[str]) -> "Run | Presets | Report | Experiment":
     """The command that the arguments ask for.
 
     Raises:
@@ -83,7 +86,13 @@ def parse(args: Sequence[str]) -> Run | Presets | Report:
     import tyro
     from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+    from jaxlimit.experiments import EXPERIMENTS, Experiment
     from jaxlimit.presets import Options, find_preset
+
+    config = (FlagCreatePairsOff,)
+    if args[0] == "experiment" and len(args) > 1 and args[1] in EXPERIMENTS:
+        prog = f"jaxlimit experiment {args[1]}"
+        return tyro.cli(EXPERIMENTS[args[1]], prog=prog, args=list(args[2:]), config=config)
 
     def by(default: str, metavar: str) -> Any:
         return arg(help_behavior_hint=f"(default: {default})", metavar=metavar)
@@ -162,13 +171,25 @@ def parse(args: Sequence[str]) -> Run | Presets | Report:
         """
         return Report(folder)
 
+    def experiment(name: Annotated[Positional[str], arg(metavar="NAME")]) -> Experiment:
+        # Those that exist were parsed above, each with options of its own.
+        raise ValueError(f"there is no experiment {name!r}; the experiments are {', '.join(EXPERIMENTS)}.")
+
+    experiment.__doc__ = f"""Run an experiment: {", ".join(EXPERIMENTS)}.
+
+        Each has options of its own, which `jaxlimit experiment NAME --help` lists.
+
+        Args:
+            name: of the experiment.
+        """
+
     return tyro.extras.subcommand_cli_from_dict(
-        {"run": run, "presets": presets, "report": report},
+        {"run": run, "presets": presets, "report": report, "experiment": experiment},
         prog="jaxlimit",
         description="How sparse can a trained network be pruned, how sure is that, and is it true? "
         "(--version prints the version.)",
         args=list(args),
-        config=(FlagCreatePairsOff,),
+        config=config,
     )
 
 
@@ -208,13 +229,7 @@ def _run(command: Run, args: Sequence[str]) -> int:
             print(f"{'going on with' if resumed else 'writing to'} {folder}", file=sys.stderr)
             run = runner.execute(folder, command.preset, command.options, arrays, shlex.join(typed), monitor)
     except KeyboardInterrupt:
-        again = typed if "--out" in typed else [*typed, "--out", str(folder)]
-        print(
-            f"interrupted. What is finished is in {folder}; the same command goes on with the rest:\n"
-            f"  {shlex.join(again)}",
-            file=sys.stderr,
-        )
-        return INTERRUPTED
+        return _interrupted(folder, typed)
     print(f"\n{comparison.comparison_table(run.document)}\n\nreport: {folder / record.REPORT}")
     return 0
 
@@ -225,6 +240,31 @@ def _report(command: Report) -> int:
     run = record.read_record(command.folder)
     print(f"report: {report.write_report(command.folder, run)}")
     return 0
+
+
+def _experiment(command: "Experiment", args: Sequence[str]) -> int:
+    from jaxlimit.experiments import execute
+    from jaxlimit.monitor import Interrupt, make_monitor
+
+    typed = ["jaxlimit", *args]
+    interrupt = Interrupt()
+    try:
+        with interrupt, make_monitor(interrupt) as monitor:
+            table = execute(command, shlex.join(typed), monitor)
+    except KeyboardInterrupt:
+        return _interrupted(command.out, typed)
+    print(f"\n{table}\nresults: {command.out}")
+    return 0
+
+
+def _interrupted(folder: Path, typed: Sequence[str]) -> int:
+    again = typed if "--out" in typed else [*typed, "--out", str(folder)]
+    print(
+        f"interrupted. What is finished is in {folder}; the same command goes on with the rest:\n"
+        f"  {shlex.join(again)}",
+        file=sys.stderr,
+    )
+    return INTERRUPTED
 
 
 def _error(message: object, code: int) -> int:

@@ -244,6 +244,36 @@ def plot_sensitivity(
     return figure
 
 
+def plot_methods(curves: Mapping[str, tuple[NDArray, NDArray, NDArray]]) -> "Figure":
+    """Test accuracy of pruning methods against sparsity, on an axis that opens towards 1.
+
+    Args:
+        curves: by label: (sparsities, means, spreads), the spreads drawn as bands. A curve at sparsity 0 only
+            is a level that the others are measured by.
+    """
+    figure, (axes,) = _figure(6.4, 4.6)
+    colours = iter((ORANGE, BLUE, GREEN, PURPLE, SKY, GREY, "#E69F00"))
+    markers = iter("osD^vXP")
+    ticks: set[float] = set()
+    for label, (sparsities, means, spreads) in curves.items():
+        if not np.any(sparsities):
+            axes.axhline(100 * means[0], color="black", linewidth=1, label=label)
+            ends = [100 * (means[0] + sign * spreads[0]) for sign in (-1, 1)]
+            axes.axhspan(*ends, color="black", alpha=0.1, linewidth=0)
+            continue
+        colour, density = next(colours), 1 - np.asarray(sparsities)
+        axes.plot(density, 100 * means, next(markers) + "-", color=colour, markersize=4, label=label)
+        band = (density, 100 * (means - spreads), 100 * (means + spreads))
+        axes.fill_between(*band, color=colour, alpha=0.15, linewidth=0)
+        ticks |= {float(sparsity) for sparsity in sparsities}
+    axes.set(xscale="log", xlabel="sparsity", ylabel="test accuracy (%)")
+    axes.set_xticks([1 - s for s in sorted(ticks)], [f"{s:g}" for s in sorted(ticks)])
+    axes.minorticks_off()
+    axes.invert_xaxis()
+    _legend_below(figure, axes)
+    return figure
+
+
 def _figure(width: float, *heights: float) -> tuple["Figure", list["Axes"]]:
     """A figure `width` inches wide with panels of these heights, the first height alone being the total."""
     try:

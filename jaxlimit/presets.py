@@ -22,12 +22,11 @@ from flax import nnx
 
 from jaxlimit import data, models
 from jaxlimit.losses import CURVATURES
-from jaxlimit.training import steps_per_epoch
+from jaxlimit.schedule import SCHEDULES, learning_rate_schedule, steps_per_epoch
 
 Arrays = tuple[np.ndarray, np.ndarray]
 # The learning rate of "steps" is halved after these shares of the epochs: 60, 120 and 160 of 200.
 MILESTONES = (0.3, 0.6, 0.8)
-SCHEDULES = ("constant", "cosine", "steps")
 
 
 class _Source(NamedTuple):
@@ -110,20 +109,14 @@ class Preset:
 
     def rate(self, num_examples: int) -> float | optax.Schedule:
         """The learning rate in the form that `jaxlimit.training.train` takes."""
-        per_epoch = steps_per_epoch(num_examples, self.batch_size)
-        warmup, updates = self.warmup_epochs * per_epoch, self.epochs * per_epoch
-        if self.schedule == "constant" and not warmup:
-            return self.learning_rate
-        schedule = optax.constant_schedule(self.learning_rate)
-        if self.schedule == "cosine":
-            schedule = optax.cosine_decay_schedule(self.learning_rate, max(1, updates - warmup))
-        elif self.schedule == "steps":
-            halvings = {round(share * self.epochs) * per_epoch - warmup: 0.5 for share in MILESTONES}
-            schedule = optax.piecewise_constant_schedule(self.learning_rate, halvings)
-        if not warmup:
-            return schedule
-        growing = optax.linear_schedule(0.0, self.learning_rate, warmup)
-        return optax.join_schedules([growing, schedule], [warmup])
+        return learning_rate_schedule(
+            self.schedule,
+            self.learning_rate,
+            epochs=self.epochs,
+            updates_per_epoch=steps_per_epoch(num_examples, self.batch_size),
+            warmup_epochs=self.warmup_epochs,
+            milestones=MILESTONES,
+        )
 
     def augmentation(self) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
         """The random crops and flips, for images in the shape that `load_arrays` gives them."""

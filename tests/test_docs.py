@@ -16,9 +16,12 @@ import pytest
 
 import jaxlimit
 from jaxlimit import (
+    baselines,
     compat,
     curvature,
     data,
+    descent,
+    experiments,
     geometry,
     lanczos,
     magnitude,
@@ -87,7 +90,7 @@ def test_every_public_name_is_documented(site):
     ):
         missing = public_names(module) - names
         assert not {name for name in missing if name.rpartition(".")[2] not in top | helpers}, module
-    for module in (training, weights):
+    for module in (baselines, descent, experiments, training, weights):
         assert not public_names(module) - names
 
 
@@ -95,6 +98,7 @@ PAGES = {
     "accuracy": "numerics",
     "predicted_vs_measured": "limits",
     "real_runs": "runs",
+    "methods_digits": "methods",
     **dict.fromkeys(
         ("products", "products_peers", "spectrum", "spectrum_overhead", "scaling", "input_pipeline"),
         "performance",

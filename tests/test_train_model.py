@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxlimit import data
+from jaxlimit import data, magnitude_mask
+from jaxlimit.curvature import partition
 from jaxlimit.models import FullyConnected, from_nnx
 from jaxlimit.training import classification_loss, train, train_model
 
@@ -41,6 +42,17 @@ def test_without_state_it_is_train_to_the_bit():
     expected = train(classification_loss(predict), params, arrays, key, **SETTINGS)
     found = from_nnx(train_model(model, arrays, key, **SETTINGS))[1]
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_with_a_mask_it_is_train_with_that_mask_to_the_bit():
+    model, arrays, key = FullyConnected([4, 8, 3], rngs=nnx.Rngs(0)), examples(), jax.random.key(1)
+    predict, params = from_nnx(model)
+    mask = magnitude_mask(partition(params)[0], 0.6)
+    settings = SETTINGS | {"weight_decay": 0.01, "mask": mask}
+    expected = train(classification_loss(predict), params, arrays, key, **settings)
+    found = from_nnx(train_model(model, arrays, key, **settings))[1]
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert sum(int((leaf == 0).sum()) for leaf in jax.tree.leaves(partition(found)[0])) == int(0.6 * 56)
 
 
 def test_batch_norm_follows_the_batches_and_the_model_is_left_alone():

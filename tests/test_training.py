@@ -31,9 +31,9 @@ def problem(num_examples: int = 11, dtype=np.float32):
     return params, (inputs, random.integers(0, 3, size=num_examples))
 
 
-def sgd_in_numpy(params, arrays, orders, *, batch_size, rates, momentum, l1):
+def sgd_in_numpy(params, arrays, orders, *, batch_size, rates, momentum, l1, weight_decay=0.0, keep=True):
     """The update rule in float64, with the gradient of softmax regression by hand; also the epoch means."""
-    kernel, bias = np.float64(params["kernel"]), np.float64(params["bias"])
+    kernel, bias = np.where(keep, np.float64(params["kernel"]), 0), np.float64(params["bias"])
     kernel_momentum, bias_momentum = np.zeros_like(kernel), np.zeros_like(bias)
     step, epoch_means = 0, []
     for order in orders:
@@ -45,9 +45,11 @@ def sgd_in_numpy(params, arrays, orders, *, batch_size, rates, momentum, l1):
             loss = -log_softmax(logits, axis=1)[np.arange(len(chosen)), labels].mean()
             total += len(chosen) * (loss + l1 * (np.abs(kernel).sum() + np.abs(bias).sum()))
             slope = (softmax(logits, axis=1) - np.eye(3)[labels]) / len(chosen)
-            kernel_momentum = momentum * kernel_momentum + inputs.T @ slope + l1 * np.sign(kernel)
-            bias_momentum = momentum * bias_momentum + slope.sum(0) + l1 * np.sign(bias)
-            kernel = kernel - rates(step) * kernel_momentum
+            kernel_slope = inputs.T @ slope + l1 * np.sign(kernel) + weight_decay * kernel
+            bias_slope = slope.sum(0) + l1 * np.sign(bias) + weight_decay * bias
+            kernel_momentum = momentum * kernel_momentum + kernel_slope
+            bias_momentum = momentum * bias_momentum + bias_slope
+            kernel = np.where(keep, kernel - rates(step) * kernel_momentum, 0)
             bias = bias - rates(step) * bias_momentum
             step += 1
         epoch_means.append(total / len(order))
@@ -104,6 +106,25 @@ def test_training_equals_sgd_written_in_numpy(dtype, batch_size, momentum, l1, r
             np.testing.assert_allclose(leaf, expected[name], rtol=tolerance, atol=tolerance)
         assert [epoch for epoch, _ in means] == [0, 1, 2]
         np.testing.assert_allclose([mean for _, mean in means], expected_means, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_weight_decay_and_a_mask_equal_sgd_written_in_numpy(dtype):
+    """In NumPy the mask is put on again after each update, whatever that did to the weights."""
+    with jax.enable_x64(dtype is np.float64):
+        params, arrays = problem(dtype=dtype)
+        keep = np.random.default_rng(1).random((4, 3)) < 0.5
+        settings = {"batch_size": 4, "momentum": 0.9, "l1": 0.01, "weight_decay": 0.1}
+        key, epochs = jax.random.key(5), 3
+        mask = {"kernel": keep, "bias": None}
+        loss = classification_loss(linear)
+        trained = train(loss, params, arrays, key, epochs=epochs, learning_rate=0.1, mask=mask, **settings)
+        orders = [np.asarray(jax.random.permutation(jax.random.fold_in(key, e), 11)) for e in range(epochs)]
+        expected, _ = sgd_in_numpy(params, arrays, orders, rates=lambda step: 0.1, keep=keep, **settings)
+        tolerance = 200 * np.finfo(dtype).eps
+        for name, leaf in trained.items():
+            np.testing.assert_allclose(leaf, expected[name], rtol=tolerance, atol=tolerance)
+        assert not np.asarray(trained["kernel"])[~keep].any()
 
 
 def test_every_example_is_seen_once_an_epoch_the_uneven_last_batch_included():
@@ -304,6 +325,11 @@ def test_steps_per_epoch_refuses_zero(num_examples, batch_size, name):
         ({"momentum": -0.1}, r"momentum must be at least 0 and below 1, got -0\.1"),
         ({"l1": -1e-4}, r"l1 must be finite and at least 0, got -0\.0001"),
         ({"l1": np.inf}, r"l1 must be finite and at least 0, got inf"),
+        ({"weight_decay": -0.1}, r"weight_decay must be finite and at least 0, got -0\.1"),
+        (
+            {"mask": {"kernel": np.ones(3, bool), "bias": None}},
+            r"mask has a leaf of shape \(3,\) where params",
+        ),
         ({"arrays": ()}, r"arrays must hold at least one array, got \(\)"),
         (
             {"arrays": (np.ones((0, 4)), np.ones(0, int))},

@@ -1,0 +1,31 @@
+"""Other pruning methods, to compare with: each takes a network at its start and gives sparse, trained ones.
+
+    method(model, arrays, key, sparsities, settings) -> one SparseNetwork for each sparsity
+
+Every method keeps exactly D - floor(s D) weights of the kernels at sparsity s, says which layers keep none,
+and goes on to the same bits after it was killed, if it is given a folder.
+"""
+
+from jaxlimit.baselines.controls import dense, random_pruning
+from jaxlimit.baselines.gems import RareGems, rare_gems
+from jaxlimit.baselines.iterative import IterativePruning, iterative_pruning
+from jaxlimit.baselines.network import SparseNetwork
+from jaxlimit.baselines.one_shot import LOMP, lomp
+from jaxlimit.baselines.ratios import SmartRatio, smart_ratio
+from jaxlimit.baselines.recipe import Recipe, TrainingOptions
+
+__all__ = [
+    "LOMP",
+    "IterativePruning",
+    "RareGems",
+    "Recipe",
+    "SmartRatio",
+    "SparseNetwork",
+    "TrainingOptions",
+    "dense",
+    "iterative_pruning",
+    "lomp",
+    "random_pruning",
+    "rare_gems",
+    "smart_ratio",
+]

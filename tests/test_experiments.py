@@ -1,0 +1,195 @@
+"""`jaxlimit experiment compare`, end to end, on a network small enough for seconds."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from jaxlimit import presets
+from jaxlimit.cli import main
+from jaxlimit.experiments.methods import METHODS, settings_of, summarise, table
+
+TINY = presets.Preset("tiny", "digits", "64-8-10", epochs=2, learning_rate=0.1, schedule="cosine", l1=5e-4)
+COMPARE = ["experiment", "compare", "tiny", "--methods", "dense", "lomp", "--seeds", "2"]
+COMPARE += ["--sparsities", "0.9", "0.5", "--epochs", "2"]
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of an uninterrupted comparison."""
+    folder = tmp_path_factory.mktemp("experiments") / "finished"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(presets.PRESETS, "tiny", TINY)
+        assert main([*COMPARE, "--out", str(folder)]) == 0
+    return folder
+
+
+def pieces(folder):
+    """What was found, without the seconds it took."""
+    found = json.loads((folder / "results.json").read_text())["pieces"]
+    return {
+        name: {key: value for key, value in piece.items() if key != "seconds"}
+        for name, piece in found.items()
+    }
+
+
+def test_a_comparison_writes_results_table_and_figure(finished):
+    names = [f"{name}-seed{seed}" for name in ("dense", "lomp") for seed in (0, 1)]
+    document = json.loads((finished / "results.json").read_text())
+    assert list(document["pieces"]) == names
+    assert document["config"]["settings"]["lomp"]["l1"] == 5e-4
+    assert document["config"]["settings"]["dense"]["l1"] == 0
+    assert document["config"]["sparsities"] == [0.5, 0.9]
+    assert (finished / "figures" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in finished.iterdir()} == {
+        "config.json",
+        "results.json",
+        "table.md",
+        "figures",
+        "pieces",
+    }
+    dim = 64 * 8 + 8 * 10
+    for name in names[2:]:
+        rows = document["pieces"][name]["networks"]
+        assert [row["kept"] for row in rows] == [dim - dim // 2, dim - int(0.9 * dim)]
+        assert all(sum(kept for kept, _ in row["layers"].values()) == row["kept"] for row in rows)
+
+
+def test_the_table_has_the_means_and_spreads_of_the_pieces(finished):
+    lines = (finished / "table.md").read_text().splitlines()
+    found = pieces(finished)
+    (line,) = [line for line in lines if line.startswith("| LOMP |")]
+    shown = [tuple(map(float, pair)) for pair in re.findall(r"(\d+\.\d) ± (\d+\.\d)", line)]
+    for column, (mean, spread) in enumerate(shown):
+        values = [100 * found[f"lomp-seed{seed}"]["networks"][column]["test_accuracy"] for seed in (0, 1)]
+        assert mean == pytest.approx(np.mean(values), abs=0.051)
+        assert spread == pytest.approx(abs(values[0] - values[1]) / np.sqrt(2), abs=0.051)
+    assert len(shown) == 2
+    (line,) = [line for line in lines if line.startswith("| dense |")]
+    assert len(set(re.findall(r"\d+\.\d ± \d+\.\d", line))) == 1
+
+
+def test_ctrl_c_and_the_same_command_goes_on(finished, tmp_path, monkeypatch, capsys):
+    """Interrupted in the third piece: two are kept and not computed again, and the end is the same."""
+    folder, started = tmp_path / "run", []
+
+    def interrupted(method, number):
+        def run(*args, **kwargs):
+            started.append(number)
+            if len(started) == 3:
+                raise KeyboardInterrupt
+            return method.run(*args, **kwargs)
+
+        return method._replace(run=run)
+
+    for name in ("dense", "lomp"):
+        monkeypatch.setitem(METHODS, name, interrupted(METHODS[name], name))
+    assert main([*COMPARE, "--out", str(folder)]) == 130
+    assert "the same command goes on with the rest" in capsys.readouterr().err
+    assert started == ["dense", "dense", "lomp"]
+    assert not (folder / "results.json").exists()
+    assert main([*COMPARE, "--out", str(folder)]) == 0
+    assert started[3:] == ["lomp", "lomp"]
+    assert pieces(folder) == pieces(finished)
+    assert main([*COMPARE, "--out", str(folder)]) == 0  # nothing is left to do
+    assert len(started) == 5
+
+
+def test_a_folder_with_other_options_or_other_files_is_refused(finished, tmp_path, capsys):
+    assert main([*COMPARE, "--out", str(finished), "--l1", "0"]) == 2
+    assert "holds an experiment with other options (preset, settings)" in capsys.readouterr().err
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert main([*COMPARE, "--out", str(tmp_path)]) == 2
+    assert "holds something that is not of an experiment" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nonsense"], "there is no experiment 'nonsense'; the experiments are compare"),
+        (["compare", "nonsense"], "there is no preset 'nonsense'"),
+        (["compare", "--methods", "obd"], "methods must be some of dense, lomp, imp,"),
+        (["compare", "--methods", "lomp", "lomp"], "each once, got lomp lomp"),
+        (["compare", "--sparsities", "1.0"], "sparsities must be one or more numbers from 0 to below 1"),
+        (["compare", "--sparsities", "0.99"], "Smart-Ratio cannot keep 45 of 4,464 weights"),
+        (["compare", "--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["compare", "--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["compare", "--l1", "-1"], "l1 must be finite and at least 0, got -1.0"),
+        (["compare", "mnist-fc2", "--data", "nowhere"], "There is no folder nowhere/mnist."),
+    ],
+)
+def test_bad_values_get_one_line_and_code_2_before_any_work(args, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["experiment", *args]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_recipes_are_those_of_the_papers_and_of_the_preset():
+    digits, vgg = presets.PRESETS["digits"], presets.PRESETS["cifar10-vgg16"]
+    lomp, dense = settings_of("lomp", digits, 1438), settings_of("dense", digits, 1438)
+    steps = np.arange(0, 4800, 100)
+    assert [lomp.rate(1438)(step) for step in steps] == [digits.rate(1438)(step) for step in steps]
+    assert (lomp.l1, dense.l1, lomp.weight_decay) == (5e-4, 0.0, 0.0)
+    for preset, steps, epochs in (("cifar10-lenet", 1000, 160), ("cifar10-vgg16", 2000, 200)):
+        imp = settings_of("imp", presets.PRESETS[preset], 50_000)
+        assert (imp.rewind_steps, imp.recipe.epochs, imp.recipe.batch_size) == (steps, epochs, 128)
+        rates = [float(imp.recipe.rate(50_000)(391 * epoch)) for epoch in (79, 80, 119, 120)]
+        assert rates == pytest.approx([0.1, 0.01, 0.01, 0.001])
+    assert settings_of("smart-ratio", vgg, 50_000).vgg
+    assert not settings_of("smart-ratio", digits, 1438).vgg
+    assert settings_of("hybrid", digits, 1438).hybrid
+    short = settings_of("rare-gems", digits, 1438, epochs=30)
+    assert (short.epochs, short.drop_every, short.num_drops, short.finetune.epochs) == (30, 1, 29, 30)
+
+
+def piece(method, seed, accuracies, collapsed=()):
+    rows = [
+        {"sparsity": s, "test_accuracy": accuracy, "collapsed": list(collapsed)}
+        for s, accuracy in zip((0.5, 0.9), accuracies, strict=False)
+    ]
+    return {"method": method, "seed": seed, "networks": rows}
+
+
+def test_divergence_and_collapse_are_in_the_table():
+    results = {
+        "a": piece("lomp", 0, [0.9, 0.5]),
+        "b": piece("lomp", 1, [0.8, 0.1], ["layers.0.kernel"]),
+        "c": piece("imp", 0, [0.9, 0.8]),
+        "d": {"method": "imp", "seed": 1, "diverged": "in epoch 3", "networks": []},
+    }
+    assert summarise(results).keys() == {"lomp"}
+    text = table(results)
+    assert "| LOMP | one for all s | 85.0 ± 7.1 † | 30.0 ± 28.3 † |" in text
+    assert "| iterative, rewound | one a round | diverged | diverged |" in text
+    assert "† a layer kept nothing in at least one run" in text
+
+
+def test_a_divergence_is_a_result(tmp_path, monkeypatch):
+    def diverges(*_, **__):
+        raise FloatingPointError("training diverged in epoch 0")
+
+    monkeypatch.setitem(METHODS, "lomp", METHODS["lomp"]._replace(run=diverges))
+    args = [
+        "experiment",
+        "compare",
+        "tiny",
+        "--methods",
+        "lomp",
+        "--seeds",
+        "1",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert main(args) == 0
+    assert pieces(tmp_path / "run")["lomp-seed0"]["diverged"] == "training diverged in epoch 0"
