@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from jaxlimit import data, magnitude_mask
-from jaxlimit.curvature import partition
 from jaxlimit.models import FullyConnected, from_nnx
+from jaxlimit.prunable import partition
 from jaxlimit.training import classification_loss, train, train_model
 
 SETTINGS = {"epochs": 4, "batch_size": 8, "learning_rate": 0.1, "l1": 1e-3}

@@ -24,8 +24,8 @@ from flax import nnx
 from jaxlimit.baselines.masks import keep_all, keep_largest, kept_counts, size
 from jaxlimit.baselines.network import SparseNetwork, bare, kernels, stage, with_params
 from jaxlimit.baselines.recipe import Folder, Recipe, TrainingOptions
-from jaxlimit.curvature import combine, partition
 from jaxlimit.descent import minimise, require_count, require_range
+from jaxlimit.prunable import combine, partition
 from jaxlimit.schedule import learning_rate_schedule, steps_per_epoch
 from jaxlimit.training import PureClassifier, pure_classifier
 

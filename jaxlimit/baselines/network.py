@@ -10,9 +10,9 @@ from flax import nnx
 
 from jaxlimit.baselines.masks import count, layer_counts, size
 from jaxlimit.baselines.recipe import Folder
-from jaxlimit.curvature import partition
 from jaxlimit.magnitude import apply_mask
 from jaxlimit.models import from_nnx
+from jaxlimit.prunable import partition
 
 PyTree = Any
 Model = TypeVar("Model", bound=nnx.Module)
