@@ -27,7 +27,7 @@ LINEAR_BYTES = 2**31
 # Examples at once in a product: as many as let the linearised batch take so much memory. On a CPU it should
 # stay in the cache, but a few examples are needed to make up for reading the weights: measured by
 # benchmarks/products.py. Elsewhere it must be large enough to fill the device.
-BATCH_BYTES, LEAST_BATCH = {"cpu": 2**24}, 16
+BATCH_BYTES, LEAST_BATCH = {"cpu": 2**25}, 16
 
 
 @dataclass(frozen=True)
