@@ -6,7 +6,7 @@ For each network of networks.py and both curvatures, on the same weights, data a
 the gradient of the mean loss; jaxlimit's product, for one vector and for blocks; the same linearised anew in
 every product, in the batches of 128 that the peers have; other ways to differentiate; and the product of
 every peer. All take turns. Operations are XLA's count for one batch of all examples; the rate is that of a
-large matrix product on the same machine.
+large matrix product on the same machine. Networks that are not measured anew keep their rows.
 
 Results are in results/products.json, products.md (against the gradient and the hardware) and
 products_peers.md. Needs `pip install -e ".[cli,bench]"`, and MNIST and CIFAR-10 under $JAXLIMIT_DATA.
@@ -247,8 +247,12 @@ def main() -> None:
             for operator in peers.OPERATORS:
                 rows.append(measure(name, operator, precision))
                 print(own_table(rows[-1:], rate) + peer_table(rows[-1:]), flush=True)
-    command = f"python benchmarks/{NAME}.py --networks {' '.join(options.networks)}"
-    document = {"command": command, "matmul_rate": rate, "rows": rows}
+    path = common.RESULTS / f"{NAME}.json"
+    before = record.read_json(path)["rows"] if path.exists() else []
+    measured = {(row["network"], row["operator"], row["precision"]): row for row in (*before, *rows)}
+    order = list(networks.NETWORKS)
+    rows = sorted(measured.values(), key=lambda row: order.index(row["network"]))
+    document = {"command": f"python benchmarks/{NAME}.py", "matmul_rate": rate, "rows": rows}
     record.write_atomic(common.RESULTS / f"{NAME}_peers.md", peer_table(rows))
     common.write(NAME, document, own_table(rows, rate))
 

@@ -33,7 +33,7 @@ from jaxlimit.presets import Options, build_network, find_preset, load_arrays
 NAME = "spectrum"
 STEPS = (32, 64, 128)
 # Networks with their numbers of examples, fewer than a product is timed with where a run takes minutes.
-NETWORKS = {"digits": 1_438, "fc2": 2_048, "fc5": 2_048, "lenet": 256, "transformer": 64}
+NETWORKS = {"digits": 1_438, "fc2": 2_048, "fc5": 2_048, "lenet": 128}
 OVERHEAD_EXAMPLES = (2_048, 10_000)
 
 
@@ -71,29 +71,22 @@ def against_peers(name: str, num_examples: int) -> list[dict[str, Any]]:
 
 
 def overhead(num_examples: int, num_steps: int = STEPS[-1]) -> dict[str, Any]:
-    """Seconds of a run, and of as many products alone."""
+    """Seconds of a run, and of as many products alone (one, timed repeatedly, times their number)."""
     preset = find_preset("cifar10-fc5")
     (images, labels), _ = load_arrays(preset, Options())
     predict, params = from_nnx(build_network(preset, seed=0))
     batches = jaxlimit.batched((images[:num_examples], labels[:num_examples]), 128)
     curvature = classification_curvature("hessian", predict, params, batches)
     start, _ = starts(curvature)
-
-    def alone() -> Any:
-        vector = start
-        for _ in range(num_steps):
-            vector = curvature.matmat(vector)
-        return vector
-
-    functions = {
-        "products": alone,
+    jax.block_until_ready(own_run(curvature, start, 2))
+    product = common.in_turns({"product": lambda: curvature.matmat(start)})["product"]
+    functions: dict[str, Callable[[], Any]] = {
         "run": partial(own_run, curvature, start, num_steps),
         "run without reorthogonalisation": lambda: lanczos.run(
             curvature.matmat, lanczos.init(start, reorthogonalize=False), num_steps
         ),
     }
-    jax.block_until_ready(own_run(curvature, start, 1))
-    timed = common.once(functions)
+    timed = {"products": num_steps * product, **common.once(functions)}
     linear = curvature._linear
     assert linear is not None
     program = products.linear_mean.lower(curvature._product, linear, curvature.num_examples, start)

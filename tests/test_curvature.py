@@ -533,6 +533,51 @@ def test_precision_reaches_every_matrix_product(kind, precision, expected, mlp):
     assert jax.config.jax_default_matmul_precision is None  # no global state
 
 
+# Memory.
+
+
+@in_float32
+@kinds
+def test_checkpointed_blocks_take_less_memory_in_products(kind, dtype):
+    """Blocks under jax.checkpoint compute their activations again instead of keeping them."""
+    rng = np.random.default_rng(0)
+    depth, width, size = 16, 32, 512
+    params = [jnp.asarray(rng.standard_normal((width, width)) / 6, dtype) for _ in range(depth)]
+    arrays = {
+        "x": jnp.asarray(rng.standard_normal((size, width)), dtype),
+        "y": np.eye(width)[:1].repeat(size, 0),
+    }
+
+    def block(kernels, hidden):
+        for kernel in kernels:
+            hidden = jnp.tanh(hidden @ kernel)
+        return hidden
+
+    def product_and_memory(block):
+        def predict(params, batch):
+            hidden = batch["x"]
+            for start in range(0, depth, 4):
+                hidden = block(params[start : start + 4], hidden)
+            return hidden
+
+        def loss(params, batch):
+            return output_loss(predict(params, batch), batch)
+
+        batches = [arrays]
+        if kind == "hessian":
+            curvature = hessian(loss, params, batches, linear_bytes=0)
+        else:
+            curvature = gauss_newton(predict, output_loss, params, batches, linear_bytes=0)
+        vector = random_vectors(curvature.weights, 1)
+        program = jax.jit(curvature._product).lower(curvature.weights, curvature._rest, vector, arrays)
+        return flat(curvature.matmat(vector)), program.compile().memory_analysis().temp_size_in_bytes
+
+    kept, memory = product_and_memory(block)
+    again, less_memory = product_and_memory(jax.checkpoint(block))
+    assert_close(again, kept, dtype)
+    assert less_memory < 0.8 * memory
+
+
 # Models of the libraries people use.
 
 
