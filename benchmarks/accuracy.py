@@ -11,10 +11,12 @@ the paper's PyTorch code trained, on MNIST and CIFAR-10 from $JAXLIMIT_DATA.
     reference    what the paper's code would predict, by probe and number of steps
     table        all that is there, as results/accuracy.json and accuracy.md
 
-DIR keeps one file for each piece of work; an interrupted run goes on behind them.
+DIR keeps one file for each piece of work; an interrupted run goes on behind them. What DIR does not hold
+stays as it is in results/accuracy.json.
 """
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -513,7 +515,7 @@ def subsampling_part(networks: list[Network], stored: Callable[..., Any]) -> dic
 
 
 def precision_part(networks: list[Network], stored: Callable[..., Any]) -> list[dict[str, Any]]:
-    """The width limit in both precisions and modes."""
+    """The width limit in both precisions and modes, once all of it is there."""
     rows = []
     for name in sorted({n.name for n in networks} & {"digits-l1-5e-4", "fc2-mnist"}):
         for dtype in ("float32", "float64"):
@@ -523,7 +525,7 @@ def precision_part(networks: list[Network], stored: Callable[..., Any]) -> list[
                 if found is not None:
                     row = {"network": name, "dtype": dtype, "reorthogonalize": reorthogonalize}
                     rows.append(row | {side: float(found[side]) for side in ("value", "upper")})
-    return rows
+    return rows if len(rows) == 8 else []
 
 
 def reference_part(networks: list[Network], stored: Callable[..., Any]) -> dict[str, Any]:
@@ -567,16 +569,16 @@ def main() -> None:
         for part, collect in COLLECT.items()
     }
     if "table" in arguments.parts:
-        document = {
-            "command": f"python benchmarks/accuracy.py --work DIR --networks {' '.join(arguments.networks)}",
-            "tolerance": TOLERANCE,
-            **common.environment(),
-            "estimators": {name: comparison() for name, comparison in found["runs"].items()},
-            "subsampling": found["subsampling"],
-            "precision": found["precision"],
-            "reference": found["reference"],
-        }
-        record.write_json(common.RESULTS / "accuracy.json", document)
+        path = common.RESULTS / "accuracy.json"
+        before = json.loads(path.read_text()) if path.exists() else {}
+        found["estimators"] = {name: comparison() for name, comparison in found.pop("runs").items()}
+        document = {"command": "python benchmarks/accuracy.py --work DIR", "tolerance": TOLERANCE}
+        document |= common.environment()
+        for part, results in found.items():
+            document[part] = results or before.get(part, [])
+            if isinstance(results, dict):
+                document[part] = {**before.get(part, {}), **results}
+        record.write_json(path, document)
         record.write_atomic(common.RESULTS / "accuracy.md", markdown(document))
         print(markdown(document))
 
