@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from flax import nnx
+from matplotlib.ticker import NullFormatter
 
 import jaxlimit
 from jaxlimit import plots
@@ -122,7 +123,12 @@ def draw(document: dict[str, Any]) -> Any:
                 series["sizes"], series["seconds"][kind], marker="o", label=label, color=plots.COLOURS[kind]
             )
         panel.set_xlabel(series["label"])
-        panel.legend(fontsize="small")
+        if series["sizes"][-1] < 100:  # too few decades for powers of ten
+            panel.set_xticks(series["sizes"], [str(size) for size in series["sizes"]])
+            panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.yaxis.set_minor_formatter(NullFormatter())
+        panel.margins(y=0.25)
+        panel.legend(fontsize="small", loc="lower right")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("seconds of a product")
     return figure

@@ -100,7 +100,15 @@ PAGES = {
     "real_runs": "runs",
     "methods_digits": "methods",
     **dict.fromkeys(
-        ("products", "products_peers", "spectrum", "spectrum_overhead", "scaling", "input_pipeline"),
+        (
+            "products",
+            "products_peers",
+            "spectrum",
+            "spectrum_overhead",
+            "end_to_end",
+            "scaling",
+            "input_pipeline",
+        ),
         "performance",
     ),
 }
