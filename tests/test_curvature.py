@@ -538,22 +538,20 @@ def test_precision_reaches_every_matrix_product(kind, precision, expected, mlp):
 
 @in_float32
 @kinds
-def test_checkpointed_blocks_take_less_memory_in_products(kind, dtype):
-    """Blocks under jax.checkpoint compute their activations again instead of keeping them."""
+def test_checkpointed_blocks_keep_less(kind, dtype):
+    """Under jax.checkpoint a block computes its activations again in every product; they are not kept."""
     rng = np.random.default_rng(0)
-    depth, width, size = 16, 32, 512
+    depth, width, size = 16, 32, 64
     params = [jnp.asarray(rng.standard_normal((width, width)) / 6, dtype) for _ in range(depth)]
-    arrays = {
-        "x": jnp.asarray(rng.standard_normal((size, width)), dtype),
-        "y": np.eye(width)[:1].repeat(size, 0),
-    }
+    labels = np.eye(width, dtype=dtype)[np.zeros(size, int)]
+    arrays = {"x": jnp.asarray(rng.standard_normal((size, width)), dtype), "y": labels}
 
     def block(kernels, hidden):
         for kernel in kernels:
             hidden = jnp.tanh(hidden @ kernel)
         return hidden
 
-    def product_and_memory(block):
+    def product_and_bytes(block):
         def predict(params, batch):
             hidden = batch["x"]
             for start in range(0, depth, 4):
@@ -563,19 +561,16 @@ def test_checkpointed_blocks_take_less_memory_in_products(kind, dtype):
         def loss(params, batch):
             return output_loss(predict(params, batch), batch)
 
-        batches = [arrays]
         if kind == "hessian":
-            curvature = hessian(loss, params, batches, linear_bytes=0)
+            curvature = hessian(loss, params, [arrays])
         else:
-            curvature = gauss_newton(predict, output_loss, params, batches, linear_bytes=0)
-        vector = random_vectors(curvature.weights, 1)
-        program = jax.jit(curvature._product).lower(curvature.weights, curvature._rest, vector, arrays)
-        return flat(curvature.matmat(vector)), program.compile().memory_analysis().temp_size_in_bytes
+            curvature = gauss_newton(predict, output_loss, params, [arrays])
+        return flat(curvature.matmat(random_vectors(curvature.weights, 1))), kept_bytes(curvature)
 
-    kept, memory = product_and_memory(block)
-    again, less_memory = product_and_memory(jax.checkpoint(block))
-    assert_close(again, kept, dtype)
-    assert less_memory < 0.8 * memory
+    plain, plain_bytes = product_and_bytes(block)
+    again, again_bytes = product_and_bytes(jax.checkpoint(block))
+    assert_close(again, plain, dtype)
+    assert again_bytes < 0.7 * plain_bytes
 
 
 # Models of the libraries people use.
