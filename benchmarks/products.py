@@ -4,7 +4,7 @@
 
 For each network of networks.py and both curvatures, on the same weights, data and vectors and in one process:
 the gradient of the mean loss; jaxlimit's product, for one vector and for blocks; the same linearised anew in
-every product, in the batches of 128 that the peers have; other ways to differentiate; and the product of
+every product; other ways to differentiate, in the batches of 128 that the peers have; and the product of
 every peer. All take turns. Operations are XLA's count for one batch of all examples; the rate is that of a
 large matrix product on the same machine. Networks that are not measured anew keep their rows.
 

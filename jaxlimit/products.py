@@ -1,10 +1,7 @@
-r"""Products of one batch, and what of them does not depend on the vector.
+"""Products of one batch with the matrices of `jaxlimit.curvature`, and what does not depend on the vector.
 
-    Hessian         H v = d/dt grad L(w + t v) at t = 0                (forward over reverse)
-    Gauss-Newton    G v = J^T (d^2 loss / d outputs^2) J v             (push forward, curve, pull back)
-
-Both are linear in v. `linearize` computes what depends on the weights and the batch alone, as a pytree that
-is a function of v; `apply` does the rest, without a forward pass.
+`linearize` computes what depends on the weights and the batch alone, as a pytree that is a function of the
+vector; `apply` does the rest, without a forward pass.
 
 These functions are static arguments of compiled ones. As frozen dataclasses they are equal when their fields
 are, so a second curvature of the same loss does not compile again.
