@@ -403,8 +403,8 @@ def run_precision(name: str, dtype: str, reorthogonalize: bool) -> dict[str, Any
             batches = jaxlimit.batched((np.asarray(images, np.float64), labels), 128)
             curvature = jaxlimit.hessian(loss, params, batches)
         starts = quadrature.rademacher(jax.random.key(0), curvature.weights, 1)
-        state = lanczos.init(starts, reorthogonalize=reorthogonalize)
-        run = lanczos.run(curvature.matmat, state, 256).tridiagonals()[0]
+        max_basis = None if reorthogonalize else 0
+        run = lanczos.run(curvature.matmat, lanczos.init(starts), 256, max_basis).tridiagonals()[0]
         order = magnitude.magnitude_order(curvature.weights)
         spectrum = Spectrum(
             {

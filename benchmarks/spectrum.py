@@ -83,7 +83,7 @@ def overhead(num_examples: int, num_steps: int = STEPS[-1]) -> dict[str, Any]:
     functions: dict[str, Callable[[], Any]] = {
         "run": partial(own_run, curvature, start, num_steps),
         "run without reorthogonalisation": lambda: lanczos.run(
-            curvature.matmat, lanczos.init(start, reorthogonalize=False), num_steps
+            curvature.matmat, lanczos.init(start), num_steps, 0
         ),
     }
     timed = {"products": num_steps * product, **common.once(functions)}

@@ -39,6 +39,7 @@ from jaxlimit.roots import (
     removed_radius,
     width_limit,
 )
+from jaxlimit.sharding import device_bytes
 
 PyTree = Any
 # Steps before a run with an indefinite matrix may call itself resolved. While it still finds the outliers, no
@@ -113,7 +114,9 @@ class AdaptiveCurvature:
             rests on two.
         num_probes: random probes, or None to choose.
         store: where results are kept.
+        basis_bytes: memory on each device for the vectors that Lanczos keeps.
         runs: the Lanczos runs from random probes, once `spectrum` was called.
+        reorthogonalized: whether all of them have fitted so far, in every run.
     """
 
     products: Products
@@ -123,7 +126,9 @@ class AdaptiveCurvature:
     tolerance: float
     num_probes: int | None
     store: Checkpoint
+    basis_bytes: int
     runs: list[Tridiagonal] = field(default_factory=list)
+    reorthogonalized: bool = True
 
     @property
     def measure(self) -> SpectralMeasure:
@@ -252,16 +257,18 @@ class AdaptiveCurvature:
         if self.products.left < num_runs and state.diagonal.size == 0:
             raise BudgetSpent
         least = 0 if self.products.curvature.positive_semidefinite else INDEFINITE_STEPS
+        max_basis = self.basis_bytes // (num_runs * device_bytes(self.order.like))
         while True:
             steps = state.diagonal.shape[1]
             runs = state.tridiagonals()
+            self.reorthogonalized &= all(run.reorthogonalized for run in runs)
             if runs and (all(run.breakdown for run in runs) or (steps >= least and resolved(runs))):
                 return runs
             extra = max(16, steps // 64 * 16) if max_steps is None else max_steps - steps
             extra = min(extra, self.products.left // num_runs)
             if extra < 1:
                 return runs
-            state = lanczos.run(self.products.matmat, state, extra)
+            state = lanczos.run(self.products.matmat, state, extra, max_basis)
             self.store.save_state(name, state)
 
     def _removed_vectors(self, counts: list[int]) -> PyTree:

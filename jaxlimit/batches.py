@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlimit.sharding import ExampleSharding, example_sharding, sharding_like, sum_of_parts
+
 PyTree = Any
 
 
@@ -100,17 +102,24 @@ def grouped(batches: Iterable[PyTree]) -> Iterable[PyTree]:
     each batch is a group of its own, made anew in every pass and never kept.
 
     Returns:
-        Re-iterable of pytrees whose leaves have shape (num_batches, batch_size, ...).
+        Re-iterable of pytrees whose leaves have shape (num_batches, batch_size, ...). Where the examples are
+        divided over devices, each batch is.
 
     Raises:
-        ValueError: no batches, or an iterator that can be used only once.
+        ValueError: no batches, an iterator that can be used only once, or a batch size that does not divide
+            over the devices.
     """
     if isinstance(batches, Batches):
-        full = batches.num_examples // batches.batch_size * batches.batch_size
-        shape = (-1, batches.batch_size)
-        head = jax.tree.map(lambda x: x[:full].reshape(*shape, *x.shape[1:]), batches.arrays)
-        tail = jax.tree.map(lambda x: x[None, full:], batches.arrays)
-        return [group for group, size in ((head, full), (tail, batches.num_examples - full)) if size]
+        size, stop = batches.batch_size, batches.num_examples
+        sharding = example_sharding(batches.arrays)
+        if sharding is not None and size % sharding.num_shards:
+            raise ValueError(
+                f"batch_size must be a multiple of {sharding.num_shards}, the number of parts into which the "
+                f"examples are divided, got {size}."
+            )
+        full = stop // size * size
+        cuts = ((0, full, size), (full, stop, stop - full))
+        return [jax.tree.map(partial(_cut, *cut), batches.arrays) for cut in cuts if cut[0] < cut[1]]
     if isinstance(batches, (list, tuple)):
         if not batches:
             raise ValueError("batches is empty: at least one batch with at least one example is needed.")
@@ -124,13 +133,28 @@ def grouped(batches: Iterable[PyTree]) -> Iterable[PyTree]:
     return _Stream(batches)
 
 
+def _cut(start: int, stop: int, size: int, x: jax.Array) -> jax.Array:
+    """Examples from start to stop as stacked batches, divided over devices as the examples were."""
+
+    def cut(x: jax.Array) -> jax.Array:
+        return x[start:stop].reshape(-1, size, *x.shape[1:])
+
+    sharding = sharding_like(x, new_axes=1)
+    return cut(x) if sharding is None else jax.jit(cut, out_shardings=sharding)(x)
+
+
 @dataclass(frozen=True)
 class _Stream:
     batches: Iterable[PyTree]
 
     def __iter__(self) -> Iterator[PyTree]:
         for batch in self.batches:
-            yield jax.tree.map(lambda x: jnp.asarray(x)[None], batch)
+            yield jax.tree.map(_one, batch)
+
+
+def _one(x: Any) -> jax.Array:
+    """A stack of one; of an array on the host without a copy there."""
+    return x[None] if isinstance(x, jax.Array) else jnp.asarray(np.asarray(x)[None])
 
 
 def group_length(group: PyTree) -> int:
@@ -149,7 +173,8 @@ def example_sum(fn: Callable[..., PyTree], groups: Iterable[PyTree], *args: PyTr
     """sum_b n_b fn(*args, batch_b) over grouped batches, and the number of examples sum_b n_b.
 
     One compiled scan for each shape of group; `args` and the data are arguments of the compiled
-    function, and the running sum is donated. Memory: one batch's work and one result.
+    function, and the running sum is donated. Memory: one batch's work and two results. Where the batches are
+    divided over devices, each device sums over its own examples and one reduction a group adds these up.
 
     Args:
         fn: `fn(*args, batch) -> pytree`, a mean over the batch's examples. Hashable by value if calls with
@@ -160,12 +185,12 @@ def example_sum(fn: Callable[..., PyTree], groups: Iterable[PyTree], *args: PyTr
     Raises:
         ValueError: there was no batch at all.
     """
-    total, num_examples = None, 0
+    total, previous, num_examples = None, None, 0
     for group in groups:
-        if total is None:
-            first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), group)
-            total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), _value.eval_shape(fn, *args, first))
-        total = _add_group(fn, total, args, group)
+        part = _group_sum(fn, example_sharding(group, axis=1), args, group)
+        # A stream makes its next batch while the device works on this one, but it gets no further ahead.
+        jax.block_until_ready(previous)
+        total, previous = part if total is None else _add(total, part), part
         num_examples += group_length(group)
     if num_examples == 0:
         raise ValueError("batches hold no examples.")
@@ -177,13 +202,25 @@ def _value(fn: Callable[..., PyTree], *args: PyTree) -> PyTree:
     return fn(*args)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _add_group(fn: Callable[..., PyTree], total: PyTree, args: tuple[PyTree, ...], group: PyTree) -> PyTree:
-    def add(total: PyTree, batch: PyTree) -> tuple[PyTree, None]:
-        size = batch_length(batch)
-        return jax.tree.map(lambda t, x: t + size * x, total, fn(*args, batch)), None
+@partial(jax.jit, donate_argnums=0)
+def _add(total: PyTree, part: PyTree) -> PyTree:
+    return jax.tree.map(jnp.add, total, part)
 
-    return jax.lax.scan(add, total, group)[0]
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _group_sum(
+    fn: Callable[..., PyTree], sharding: ExampleSharding | None, args: tuple[PyTree, ...], group: PyTree
+) -> PyTree:
+    def batch_sum(args: tuple[PyTree, ...], group: PyTree) -> PyTree:
+        def add(total: PyTree, batch: PyTree) -> tuple[PyTree, None]:
+            size = batch_length(batch)
+            return jax.tree.map(lambda t, x: t + size * x, total, _value(fn, *args, batch)), None
+
+        first = jax.tree.map(lambda x: x[0], group)
+        like = jax.eval_shape(partial(_value, fn), *args, first)  # traced once for both
+        return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), group)[0]
+
+    return sum_of_parts(batch_sum, sharding, (None, 1))(args, group)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["mean", "batch_std"], meta_fields=["num_examples"])

@@ -2,7 +2,7 @@ r"""Intermediate results on disk: plain NumPy arrays in a folder, written whole 
 
 A file is first written beside its place and then renamed, so a process killed at any moment leaves either
 the old file or the new one. Arrays are stored exactly; a resumed run continues to the same bits. Nothing is
-pickled.
+pickled. Of several processes the first writes and all read, from a folder that they share.
 """
 
 import json
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from numpy.typing import NDArray
 
-from jaxlimit.lanczos import PANEL, LanczosState
+from jaxlimit.lanczos import LanczosState
+from jaxlimit.sharding import place, sharding_like, to_host
 
 PyTree = Any
 
@@ -29,21 +30,23 @@ class Checkpoint:
         fingerprint: what identifies the problem, as JSON values. A folder with another one is refused.
 
     Raises:
-        ValueError: the folder belongs to another problem, or is not a checkpoint.
+        ValueError: the folder belongs to another problem, is not a checkpoint, or is not shared.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None, fingerprint: dict[str, Any]):
         self.folder = None if folder is None else Path(folder)
+        self._panels: set[str] = set()  # known to be on disk
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         identity = self.folder / "problem.json"
+        try:
+            if jax.process_index() == 0:
+                self._begin(identity, fingerprint)
+        finally:  # without waiting for a process that failed
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("checkpoint")
         if not identity.exists():
-            if any(path.suffix != ".tmp" for path in self.folder.iterdir()):
-                raise ValueError(f"{self.folder} is not empty and holds no checkpoint: name another folder.")
-            temporary = identity.with_suffix(".tmp")
-            temporary.write_text(json.dumps(fingerprint, indent=1))
-            temporary.replace(identity)
+            raise ValueError(f"{self.folder} holds no checkpoint here: it must be shared by all processes.")
         try:
             stored = json.loads(identity.read_text())
         except ValueError as error:
@@ -57,17 +60,29 @@ class Checkpoint:
                 "another folder, or remove this one."
             )
 
+    def _begin(self, identity: Path, fingerprint: dict[str, Any]) -> None:
+        folder = identity.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        if not identity.exists():
+            if any(path.suffix != ".tmp" for path in folder.iterdir()):
+                raise ValueError(f"{folder} is not empty and holds no checkpoint: name another folder.")
+            temporary = identity.with_suffix(".tmp")
+            temporary.write_text(json.dumps(fingerprint, indent=1))
+            temporary.replace(identity)
+
     def save_tree(self, name: str, tree: PyTree) -> None:
         """Stores the leaves of a pytree."""
         if self.folder is not None:
-            leaves = {f"leaf_{i:04d}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(tree))}
-            self._write(self.folder / name, leaves)
+            leaves = {f"leaf_{i:04d}": to_host(x) for i, x in enumerate(jax.tree.leaves(tree))}
+            if jax.process_index() == 0:
+                self._write(self.folder / name, leaves)
 
     def load_tree(self, name: str, like: PyTree) -> PyTree | None:
         """The pytree of that name with the structure of `like`, or None."""
         content = self._read(name)
-        if content is None:
-            return None
+        return None if content is None else self._unflatten(name, content, like)
+
+    def _unflatten(self, name: str, content: dict[str, NDArray[Any]], like: PyTree) -> PyTree:
         leaves, structure = jax.tree.flatten(like)
         if len(content) != len(leaves):
             raise ValueError(
@@ -83,11 +98,11 @@ class Checkpoint:
         """Stores a Lanczos state after its first step; full panels of its basis, which stay, only once."""
         if self.folder is None:
             return
-        panels = state.basis or ()
-        for i, panel in enumerate(panels[:-1]):
-            if not (self.folder / f"{_panel(name, i)}.npz").exists():
+        for i, panel in enumerate(state.basis[:-1]):
+            if _panel(name, i) not in self._panels:
                 self.save_tree(_panel(name, i), panel)
-        self.save_tree(name, state._replace(basis=panels[-1:]))
+                self._panels.add(_panel(name, i))
+        self.save_tree(name, (np.array(len(state.basis)), state._replace(basis=state.basis[-1:])))
 
     def load_state(self, name: str, initial: LanczosState) -> LanczosState:
         """The stored state of that name, or the initial one.
@@ -95,23 +110,32 @@ class Checkpoint:
         Raises:
             ValueError: a file is damaged, or one of the panels is missing.
         """
-        kept = initial.basis is not None
-        stored = self.load_tree(name, initial._replace(basis=(initial.current,) if kept else ()))
-        if stored is None:
+        content = self._read(name)
+        if content is None:
             return initial
+        like = np.array(0), initial._replace(basis=(initial.current,))
+        if len(content) < len(jax.tree.leaves(like)):
+            like = np.array(0), initial
+        num_panels, stored = self._unflatten(name, content, like)
         panels = []
-        for i in range((stored.diagonal.shape[1] - 1) // PANEL if kept else 0):
+        for i in range(int(num_panels) - 1):
             panels.append(self.load_tree(_panel(name, i), initial.current))
             if panels[-1] is None:
                 raise ValueError(
                     f"{_panel(name, i)}.npz is missing in the checkpoint {self.folder}: remove {name}.npz "
                     "there to start this run anew."
                 )
-        basis = (*panels, *stored.basis) if kept else None
-        basis, previous, current, norm = jax.tree.map(
-            jnp.asarray, (basis, stored.previous, stored.current, stored.norm)
+            self._panels.add(_panel(name, i))
+
+        def placed(stored: PyTree, like: PyTree, new_axes: int = 0, without: int = 0) -> PyTree:
+            return jax.tree.map(lambda x, y: place(x, sharding_like(y, new_axes, without)), stored, like)
+
+        return stored._replace(
+            basis=tuple(placed(x, initial.current, 2, 1) for x in (*panels, *stored.basis)),
+            previous=placed(stored.previous, initial.previous),
+            current=placed(stored.current, initial.current),
+            norm=placed(stored.norm, initial.norm),
         )
-        return stored._replace(basis=basis, previous=previous, current=current, norm=norm)
 
     def _write(self, path: Path, arrays: dict[str, NDArray[Any]]) -> None:
         temporary = path.with_name(f"{path.name}.tmp")

@@ -39,6 +39,7 @@ from jaxlimit.products import (
     suitable_batch_size,
 )
 from jaxlimit.prunable import Prunable, combine, is_kernel, partition
+from jaxlimit.sharding import example_sharding, to_host
 
 PyTree = Any
 
@@ -111,9 +112,12 @@ class Curvature:
         if not isinstance(self._groups, list):
             return None
         with jax.ensure_compile_time_eval():
-            arguments = [(self._product, self.weights, self._rest, group) for group in self._groups]
+            arguments = [
+                (self._product, example_sharding(group, axis=1), self.weights, self._rest, group)
+                for group in self._groups
+            ]
             shapes = [linearize_group.eval_shape(*each) for each in arguments]
-            if num_bytes(shapes) > self._linear_bytes:
+            if sum(num_bytes(group) / group.num_shards for group in shapes) > self._linear_bytes:
                 return None
             return [linearize_group(*each) for each in arguments]
 
@@ -268,7 +272,7 @@ def _check_data(loss: Loss, weights: PyTree, rest: PyTree, groups: Iterable[PyTr
         raise ValueError(_changed(f"{num_first} examples", f"{num_second}"))
     if not np.isclose(first, second, rtol=1e-5, atol=1e-8):
         raise ValueError(_changed(f"a mean loss of {first:.8g}", f"{second:.8g}"))
-    _check_mean(loss, weights, rest, jax.tree.map(lambda x: x[0], next(iter(groups))))
+    _check_mean(loss, weights, rest, jax.tree.map(lambda x: to_host(x[0]), next(iter(groups))))
     return num_first
 
 

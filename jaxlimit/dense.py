@@ -40,6 +40,11 @@ class DenseCurvature:
     loss_tolerance: float
 
     @property
+    def reorthogonalized(self) -> bool:
+        """All eigenvectors are there, and orthogonal."""
+        return True
+
+    @property
     def measure(self) -> SpectralMeasure:
         """The spectral measure: every eigenvalue with weight 1/D."""
         return SpectralMeasure(self.eigenvalues, np.full(len(self.eigenvalues), 1 / len(self.eigenvalues)))

@@ -10,7 +10,9 @@ Meurant 2010). Several start vectors run side by side and share each product wit
 With reorthogonalisation every new vector is made orthogonal to the whole basis by Gram-Schmidt, as matrix
 products with panels of the basis (k vectors of memory for each start vector), and once more where that
 cancelled much of it (Daniel, Gragg, Kaufman and Stewart 1976). Without it three vectors are kept; the
-quadrature remains valid but converges later (Greenbaum 1989).
+quadrature remains valid but converges later (Greenbaum 1989). Between the two, a basis of limited size keeps
+its first vectors, and new ones are made orthogonal to these: they hold the outliers of the spectrum, which
+are what comes back where orthogonality is lost.
 
 When beta_k vanishes the Krylov space is exhausted and T_k is exact: the run ends there with a shorter T,
 which is an answer and no error.
@@ -25,6 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
+
+from jaxlimit.sharding import sharding_like
 
 PyTree = Any
 
@@ -52,7 +56,7 @@ class Tridiagonal:
         off_diagonal: (k - 1,) beta_1 .. beta_{k-1}, positive.
         residual_norm: beta_k, the coupling to what T_k leaves out; 0 after a breakdown.
         breakdown: whether the Krylov space was exhausted, so that T_k is exact.
-        reorthogonalized: whether the whole basis was kept orthogonal.
+        reorthogonalized: whether the whole basis was kept and every vector made orthogonal to all of it.
         rounding: machine epsilon of the vectors times ||T||, the scale of the errors of eigenvalues.
     """
 
@@ -91,7 +95,7 @@ class LanczosState(NamedTuple):
     """Where a block of P Lanczos runs stands: all that is needed to go on, or to resume to the same bits."""
 
     # the Krylov spaces, on the device
-    basis: tuple[PyTree, ...] | None  # panels: leaves (P, PANEL, *shape), 0 beyond j; None: not kept
+    basis: tuple[PyTree, ...]  # panels of the first q: leaves (P, PANEL, *shape), 0 beyond j
     previous: PyTree  # leaves (P, *shape): q_{j-1}
     current: PyTree  # leaves (P, *shape): q_j, the next vector to be multiplied; 0 where a run has ended
     norm: jax.Array  # (P,) running estimate of ||T||
@@ -113,19 +117,18 @@ class LanczosState(NamedTuple):
                 self.off_diagonal[p, : k - 1],
                 float(self.off_diagonal[p, k - 1]),
                 breakdown=bool(k < steps_taken or self.off_diagonal[p, k - 1] == 0),
-                reorthogonalized=self.basis is not None,
+                reorthogonalized=k <= PANEL * len(self.basis),
                 rounding=float(rounding[p]),
             )
             for p, k in enumerate(self.num_steps)
         ]
 
 
-def init(starts: PyTree, *, reorthogonalize: bool = True) -> LanczosState:
+def init(starts: PyTree) -> LanczosState:
     """State before the first step.
 
     Args:
         starts: P start vectors along a leading axis; they need not be normalised.
-        reorthogonalize: keep the basis and every new vector orthogonal to all of it.
 
     Raises:
         ValueError: a start vector that is zero or not finite.
@@ -137,7 +140,7 @@ def init(starts: PyTree, *, reorthogonalize: bool = True) -> LanczosState:
     current = jax.tree.map(lambda x: x / _columns(jnp.asarray(norms, x.dtype), x), starts)
     num_runs = len(norms)
     return LanczosState(
-        basis=() if reorthogonalize else None,
+        basis=(),
         previous=jax.tree.map(jnp.zeros_like, current),
         current=current,
         norm=jnp.zeros_like(jnp.asarray(norms)),
@@ -147,11 +150,22 @@ def init(starts: PyTree, *, reorthogonalize: bool = True) -> LanczosState:
     )
 
 
-def run(matmat: Callable[[PyTree], PyTree], state: LanczosState, num_matvecs: int) -> LanczosState:
+def run(
+    matmat: Callable[[PyTree], PyTree],
+    state: LanczosState,
+    num_matvecs: int,
+    max_basis: int | None = None,
+) -> LanczosState:
     """Takes up to `num_matvecs` further steps of all runs; stops early when every run has ended.
 
     Cost: one block product a step; with reorthogonalisation 4 j D more operations in step j for each vector,
     and memory for k + 4 vectors a run, with k rounded up to full panels.
+
+    Args:
+        matmat: product with P vectors along a leading axis.
+        state: from `init`, or of an earlier call.
+        num_matvecs: number of steps.
+        max_basis: how many vectors a run keeps at most, in full panels; None keeps all of them, 0 none.
 
     Raises:
         FloatingPointError: a product with the matrix is not finite.
@@ -162,18 +176,19 @@ def run(matmat: Callable[[PyTree], PyTree], state: LanczosState, num_matvecs: in
     previous, current, norm = state.previous, state.current, state.norm
     taken = state.diagonal.shape[1]
     beta = jnp.asarray(state.off_diagonal[:, -1] if taken else np.zeros(len(alive)), norm.dtype)
-    basis = None if state.basis is None else list(state.basis)
-    if basis and taken % PANEL:
+    basis = list(state.basis)
+    kept = np.inf if max_basis is None else max_basis // PANEL * PANEL
+    if basis and taken < PANEL * len(basis):
         basis[-1] = jax.tree.map(jnp.copy, basis[-1])  # written in place below; the caller's stays as it is
     for index in range(taken, taken + num_matvecs):
         if not np.any(alive):
             break
         residual, alpha = _three_terms(previous, current, beta, matmat(current))
-        if basis is not None:
+        if index < kept:
             if index % PANEL == 0:
                 basis.append(jax.tree.map(_empty_panel, current))
             basis[-1] = _store(basis[-1], current, index % PANEL)
-            residual = _orthogonalize(basis, residual)
+        residual = _orthogonalize(basis, residual)
         previous = current
         current, beta, norm = _normalize(residual, alpha, beta, norm)
         column = np.asarray(alpha, np.float64), np.asarray(beta, np.float64)
@@ -187,7 +202,7 @@ def run(matmat: Callable[[PyTree], PyTree], state: LanczosState, num_matvecs: in
         num_steps[alive] = index + 1
         alive &= column[1] > 0
     return LanczosState(
-        None if basis is None else tuple(basis),
+        tuple(basis),
         previous,
         current,
         norm,
@@ -233,8 +248,8 @@ def tridiagonalize(
         product = matvec(jax.tree.map(lambda x: x[0], vectors))
         return jax.tree.map(lambda x: x[None], product)
 
-    state = init(jax.tree.map(lambda x: jnp.asarray(x)[None], start), reorthogonalize=reorthogonalize)
-    return run(matmat, state, num_matvecs).tridiagonals()[0]
+    state = init(jax.tree.map(lambda x: jnp.asarray(x)[None], start))
+    return run(matmat, state, num_matvecs, None if reorthogonalize else 0).tridiagonals()[0]
 
 
 @jax.jit
@@ -249,6 +264,8 @@ def _three_terms(previous, current, beta, product):
 
 def _orthogonalize(basis: list[PyTree], residual: PyTree) -> PyTree:
     """Gram-Schmidt of all runs against one panel of their bases after the other."""
+    if not basis:
+        return residual
     before = np.asarray(_norm(residual))
     for _ in range(2):  # "twice is enough" (Kahan and Parlett)
         for panel in basis:
@@ -278,7 +295,8 @@ def _normalize(residual, alpha, beta, norm):
 
 
 def _empty_panel(vectors: jax.Array) -> jax.Array:
-    return jnp.zeros((vectors.shape[0], PANEL, *vectors.shape[1:]), vectors.dtype)
+    shape = (vectors.shape[0], PANEL, *vectors.shape[1:])
+    return jnp.zeros(shape, vectors.dtype, device=sharding_like(vectors, new_axes=2, without=1))
 
 
 @partial(jax.jit, donate_argnames="panel")

@@ -7,8 +7,9 @@ of the cone (cone), and the best readjustment of the kept weights (readjusted).
 Small networks are solved from a dense eigendecomposition (`dense`), large ones by Lanczos (`adaptive`).
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ from jaxlimit.roots import (
     removed_radius,
     width_limit,
 )
+from jaxlimit.sharding import device_memory
 
 # Up to here a dense eigendecomposition fits in 1 GB and is done in seconds, without any probe error.
 DENSE_DIM = 5_000
@@ -39,6 +41,20 @@ DENSE_DIM = 5_000
 MAX_MATVECS = 10_000
 
 
+@contextmanager
+def _advice_on_memory() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:  # JAX raises either, depending on the backend
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError(
+            "a device ran out of memory. Give pruning_limit a smaller basis_bytes (0 keeps three vectors); "
+            "give hessian or gauss_newton linear_bytes=0, or smaller batches: list(batched(arrays, 16))."
+        ) from error
+
+
+@_advice_on_memory()
 def pruning_limit(
     curvature: Curvature,
     key: jax.Array,
@@ -48,15 +64,17 @@ def pruning_limit(
     max_matvecs: int = MAX_MATVECS,
     num_probes: int | None = None,
     which: Sequence[str] = LIMITS,
-    checkpoint: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
     compat: str | None = None,
+    basis_bytes: int | None = None,
 ) -> PruningLimit:
     r"""How sparse the network can be pruned while its loss rises by at most `loss_tolerance`.
 
     Cost: with D <= 5,000 weights, D products and one dense eigendecomposition. Otherwise Lanczos: for a
     Gauss-Newton matrix typically 64 steps a probe, for a Hessian several hundred, and as many for each of
-    the five or so sparsities at which the cone is looked at; memory for (steps x probes) vectors.
+    the five or so sparsities at which the cone is looked at; memory for (steps x probes) vectors, as far as
+    `basis_bytes` allow.
 
     Args:
         curvature: from `hessian` (predicts) or `gauss_newton` (fast, certified, optimistic).
@@ -74,6 +92,9 @@ def pruning_limit(
         progress: called with a `Progress` after every block of products.
         compat: "reference" adds what the paper's own code would predict (`compat.reference_limit`, for a
             Hessian), by 228 products outside the budget; None leaves it out.
+        basis_bytes: memory on each device for the vectors that Lanczos keeps orthogonal. Where they do not
+            fit, the first ones are kept and the status says so; with 0 three vectors do, and the spectrum
+            takes more products. None: half of the device's memory.
 
     Returns:
         The limits asked for, with brackets, and a status sentence; `print` shows them as a table.
@@ -81,6 +102,7 @@ def pruning_limit(
     Raises:
         ValueError: an argument out of range, naming it; weights that are all zero; a foreign checkpoint.
         FloatingPointError: a product with the curvature is not finite.
+        MemoryError: a device ran out of memory; says what needs less.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -95,13 +117,15 @@ def pruning_limit(
     Source: arXiv 2306.05857 for the question and `width`; for the others the modules `geometry` (cone) and
     `roots` (one_shot, readjusted).
     """
-    _check_arguments(loss_tolerance, tolerance, max_matvecs, num_probes, which)
+    _check_arguments(loss_tolerance, tolerance, max_matvecs, num_probes, which, basis_bytes)
     if compat not in (None, "reference"):
         raise ValueError(f'compat must be None or "reference", got {compat!r}.')
     loss_tolerance = float(loss_tolerance)
     order = magnitude_order(curvature.weights)
     if order.squared_norm[-1] == 0:
         raise ValueError("all prunable weights are zero: every sparsity leaves the network as it is.")
+    if basis_bytes is None:
+        basis_bytes = device_memory() // 2
     store = Checkpoint(checkpoint, _fingerprint(curvature, order, key, loss_tolerance, tolerance, num_probes))
     products = Products(curvature, max_matvecs, progress)
 
@@ -115,7 +139,9 @@ def pruning_limit(
     if exact:
         source, accuracy = dense(), 0.0
     else:
-        source = AdaptiveCurvature(products, order, key, loss_tolerance, tolerance, num_probes, store)
+        source = AdaptiveCurvature(
+            products, order, key, loss_tolerance, tolerance, num_probes, store, basis_bytes
+        )
         accuracy = tolerance
     # A spectrum that does not resolve must leave something for the other limits.
     with products.half(num_probes or 1) if set(which) != {"width"} else nullcontext():
@@ -147,6 +173,8 @@ def pruning_limit(
         status = f"converged: exact, from all {order.dim:,} eigenvalues."
     else:
         status = _status(curvature, tolerance, max_matvecs, width, limits, which)
+        if not source.reorthogonalized:
+            status += " Lanczos kept its first vectors only (basis_bytes), so it may take more products."
     reference = None
     if compat is not None:
         reference = reference_limit(curvature, jax.random.fold_in(key, 1), loss_tolerance=loss_tolerance)
@@ -164,6 +192,7 @@ def pruning_limit(
         dim=curvature.dim,
         positive_semidefinite=curvature.positive_semidefinite,
         method="dense eigendecomposition" if exact else "Lanczos",
+        reorthogonalized=source.reorthogonalized,
         largest_eigenvalue=float(np.max(np.abs(measure.nodes))),
         ridge=width_ridge(removed_radius(order, n), loss_tolerance),
         status=status,
@@ -230,7 +259,12 @@ def _fingerprint(
 
 
 def _check_arguments(
-    loss_tolerance: float, tolerance: float, max_matvecs: int, num_probes: int | None, which: Sequence[str]
+    loss_tolerance: float,
+    tolerance: float,
+    max_matvecs: int,
+    num_probes: int | None,
+    which: Sequence[str],
+    basis_bytes: int | None,
 ) -> None:
     for name, value in (("loss_tolerance", loss_tolerance), ("tolerance", tolerance)):
         if np.ndim(value) != 0 or not 0 < float(value) < np.inf:
@@ -239,6 +273,8 @@ def _check_arguments(
         raise ValueError(f"max_matvecs must be at least 16, got {max_matvecs}.")
     if num_probes is not None and not 1 <= num_probes <= max_matvecs:
         raise ValueError(f"num_probes must lie between 1 and max_matvecs = {max_matvecs}, got {num_probes}.")
+    if basis_bytes is not None and basis_bytes < 0:
+        raise ValueError(f"basis_bytes must be at least 0, got {basis_bytes}.")
     unknown = [name for name in which if name not in LIMITS]
     if isinstance(which, str) or unknown or not which:
         raise ValueError(f"which must name limits among {', '.join(LIMITS)}, got {which!r}.")

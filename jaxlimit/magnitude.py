@@ -14,23 +14,25 @@ import numpy as np
 from jax import dtypes
 from numpy.typing import ArrayLike, NDArray
 
+from jaxlimit.sharding import place, sharding_like, to_host
+
 PyTree = Any
 
 
 def flatten(weights: PyTree) -> NDArray[np.float64]:
     """All leaves of a pytree, in `jax.tree.leaves` order, as one float64 vector on the host."""
-    leaves = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(weights)]
+    leaves = [to_host(leaf).astype(np.float64).ravel() for leaf in jax.tree.leaves(weights)]
     return np.concatenate(leaves) if leaves else np.zeros(0)
 
 
 def unflatten(vector: ArrayLike, like: PyTree) -> PyTree:
-    """The inverse of `flatten`: a vector cut into leaves of the shapes and dtypes of `like`."""
+    """The inverse of `flatten`: a vector cut into leaves of the shapes, dtypes and devices of `like`."""
     leaves, structure = jax.tree.flatten(like)
     ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
     parts = np.split(np.asarray(vector), ends)
     return structure.unflatten(
         [
-            jnp.asarray(part.reshape(x.shape), dtypes.canonicalize_dtype(x.dtype))
+            place(part.reshape(x.shape).astype(dtypes.canonicalize_dtype(x.dtype)), sharding_like(x))
             for part, x in zip(parts, leaves, strict=True)
         ]
     )
@@ -69,7 +71,9 @@ class MagnitudeOrder:
 
     def mask(self, num_removed: int) -> PyTree:
         """Pytree of bools, False at the `num_removed` smallest weights. Cost O(D)."""
-        booleans = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, bool), self.like)
+        booleans = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, bool, sharding=sharding_like(x)), self.like
+        )
         return unflatten(self.rank >= num_removed, booleans)
 
 

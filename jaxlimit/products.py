@@ -17,14 +17,15 @@ import jax.numpy as jnp
 
 from jaxlimit.batches import batch_length, check_scalar
 from jaxlimit.prunable import combine
+from jaxlimit.sharding import ExampleSharding, example_sharding, on_parts, sum_of_parts
 
 PyTree = Any
-# Memory for linearised batches: less than what the Lanczos basis of a network of some size takes.
+# Memory for linearised batches, on each device: less than the Lanczos basis of a network of some size takes.
 LINEAR_BYTES = 2**31
-# Examples at once in a product: as many as let the linearised batch take so much memory. On a CPU it should
-# stay in the cache, but a few examples are needed to make up for reading the weights: measured by
+# Examples at once in a product: as many as let the linearised batch take so much memory, or twice that of the
+# weights, which are read for every batch. On a CPU it should stay in the cache: measured by
 # benchmarks/products.py. Elsewhere it must be large enough to fill the device.
-BATCH_BYTES, LEAST_BATCH = {"cpu": 2**25}, 16
+BATCH_BYTES = {"cpu": 2**25}
 
 
 @dataclass(frozen=True)
@@ -119,33 +120,53 @@ class Loss:
         return loss
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["linear"], meta_fields=["batch_size"])
+@partial(jax.tree_util.register_dataclass, data_fields=["linear"], meta_fields=["batch_size", "sharding"])
 @dataclass(frozen=True)
 class LinearGroup:
-    """Batches of one shape, linearised: the leaves of `linear` have a leading axis of batches."""
+    """Batches of one shape, linearised: the leaves of `linear` have a leading axis of batches.
+
+    Where the batches are divided over devices, `linear` holds the parts, and `batch_size` is theirs.
+    """
 
     linear: PyTree
     batch_size: int
+    sharding: ExampleSharding | None
+
+    @property
+    def num_shards(self) -> int:
+        """Number of parts."""
+        return 1 if self.sharding is None else self.sharding.num_shards
 
 
-@partial(jax.jit, static_argnums=0)
-def linearize_group(product: Product, weights: PyTree, rest: PyTree, group: PyTree) -> LinearGroup:
+@partial(jax.jit, static_argnums=(0, 1))
+def linearize_group(
+    product: Product, sharding: ExampleSharding | None, weights: PyTree, rest: PyTree, group: PyTree
+) -> LinearGroup:
     """Linearises stacked batches, one after the other."""
-    linear = jax.lax.map(lambda batch: product.linearize(weights, rest, batch), group)
-    return LinearGroup(linear, batch_length(jax.tree.map(lambda x: x[0], group)))
+
+    def linearize(weights: PyTree, rest: PyTree, group: PyTree) -> PyTree:
+        return jax.lax.map(lambda batch: product.linearize(weights, rest, batch), group)
+
+    linear = on_parts(linearize, sharding, (None, None, 1))(weights, rest, group)
+    group_size = batch_length(jax.tree.map(lambda x: x[0], group))
+    return LinearGroup(linear, group_size // (1 if sharding is None else sharding.num_shards), sharding)
 
 
 @partial(jax.jit, static_argnums=(0, 2))
 def linear_mean(product: Product, groups: list[LinearGroup], num_examples: int, vectors: PyTree) -> PyTree:
     """sum_b n_b H_b V / N over linearised batches."""
-    total = jax.tree.map(jnp.zeros_like, vectors)
-    for group in groups:
 
-        def add(total: PyTree, linear: PyTree, size: int = group.batch_size) -> tuple[PyTree, None]:
-            return jax.tree.map(lambda t, x: t + size * x, total, product.apply(linear, vectors)), None
+    def group_sum(group: LinearGroup) -> PyTree:
+        def batch_sum(vectors: PyTree, linear: PyTree) -> PyTree:
+            def add(total: PyTree, linear: PyTree) -> tuple[PyTree, None]:
+                part = product.apply(linear, vectors)
+                return jax.tree.map(lambda t, x: t + group.batch_size * x, total, part), None
 
-        total, _ = jax.lax.scan(add, total, group.linear)
-    return jax.tree.map(lambda x: x / num_examples, total)
+            return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, vectors), linear)[0]
+
+        return sum_of_parts(batch_sum, group.sharding, (None, 0))(vectors, group.linear)
+
+    return jax.tree.map(lambda *sums: sum(sums) / num_examples, *[group_sum(group) for group in groups])
 
 
 def num_bytes(tree: PyTree) -> int:
@@ -156,20 +177,22 @@ def num_bytes(tree: PyTree) -> int:
 def suitable_batch_size(product: Product, weights: PyTree, rest: PyTree, arrays: PyTree) -> int:
     """Examples at once in a product: `BATCH_BYTES`, and a divisor of all if there is one near it.
 
-    With a divisor all batches have one shape, and a product compiles once.
+    With a divisor all batches have one shape, and a product compiles once. Of examples that are divided over
+    devices so many on each.
     """
-    num_examples = batch_length(arrays)
+    sharding = example_sharding(arrays)
+    num_shards = 1 if sharding is None else sharding.num_shards
+    num_examples = batch_length(arrays) // num_shards
 
     def linear_bytes(size: int) -> int:
         batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), arrays)
         return num_bytes(_linearize.eval_shape(product, weights, rest, batch))
 
     per_example = max((linear_bytes(4) - linear_bytes(2)) // 2, 1)
-    wanted = max(BATCH_BYTES.get(jax.default_backend(), LINEAR_BYTES) // per_example, LEAST_BATCH)
-    if wanted >= num_examples:
-        return num_examples
+    batch_bytes = max(BATCH_BYTES.get(jax.default_backend(), LINEAR_BYTES), 2 * num_bytes(weights))
+    wanted = max(min(batch_bytes // per_example, num_examples), 1)
     divisors = (size for size in range(wanted, wanted // 2, -1) if num_examples % size == 0)
-    return next(divisors, wanted)
+    return num_shards * next(divisors, wanted)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -39,6 +39,7 @@ from scipy.optimize import minimize_scalar
 from jaxlimit import lanczos
 from jaxlimit.curvature import Curvature
 from jaxlimit.lanczos import Tridiagonal
+from jaxlimit.sharding import sharding_like
 
 PyTree = Any
 Rule = tuple[NDArray[np.float64], NDArray[np.float64]]  # nodes, weights
@@ -201,12 +202,18 @@ def least_rules(tridiagonal: Tridiagonal, ridges: Sequence[float]) -> list[Rule]
 
 
 def rademacher(key: jax.Array, like: PyTree, num_probes: int) -> PyTree:
-    """Random sign vectors along a leading axis, shaped like the leaves of `like`."""
+    """Random sign vectors along a leading axis, shaped and placed like the leaves of `like`."""
     leaves, structure = jax.tree.flatten(like)
     keys = jax.random.split(key, len(leaves))
-    return structure.unflatten(
-        [jax.random.rademacher(k, (num_probes, *x.shape), x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    )
+    return structure.unflatten([_signs(k, x, num_probes) for k, x in zip(keys, leaves, strict=True)])
+
+
+def _signs(key: jax.Array, like: jax.Array, num_probes: int) -> jax.Array:
+    sharding, shape = sharding_like(like, new_axes=1), (num_probes, *like.shape)
+    if sharding is None:
+        return jax.random.rademacher(key, shape, like.dtype)
+    make = partial(jax.random.rademacher, shape=shape, dtype=like.dtype)
+    return jax.jit(make, out_shardings=sharding)(key)  # made where it shall lie
 
 
 def spectral_measure(
@@ -250,7 +257,8 @@ def spectral_measure(
             f"num_probes and num_matvecs must be at least 1, got {num_probes} and {num_matvecs}."
         )
     starts = rademacher(key, curvature.weights, num_probes)
-    state = lanczos.run(curvature.matmat, lanczos.init(starts, reorthogonalize=reorthogonalize), num_matvecs)
+    max_basis = None if reorthogonalize else 0
+    state = lanczos.run(curvature.matmat, lanczos.init(starts), num_matvecs, max_basis)
     return stack_rules([gauss(t) for t in state.tridiagonals()], curvature.dim)
 
 

@@ -69,6 +69,7 @@ class PruningLimit:
         dim: number of prunable weights D.
         positive_semidefinite: True for Gauss-Newton, False for the Hessian (|H| is then used).
         method: "dense eigendecomposition" or "Lanczos".
+        reorthogonalized: whether Lanczos kept all of its vectors orthogonal.
         largest_eigenvalue: of |H|.
         ridge: a = 2 eps / R^2 at the width limit; largest_eigenvalue / ridge is what Lanczos must resolve.
         status: a sentence: converged or not, why, and what to do.
@@ -89,6 +90,7 @@ class PruningLimit:
     dim: int
     positive_semidefinite: bool
     method: str
+    reorthogonalized: bool
     largest_eigenvalue: float
     ridge: float
     status: str
@@ -155,7 +157,8 @@ class PruningLimit:
         """Everything but the arrays, as JSON values."""
         names = (
             "loss_tolerance tolerance num_matvecs num_probes num_steps num_examples dim "
-            "positive_semidefinite method largest_eigenvalue ridge status transition_halfwidth"
+            "positive_semidefinite method reorthogonalized largest_eigenvalue ridge status "
+            "transition_halfwidth"
         )
         limits = {name: vars(estimate) for name, estimate in self.estimates().items()}
         reference = {} if self.reference is None else {"reference": vars(self.reference)}

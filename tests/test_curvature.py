@@ -219,9 +219,10 @@ def test_arrays_in_memory_are_cut_to_suit_the_products(kind, mlp, dtype, oracle,
     assert_close(curvature.dense(), getattr(oracle, kind), dtype)
     one_more = jax.tree.map(lambda x: jnp.concatenate([x, x[:1]]), many)
     assert batch_sizes(curvature_of(kind, mlp, batched(one_more, 5))) == [20, 3]
-    # However little fits, a few examples are taken together.
+    # However little fits, a batch may take twice the memory of the weights, which are read for it.
     monkeypatch.setitem(products.BATCH_BYTES, "cpu", 1)
-    assert batch_sizes(curvature_of(kind, mlp, batched(many, 102))) == [products.LEAST_BATCH, 6]
+    curvature = curvature_of(kind, mlp, batched(many, 102))
+    assert batch_sizes(curvature)[0] == max(2 * products.num_bytes(curvature.weights) // per_example, 1)
 
 
 def batch_sizes(curvature):
@@ -445,7 +446,7 @@ def assert_no_constants(part):
 def test_data_and_parameters_are_arguments_of_the_compiled_function(kind, mlp):
     curvature = curvature_of(kind, mlp, linear_bytes=0)
     jaxpr = jax.make_jaxpr(curvature.matvec)(curvature.weights)
-    parts = compiled_parts(jaxpr.jaxpr, "_add_group")
+    parts = compiled_parts(jaxpr.jaxpr, "_group_sum")
     assert len(parts) == 2  # three batches of 5, and one of 2
     for part, data in zip(parts, [(3, 5, 4), (1, 2, 4)], strict=True):
         shapes = [x.aval.shape for x in part.invars]

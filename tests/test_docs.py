@@ -99,6 +99,7 @@ PAGES = {
     "predicted_vs_measured": "limits",
     "real_runs": "runs",
     "methods_digits": "methods",
+    "basis": "large",
     **dict.fromkeys(
         (
             "products",

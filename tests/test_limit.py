@@ -98,8 +98,8 @@ def truth_of_matrix(matrix, weights, gradient, eps) -> dict[str, float]:
         c = np.where(np.arange(dim) < n, weights, 0.0)
         squares = (vectors.T @ c) ** 2
         shot.append(c @ matrix @ c / 2 - gradient @ c <= eps)
-        base = 2 * eps / max(c @ c, 1e-300)
-        width.append(np.mean(base / (base + absolute)) >= n / dim)
+        base = 2 * eps / max(c @ c, 1e-200)
+        width.append(np.mean(1 / (1 + absolute / base)) >= n / dim)
         if squares @ absolute <= 2 * eps:
             cone.append(True)
         else:
@@ -116,7 +116,7 @@ def truth_of_matrix(matrix, weights, gradient, eps) -> dict[str, float]:
     def readjusts(n):
         c = np.where(np.arange(dim) < n, weights, 0.0)
         right = full[n:, :n] @ c[:n]
-        gained = right @ np.linalg.solve(full[n:, n:], right) if n < dim else 0.0
+        gained = right @ np.linalg.solve(full[n:, n:], right) if n < dim and absolute.max() > 0 else 0.0
         return (c @ full @ c - gained) / 2 <= eps
 
     # A solve each: every eighth n, then each one after the last that succeeds (supports are nested).

@@ -1,0 +1,97 @@
+"""Streams: batches that are made anew in every pass and are never all in memory."""
+
+import json
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlimit import hessian
+
+# Batch b of B holds rows of b / B: every entry of the Hessian of mean (x w)^2 / 2 is the mean of (b / B)^2.
+LIMITED = """
+import json, re, resource, sys
+from pathlib import Path
+import jax, jax.numpy as jnp, numpy as np
+from jaxlimit import hessian
+
+num_batches, size, dim = (int(x) for x in sys.argv[1:])
+
+class Stream:
+    def __init__(self, num_batches):
+        self.num_batches = num_batches
+    def __iter__(self):
+        for b in range(self.num_batches):
+            yield np.full((size, dim), b / num_batches, np.float32)
+
+def loss(w, x):
+    slow = jax.lax.fori_loop(0, 20, lambda _, y: jnp.tanh(y), x)  # so that batches are made faster than used
+    return jnp.mean(jnp.sum(x @ w, axis=1) ** 2) / 2 + 1e-30 * jnp.mean(slow)
+
+def data_bytes():
+    return 1024 * int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+weights = jnp.full((dim, 1), 1e-3)
+hessian(loss, weights, Stream(3)).matvec(weights)  # compiles, and starts all threads
+before = data_bytes()
+resource.setrlimit(resource.RLIMIT_DATA, (before + 2**26, before + 2**26))
+product = hessian(loss, weights, Stream(num_batches)).matvec(jnp.ones((dim, 1)))
+print(json.dumps({"product": np.ravel(product).tolist(), "grown": data_bytes() - before}))
+"""
+
+
+def test_a_stream_larger_than_the_memory_of_the_process():
+    num_batches, size, dim = 128, 1024, 1024  # 4 MiB a batch, 512 MiB a pass; 64 MiB more than at the start
+    found = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(num_batches), str(size), str(dim)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    product = json.loads(found.stdout)["product"]
+    expected = dim * np.mean((np.arange(num_batches) / num_batches) ** 2)
+    np.testing.assert_allclose(product, expected, rtol=1e-4)
+
+
+def test_the_limit_on_memory_is_felt():
+    """The same with a batch larger than what is allowed fails: the test above can."""
+    found = subprocess.run(
+        [sys.executable, "-c", LIMITED, "2", "32768", "1024"], capture_output=True, text=True, check=False
+    )
+    assert found.returncode != 0
+
+
+class Recorded:
+    """Batches that note which of them were asked for."""
+
+    def __init__(self, batches):
+        self.batches, self.asked = batches, []
+
+    def __iter__(self):
+        for number, batch in enumerate(self.batches):
+            self.asked.append(number)
+            yield batch
+
+
+@pytest.mark.parametrize("as_torch_does", [False, True])
+def test_whatever_can_be_iterated_again_is_a_stream(as_torch_does):
+    """A class with __iter__, or an object like a DataLoader (a length, tuples of arrays); oracle: NumPy."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal((n, 4)).astype(np.float32) for n in (5, 5, 3)]
+
+    class Loader(Recorded):
+        def __len__(self):
+            return len(self.batches)
+
+    stream = (Loader if as_torch_does else Recorded)([(x, np.zeros(len(x))) for x in arrays])
+    curvature = hessian(lambda w, batch: jnp.mean((batch[0] @ w) ** 2) / 2, jnp.ones((4, 1)), stream)
+    whole = np.concatenate(arrays)
+    expected = whole.T @ (whole @ np.arange(4.0)[:, None]) / len(whole)
+    np.testing.assert_allclose(curvature.matvec(jnp.arange(4.0)[:, None]), expected, rtol=1e-5)
+    assert curvature.num_examples == 13
+    stream.asked.clear()
+    curvature.matvec(jnp.ones((4, 1)))
+    assert stream.asked == [0, 1, 2]  # nothing is kept
