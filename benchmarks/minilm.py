@@ -59,7 +59,7 @@ def in_encoder(path: Sequence[Any], *parts: str) -> bool:
     return names[-1] == "kernel" and (not parts or any(part in names for part in parts))
 
 
-# Every group of weights that is pruned while the others stay, and the tolerances of its limits.
+# Every group of weights that is pruned while the others stay.
 GROUPS: dict[str, Callable[[Sequence[Any], Any], bool]] = {
     "encoder": lambda path, leaf: in_encoder(path),
     "attention": lambda path, leaf: in_encoder(path, "attention"),
@@ -146,7 +146,7 @@ class Problem:
 
     @cached_property
     def curvature(self) -> jaxlimit.Curvature:
-        """On all kernels and tables; `of` chooses."""
+        """On the kernels of the encoder; `of` chooses other groups."""
         return jaxlimit.gauss_newton(
             self.outputs, drift, self.params, self.batches, prunable=GROUPS["encoder"]
         )
