@@ -73,7 +73,18 @@ class Curvature:
         return combine(self.weights, self._rest)
 
     def of(self, prunable: Prunable) -> "Curvature":
-        """The same curvature on other parameters: `prunable` as in `hessian`."""
+        """The same curvature on other parameters: `prunable` as in `hessian`. All others stay as they are.
+
+        `pruning_limit` of it answers how far one layer, or one group of layers, can be pruned alone.
+
+        Examples:
+            >>> from jaxlimit import batched
+            >>> def loss(params, x): return jnp.mean((x @ params["a"] @ params["b"]) ** 2) / 2
+            >>> params = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 1))}
+            >>> curvature = hessian(loss, params, batched(jnp.ones((1, 2)), 1))
+            >>> curvature.dim, curvature.of(lambda path, leaf: path[0].key == "b").dim
+            (9, 3)
+        """
         weights, rest = partition(self.params, prunable)
         return replace(self, weights=weights, _rest=rest)
 

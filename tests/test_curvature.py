@@ -21,6 +21,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxlimit import products
 from jaxlimit.batches import batched
 from jaxlimit.curvature import dense_matrix, gauss_newton, hessian
+from jaxlimit.limit import pruning_limit
 from jaxlimit.models import from_nnx
 from jaxlimit.prunable import combine, is_kernel, partition
 
@@ -282,6 +283,35 @@ def test_prunable_as_tree_and_as_function(mlp, dtype, oracle):
     assert_close(by_tree.dense(), full[20:, 20:], dtype)
     np.testing.assert_array_equal(by_tree.dense(), by_function.dense())
     assert_close(flat(by_tree.gradient), oracle.gradient[20:], dtype)
+
+
+@in_float64
+@pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
+def test_of_other_parameters(kind, mlp, dtype, oracle):
+    """A block of the whole matrix, also after products of the whole have been linearised; and back."""
+    whole = curvature_of(kind, mlp)
+    matrix = whole.dense()
+    assert_close(matrix, getattr(oracle, kind), dtype)
+    part = whole.of(lambda path, leaf: path[0].key == "out" and is_kernel(path, leaf))
+    assert part.dim == 15
+    assert part.num_examples == whole.num_examples
+    assert part.positive_semidefinite == whole.positive_semidefinite
+    assert_close(part.dense(), getattr(oracle, kind)[20:, 20:], dtype)
+    assert_close(flat(part.gradient), oracle.gradient[20:], dtype)
+    np.testing.assert_array_equal(part.of(is_kernel).dense(), matrix)
+
+
+@in_float64
+def test_limit_of_a_chosen_layer(mlp, dtype, oracle):
+    """The width limit of one layer alone, from its block of the matrix, by a scan over all n."""
+    part = curvature_of("gauss_newton", mlp).of(lambda path, leaf: path[0].key == "hidden" and leaf.ndim == 2)
+    limit = pruning_limit(part, jax.random.key(0), loss_tolerance=0.05, which=["width"])
+    eigenvalues = np.linalg.eigvalsh(oracle.gauss_newton[:20, :20])
+    squares = np.cumsum(np.sort(np.asarray(mlp.params["hidden"]["kernel"], np.float64).ravel() ** 2))
+    shares = [np.mean(0.1 / (0.1 + eigenvalues * r2)) for r2 in [0.0, *squares]]
+    largest = max(n for n in range(21) if shares[n] >= n / 20)
+    assert largest / 20 <= limit.width.value <= (largest + 1) / 20
+    assert limit.dim == 20
 
 
 @in_float64

@@ -16,6 +16,7 @@ import pytest
 
 import jaxlimit
 from jaxlimit import (
+    allocation,
     baselines,
     compat,
     curvature,
@@ -90,7 +91,7 @@ def test_every_public_name_is_documented(site):
     ):
         missing = public_names(module) - names
         assert not {name for name in missing if name.rpartition(".")[2] not in top | helpers}, module
-    for module in (baselines, descent, experiments, training, weights):
+    for module in (allocation, baselines, descent, experiments, training, weights):
         assert not public_names(module) - names
 
 
@@ -100,6 +101,9 @@ PAGES = {
     "real_runs": "runs",
     "methods_digits": "methods",
     "basis": "large",
+    "minilm": "transformer",
+    "minilm_allocation": "transformer",
+    "layer_shares": "transformer",
     **dict.fromkeys(
         (
             "products",

@@ -4,6 +4,7 @@
 `hk.without_apply_rng(hk.transform(f))`, `apply` is `predict`, and `init` gives `params`.
 """
 
+from jaxlimit.models.bert import SentenceEncoder, load_sentence_encoder
 from jaxlimit.models.convolutional import VGG, AlexNet, CNet, Convolution, ConvolutionalNetwork, LeNet, Pool
 from jaxlimit.models.fully_connected import FullyConnected, digits_net, fc2, fc5, fc12, fc13
 from jaxlimit.models.functional import from_equinox, from_linen, from_nnx
@@ -20,6 +21,7 @@ __all__ = [
     "LeNet",
     "Pool",
     "ResNet",
+    "SentenceEncoder",
     "digits_net",
     "fc2",
     "fc5",
@@ -28,5 +30,6 @@ __all__ = [
     "from_equinox",
     "from_linen",
     "from_nnx",
+    "load_sentence_encoder",
     "load_torch_state",
 ]
