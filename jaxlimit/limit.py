@@ -33,6 +33,8 @@ from jaxlimit.roots import (
     width_limit,
 )
 
+PyTree = Any
+
 # Up to here a dense eigendecomposition fits in 1 GB and is done in seconds, without any probe error.
 DENSE_DIM = 5_000
 # A budget, not a target: Lanczos stops when the limits are resolved.
@@ -51,6 +53,7 @@ def pruning_limit(
     checkpoint: str | None = None,
     progress: Callable[[Progress], None] | None = None,
     compat: str | None = None,
+    scores: PyTree | None = None,
 ) -> PruningLimit:
     r"""How sparse the network can be pruned while its loss rises by at most `loss_tolerance`.
 
@@ -74,6 +77,8 @@ def pruning_limit(
         progress: called with a `Progress` after every block of products.
         compat: "reference" adds what the paper's own code would predict (`compat.reference_limit`, for a
             Hessian), by 228 products outside the budget; None leaves it out.
+        scores: pytree shaped like the weights: the weights go in the order of increasing |score|. None: of
+            increasing |weight|, which is magnitude pruning.
 
     Returns:
         The limits asked for, with brackets, and a status sentence; `print` shows them as a table.
@@ -99,10 +104,13 @@ def pruning_limit(
     if compat not in (None, "reference"):
         raise ValueError(f'compat must be None or "reference", got {compat!r}.')
     loss_tolerance = float(loss_tolerance)
-    order = magnitude_order(curvature.weights)
+    order = magnitude_order(curvature.weights, scores)
     if order.squared_norm[-1] == 0:
         raise ValueError("all prunable weights are zero: every sparsity leaves the network as it is.")
-    store = Checkpoint(checkpoint, _fingerprint(curvature, order, key, loss_tolerance, tolerance, num_probes))
+    fingerprint = _fingerprint(curvature, order, key, loss_tolerance, tolerance, num_probes)
+    if scores is not None:
+        fingerprint["order"] = float(order.rank @ np.sqrt(np.arange(order.dim)))
+    store = Checkpoint(checkpoint, fingerprint)
     products = Products(curvature, max_matvecs, progress)
 
     def dense() -> DenseCurvature:
