@@ -156,9 +156,9 @@ def gems(
 ) -> Experiment:
     """Rare Gems without its L2 term, with the recipe's, and with one that pulls as much as on CIFAR-10.
 
-    The test accuracy of the recipe; and, after a search without drops, the limits of the scores: the loss as
-    a function of the scores, with the straight-through derivative, pruned in the order of the scores. These
-    limits are about the search's model of the loss, not about what its cut does.
+    The test accuracy of the recipe; and, after a search without drops, the width limit of the scores: the
+    loss as a function of the scores, with the straight-through derivative, pruned in the order of the scores.
+    It is about the search's model of the loss, not about what its cut does.
 
     Args:
         study: see `Study`; `--epochs` are those of search and training.
@@ -188,7 +188,7 @@ def _gems(task: Task, seed: int, variant: Any, checkpoint: Any, on_epoch: OnEpoc
         model, task.train, key, [sparsity], settings, checkpoint=stage(checkpoint, "gems"), on_epoch=on_epoch
     )
     subject = _score_subject(task, model, seed, sparsity, settings, stage(checkpoint, "scores"), on_epoch)
-    found = subject.limit(("width", "cone"))
+    found = subject.limit(("width",))
     flat = flatten(subject.weights)
     return {
         **variant,
@@ -234,13 +234,13 @@ def table_gems(results: Results) -> str:
                 f"{pieces[0]['sparsity']:g}",
                 f"{pieces[0]['l2']:.2g}",
                 cell(pieces, lambda p: p["test_accuracy"], ".1%"),
-                *(cell(pieces, limit(which)) for which in ("width", "cone")),
+                cell(pieces, limit("width")),
                 cell(pieces, lambda p: p["trace"], ".3g"),
                 cell(pieces, lambda p: p["norm"], ".3g"),
                 cell(pieces, lambda p: p["off"], ".1%"),
             ]
         )
-    heads = ["L2 term", "sparsity", "l2", "test accuracy", "width", "cone", "tr H", "norm of the scores"]
+    heads = ["L2 term", "sparsity", "l2", "test accuracy", "width", "tr H", "norm of the scores"]
     text = markdown([*heads, "scores at most .5 (%)"], lines)
     verdicts = []
     for arm in ("recipe", "matched"):
@@ -250,8 +250,8 @@ def table_gems(results: Results) -> str:
             if piece["arm"] == arm
         ]
         gain, _ = mean_and_spread(100 * (a["test_accuracy"] - b["test_accuracy"]) for a, b in pairs)
-        higher = tally([limit("cone")(a) > limit("cone")(b) for a, b in pairs])  # type: ignore[operator]
-        verdicts.append(f"{arm} {gain:+.1f} points, cone limit higher in {higher}")
+        higher = tally([limit("width")(a) > limit("width")(b) for a, b in pairs])  # type: ignore[operator]
+        verdicts.append(f"{arm} {gain:+.1f} points, width limit higher in {higher}")
     return f"{text}\nAgainst no L2 term: {'; '.join(verdicts)}.\n"
 
 
@@ -261,8 +261,8 @@ def _twin(other: dict[str, Any], piece: dict[str, Any]) -> bool:
 
 
 def figure_gems(results: Results) -> Any:
-    """Test accuracy and cone limit of the scores, a line for each sparsity."""
-    panels: dict[str, dict[str, Any]] = {"test accuracy (%)": {}, "cone limit of the scores": {}}
+    """Test accuracy and width limit of the scores, a line for each sparsity."""
+    panels: dict[str, dict[str, Any]] = {"test accuracy (%)": {}, "width limit of the scores": {}}
     arms = dict.fromkeys(piece["arm"] for piece in results.values())
     for sparsity in dict.fromkeys(piece["sparsity"] for piece in results.values()):
         groups = {n: g for n, g in by_variant(results).items() if g[0]["sparsity"] == sparsity}
@@ -270,5 +270,5 @@ def figure_gems(results: Results) -> Any:
         panels["test accuracy (%)"][f"s = {sparsity:g}"] = curve(
             groups, x, lambda p: 100 * p["test_accuracy"]
         )
-        panels["cone limit of the scores"][f"s = {sparsity:g}"] = curve(groups, x, limit("cone"))
+        panels["width limit of the scores"][f"s = {sparsity:g}"] = curve(groups, x, limit("width"))
     return plots.plot_series(panels, xlabel="L2 term", ticks=list(arms))
