@@ -100,6 +100,10 @@ PAGES = {
     "real_runs": "runs",
     "methods_digits": "methods",
     **dict.fromkeys(
+        (f"{name}_digits" for name in experiments.EXPERIMENTS if name != "compare"),
+        "experiments",
+    ),
+    **dict.fromkeys(
         (
             "products",
             "products_peers",

@@ -17,8 +17,8 @@ from jaxlimit.baselines.network import cut
 from jaxlimit.cli import main
 from jaxlimit.experiments import EXPERIMENTS
 from jaxlimit.experiments.anatomy import EDGES, row_norms, sampling_distance, shares, total_variation
-from jaxlimit.experiments.gradual import survivors
-from jaxlimit.experiments.scaling import scaled
+from jaxlimit.experiments.growth import scaled
+from jaxlimit.experiments.iterations import survivors
 from jaxlimit.losses import classification_loss
 from jaxlimit.magnitude import flatten, magnitude_mask, magnitude_order, unflatten
 from jaxlimit.measure import sparsity_sweep

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 from jaxlimit.experiments.anatomy import crossing, distance, rows
 from jaxlimit.experiments.experiment import Experiment, execute
-from jaxlimit.experiments.gradual import gems, gradual
+from jaxlimit.experiments.growth import scaling
+from jaxlimit.experiments.iterations import gems, gradual
+from jaxlimit.experiments.l1_term import penalty
 from jaxlimit.experiments.methods import compare
 from jaxlimit.experiments.moments import during_training, order, tolerances
-from jaxlimit.experiments.penalty import penalty
-from jaxlimit.experiments.scaling import scaling
 from jaxlimit.experiments.study import Study
 
 EXPERIMENTS: dict[str, Callable[..., Experiment]] = {

@@ -27,7 +27,7 @@ from jaxlimit.prunable import combine, partition
 PyTree = Any
 # Up to so many weights an exact limit costs no more than one from probes.
 SMALL = 2_000
-WHICH = ("one_shot", "width", "cone")
+WHICH = ("one_shot", "width")
 
 
 def gradual(study: Annotated[Study, arg(name="")] = Study(), *, rounds: int = 8) -> Experiment:
@@ -122,18 +122,18 @@ def table_gradual(results: Results) -> str:
     for name, pieces in by_variant(results).items():
         for sparsity, found in _by_round(pieces).items():
             numbers = [cell(found, lambda p, w=which: p["of_all"][w]) for which in WHICH]
-            own = cell(found, limit("cone"))
+            own = cell(found, limit("width"))
             accuracy = cell(found, lambda p: p["test_accuracy"], ".1%")
             lines.append([name, sparsity, *numbers, own, accuracy])
         rises = [
-            after["of_all"]["cone"] > before["of_all"]["cone"]
+            after["of_all"]["width"] > before["of_all"]["width"]
             for piece in pieces
             for before, after in zip(piece["rounds"], piece["rounds"][1:], strict=False)
         ]
         verdicts.append(f"{name} {tally(rises)}")
-    heads = ["training", "pruned so far", *WHICH, "cone, share of the survivors", "test accuracy"]
+    heads = ["training", "pruned so far", *WHICH, "width, share of the survivors", "test accuracy"]
     text = markdown(heads, lines)
-    return f"{text}\nRounds after which the cone limit is higher than before: {', '.join(verdicts)}.\n"
+    return f"{text}\nRounds after which the width limit is higher than before: {', '.join(verdicts)}.\n"
 
 
 def figure_gradual(results: Results) -> Any:
@@ -141,7 +141,7 @@ def figure_gradual(results: Results) -> Any:
     curves: dict[str, Any] = {}
     for name, pieces in by_variant(results).items():
         groups = _by_round(pieces)
-        for which in ("one_shot", "cone"):
+        for which in WHICH:
             x = [float(sparsity) for sparsity in groups]
             curves[f"{which}, {name}"] = curve(groups, x, lambda p, w=which: p["of_all"][w])
     figure = plots.plot_series({"limit (sparsity)": curves}, xlabel="pruned so far (sparsity)")

@@ -26,6 +26,7 @@ from jaxlimit.experiments.tables import by_variant, cell, curve, limit, markdown
 from jaxlimit.presets import NETWORKS
 
 Params = Mapping[str, Any]
+WHICH = ("one_shot", "width")
 WAYS = ("temperature", "balance", "plain")
 
 
@@ -88,7 +89,7 @@ def scaled(params: Params, way: str, factor: float) -> tuple[dict[str, Any], flo
 def _run(task: Task, seed: int, variant: Any, checkpoint: Any, on_epoch: OnEpoch) -> dict[str, Any]:
     way, factor, held = variant
     subject = _scaled(task.trained(seed, checkpoint, on_epoch), way, factor)
-    found = subject.limit()
+    found = subject.limit(WHICH)
     # lambda R^2 grows by c^2, which is as if eps fell by it.
     tolerances = [found.loss_tolerance / c**2 for c in (1.0, *held)]
     return {
@@ -113,7 +114,7 @@ def table(results: Results) -> str:
     groups = by_variant(results)
     rows = []
     for name, pieces in groups.items():
-        numbers = [cell(pieces, limit(which)) for which in ("one_shot", "width", "cone")]
+        numbers = [cell(pieces, limit(which)) for which in WHICH]
         eps, trace = (
             cell(pieces, of, ".3g") for of in (lambda p: p["limit"]["loss_tolerance"], lambda p: p["trace"])
         )
@@ -122,15 +123,15 @@ def table(results: Results) -> str:
     trained = groups["trained-1"]
     for i, factor in enumerate(_factors(results), start=1):
         width = cell(trained, lambda p, i=i: p["held"][i])
-        rows.append([f"held times {factor:g}", "-", width, *"-" * 4])
-    text = markdown(["weights", "one_shot", "width", "cone", "eps", "tr H", "test accuracy"], rows)
-    start = {piece["seed"]: limit("cone")(piece) for piece in trained}
+        rows.append([f"held times {factor:g}", "-", width, *"---"])
+    text = markdown(["weights", *WHICH, "eps", "tr H", "test accuracy"], rows)
+    start = {piece["seed"]: limit("width")(piece) for piece in trained}
     moved: dict[str, list[bool]] = {}
     for piece in results.values():
         if piece["way"] != "trained":
-            moved.setdefault(piece["way"], []).append(limit("cone")(piece) < start[piece["seed"]] - 1e-3)  # type: ignore[operator]
+            moved.setdefault(piece["way"], []).append(limit("width")(piece) < start[piece["seed"]] - 1e-3)  # type: ignore[operator]
     falls = ", ".join(f"{way} {tally(found)}" for way, found in moved.items())
-    return f"{text}\nRuns whose cone limit falls by more than .001: {falls}.\n"
+    return f"{text}\nRuns whose width limit falls by more than .001: {falls}.\n"
 
 
 def _factors(results: Results) -> list[float]:
@@ -141,7 +142,7 @@ def figure(results: Results) -> Any:
     """Limits and tr H against the factor, a line for each way."""
     groups = by_variant(results)
     panels: dict[str, dict[str, Any]] = {
-        "cone limit (sparsity)": {},
+        "one_shot limit (sparsity)": {},
         "width limit (sparsity)": {},
         "tr H": {},
     }
@@ -149,7 +150,7 @@ def figure(results: Results) -> Any:
         chosen = {n: found for n, found in groups.items() if found[0]["way"] in ("trained", way)}
         x = [found[0]["factor"] for found in chosen.values()]
         for panel, of in zip(
-            panels.values(), (limit("cone"), limit("width"), lambda p: p["trace"]), strict=True
+            panels.values(), (limit("one_shot"), limit("width"), lambda p: p["trace"]), strict=True
         ):
             panel[way] = curve(chosen, x, of)
     held = [piece["held"] for piece in groups["trained-1"]]
