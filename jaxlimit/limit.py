@@ -35,6 +35,8 @@ from jaxlimit.roots import (
 )
 from jaxlimit.sharding import device_memory
 
+PyTree = Any
+
 # Up to here a dense eigendecomposition fits in 1 GB and is done in seconds, without any probe error.
 DENSE_DIM = 5_000
 # A budget, not a target: Lanczos stops when the limits are resolved.
@@ -68,6 +70,7 @@ def pruning_limit(
     progress: Callable[[Progress], None] | None = None,
     compat: str | None = None,
     basis_bytes: int | None = None,
+    scores: PyTree | None = None,
 ) -> PruningLimit:
     r"""How sparse the network can be pruned while its loss rises by at most `loss_tolerance`.
 
@@ -95,6 +98,8 @@ def pruning_limit(
         basis_bytes: memory on each device for the vectors that Lanczos keeps orthogonal. Where they do not
             fit, the first ones are kept and the status says so; with 0 three vectors do, and the spectrum
             takes more products. None: half of the device's memory.
+        scores: pytree shaped like the weights: the weights go in the order of increasing |score|. None: of
+            increasing |weight|, which is magnitude pruning.
 
     Returns:
         The limits asked for, with brackets, and a status sentence; `print` shows them as a table.
@@ -121,12 +126,15 @@ def pruning_limit(
     if compat not in (None, "reference"):
         raise ValueError(f'compat must be None or "reference", got {compat!r}.')
     loss_tolerance = float(loss_tolerance)
-    order = magnitude_order(curvature.weights)
+    order = magnitude_order(curvature.weights, scores)
     if order.squared_norm[-1] == 0:
         raise ValueError("all prunable weights are zero: every sparsity leaves the network as it is.")
     if basis_bytes is None:
         basis_bytes = device_memory() // 2
-    store = Checkpoint(checkpoint, _fingerprint(curvature, order, key, loss_tolerance, tolerance, num_probes))
+    fingerprint = _fingerprint(curvature, order, key, loss_tolerance, tolerance, num_probes)
+    if scores is not None:
+        fingerprint["order"] = float(order.rank @ np.sqrt(np.arange(order.dim)))
+    store = Checkpoint(checkpoint, fingerprint)
     products = Products(curvature, max_matvecs, progress)
 
     def dense() -> DenseCurvature:

@@ -40,10 +40,10 @@ def unflatten(vector: ArrayLike, like: PyTree) -> PyTree:
 
 @dataclass(frozen=True)
 class MagnitudeOrder:
-    """The weights in the order in which magnitude pruning removes them.
+    """The weights in the order in which magnitude pruning removes them, or another order put in its place.
 
     Attributes:
-        order: (D,) indices into the flattened weights, smallest magnitude first, ties by index.
+        order: (D,) indices into the flattened weights, smallest magnitude (or score) first, ties by index.
         rank: (D,) inverse of `order`: weight i is removed iff rank[i] < floor(s D).
         squared_norm: (D + 1,) R^2 after removing n = 0 ... D weights, float64.
         like: the pytree of weights, which gives its shape to masks and removed vectors.
@@ -61,36 +61,54 @@ class MagnitudeOrder:
 
     @property
     def num_zeros(self) -> int:
-        """Number of weights that are exactly zero."""
+        """Number of weights that are exactly zero, as far as they are the first to go."""
         return int(np.sum(self.squared_norm[1:] == 0))
 
     def removed_vector(self, num_removed: int) -> PyTree:
-        """c(s) as a pytree: the `num_removed` smallest weights, and zero elsewhere. Cost O(D)."""
+        """c(s) as a pytree: the first `num_removed` weights to go, and zero elsewhere. Cost O(D)."""
         flat = flatten(self.like)
         return unflatten(np.where(self.rank < num_removed, flat, 0.0), self.like)
 
     def mask(self, num_removed: int) -> PyTree:
-        """Pytree of bools, False at the `num_removed` smallest weights. Cost O(D)."""
+        """Pytree of bools, False at the first `num_removed` weights to go. Cost O(D)."""
         booleans = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, bool, sharding=sharding_like(x)), self.like
         )
         return unflatten(self.rank >= num_removed, booleans)
 
 
-def magnitude_order(weights: PyTree) -> MagnitudeOrder:
+def magnitude_order(weights: PyTree, scores: PyTree | None = None) -> MagnitudeOrder:
     """Sorts the weights by magnitude once; everything else in this module is read off it.
 
     Cost: one stable sort of D float64 numbers on the host.
 
+    Args:
+        weights: pytree of the D prunable weights.
+        scores: pytree of the same shapes whose magnitudes decide the order instead; None: the weights'.
+
     Raises:
-        ValueError: no weights, or weights that are not finite.
+        ValueError: no weights, weights or scores that are not finite, or scores of other shapes.
+
+    Examples:
+        >>> magnitude_order(np.array([3.0, -4.0, 1.0]), scores=np.array([2.0, 1.0, 3.0])).order.tolist()
+        [1, 0, 2]
     """
     magnitudes = np.abs(flatten(weights))
     if magnitudes.size == 0:
         raise ValueError("weights has no leaves: there is nothing to prune.")
     if not np.all(np.isfinite(magnitudes)):
         raise ValueError(f"{int(np.sum(~np.isfinite(magnitudes)))} weights are not finite (NaN or infinity).")
-    order = np.argsort(magnitudes, kind="stable")
+    ranking = magnitudes
+    if scores is not None:
+        ranking, shapes = (
+            np.abs(flatten(scores)),
+            [jax.tree.map(np.shape, tree) for tree in (weights, scores)],
+        )
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"scores must have the shapes of weights, {shapes[0]}, got {shapes[1]}.")
+        if not np.all(np.isfinite(ranking)):
+            raise ValueError(f"{int(np.sum(~np.isfinite(ranking)))} scores are not finite (NaN or infinity).")
+    order = np.argsort(ranking, kind="stable")
     rank = np.empty(order.size, np.int32)
     rank[order] = np.arange(order.size, dtype=np.int32)
     squared_norm = np.concatenate([[0.0], np.cumsum(magnitudes[order] ** 2)])

@@ -61,6 +61,7 @@ def sparsity_sweep(
     sparsities: ArrayLike,
     *,
     prunable: Prunable = is_kernel,
+    scores: PyTree | None = None,
     chunk_size: int = 8,
 ) -> Sweep:
     """Metrics of the one-shot magnitude-pruned network at each sparsity, without any retraining.
@@ -74,6 +75,7 @@ def sparsity_sweep(
         batches: `batched(...)`, a list of batches, or any re-iterable of batches.
         sparsities: fractions of the prunable weights to remove, in [0, 1]; sorted on return.
         prunable: as for `hessian`.
+        scores: as for `pruning_limit`: another order than that of the magnitudes.
         chunk_size: sparsities evaluated side by side.
 
     Raises:
@@ -86,7 +88,7 @@ def sparsity_sweep(
         >>> sweep.metrics["output"].tolist()
         [4.0, 3.0, 0.0]
     """
-    grid, weights, rest, order = _prepare(params, prunable, sparsities)
+    grid, weights, rest, order = _prepare(params, prunable, sparsities, scores)
     groups, fn = grouped(batches), _PrunedMetrics(metrics_fn)
     parts = []
     for counts, used in _chunks(num_removed(order.dim, grid), chunk_size):
@@ -106,6 +108,7 @@ def finetuned_sweep(
     num_steps: int = 400,
     learning_rate: float = 1e-3,
     prunable: Prunable = is_kernel,
+    scores: PyTree | None = None,
     chunk_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> Sweep:
@@ -126,6 +129,7 @@ def finetuned_sweep(
         num_steps: Adam steps; a convention, on which the measured threshold depends.
         learning_rate: of Adam; its customary .001.
         prunable: as for `hessian`.
+        scores: as for `pruning_limit`.
         chunk_size: sparsities trained side by side.
         progress: called with (sparsities done, sparsities in all).
 
@@ -144,7 +148,7 @@ def finetuned_sweep(
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
-    grid, weights, rest, order = _prepare(params, prunable, sparsities)
+    grid, weights, rest, order = _prepare(params, prunable, sparsities, scores)
     groups = list(grouped(batches))
     eval_groups = groups if eval_batches is None else grouped(eval_batches)
     parts: list[dict[str, NDArray[np.float64]]] = []
@@ -162,12 +166,12 @@ def finetuned_sweep(
     return Sweep(grid, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
 
-def _prepare(params: PyTree, prunable: Prunable, sparsities: ArrayLike) -> tuple:
+def _prepare(params: PyTree, prunable: Prunable, sparsities: ArrayLike, scores: PyTree | None) -> tuple:
     grid = np.unique(np.asarray(sparsities, np.float64))
     if grid.size == 0:
         raise ValueError("sparsities is empty.")
     weights, rest = partition(params, prunable)
-    order = magnitude_order(weights)
+    order = magnitude_order(weights, scores)
     num_removed(order.dim, grid)  # refuses a sparsity outside [0, 1] before any work
     return grid, weights, rest, order
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 Limits = Mapping[str, Mapping[str, Estimate]]
+# x, means and spreads
+Series = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
 
 # Okabe and Ito's colours, told apart with any colour vision.
 BLUE, ORANGE, GREEN, PURPLE, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#666666"
@@ -271,6 +273,45 @@ def plot_methods(curves: Mapping[str, tuple[NDArray, NDArray, NDArray]]) -> "Fig
     axes.minorticks_off()
     axes.invert_xaxis()
     _legend_below(figure, axes)
+    return figure
+
+
+def plot_series(
+    panels: Mapping[str, Mapping[str, Series]],
+    *,
+    xlabel: str,
+    logarithmic: Sequence[str] = (),
+    ticks: Sequence[str] | None = None,
+) -> "Figure":
+    """Means with their spreads against one variable, in panels one below the other.
+
+    Args:
+        panels: by the label of the vertical axis: by label, (x, means, spreads). A label keeps its colour in
+            all panels. The spreads are drawn as bands; a spread of nan leaves the band out.
+        xlabel: of the horizontal axis, which the panels share.
+        logarithmic: labels of the axes that are.
+        ticks: texts in the place of x = 0, 1, ...
+    """
+    figure, axes = _figure(6.4, 2.6 * len(panels) + 0.8, *[2.6] * len(panels))
+    colours = (BLUE, ORANGE, GREEN, PURPLE, SKY, GREY, "#E69F00", "#000000")
+    labels = dict.fromkeys(label for curves in panels.values() for label in curves)
+    style = {label: (colours[i % 8], "osD^vXP*"[i % 8]) for i, label in enumerate(labels)}
+    for row, (ylabel, curves) in zip(axes, panels.items(), strict=True):
+        for label, (x, means, spreads) in curves.items():
+            colour, marker = style[label]
+            marker = marker if len(x) < 30 else ""
+            row.plot(x, means, marker + "-", color=colour, label=label, markersize=4, linewidth=1.4)
+            row.fill_between(x, means - spreads, means + spreads, color=colour, alpha=0.15, linewidth=0)
+        row.set_ylabel(ylabel)
+        if ylabel in logarithmic:
+            row.set_yscale("log")
+        if xlabel in logarithmic:
+            row.set_xscale("log")
+        if ticks is not None:
+            row.set_xticks(range(len(ticks)), ticks)
+        row.tick_params(labelbottom=row is axes[-1])
+    axes[-1].set_xlabel(xlabel)
+    _legend_below(figure, *axes)
     return figure
 
 

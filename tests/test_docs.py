@@ -105,6 +105,10 @@ PAGES = {
     "minilm_allocation": "transformer",
     "layer_shares": "transformer",
     **dict.fromkeys(
+        (f"{name}_digits" for name in experiments.EXPERIMENTS if name != "compare"),
+        "experiments",
+    ),
+    **dict.fromkeys(
         (
             "products",
             "products_peers",

@@ -109,7 +109,7 @@ def test_the_search_is_the_recipe_in_numpy():
     model, (inputs, labels) = bare(FullyConnected([4, 3], rngs=nnx.Rngs(0)), biases=False), examples()
     settings = RareGems(epochs=7, batch_size=4, learning_rate=0.5, l2=0.01, drop_every=2)
     num_kept, key = 5, jax.random.key(3)
-    found = search(model, (inputs, labels), key, num_kept, settings)["layers"]["0"]["kernel"]
+    found = search(model, (inputs, labels), key, num_kept, settings)[1]["layers"]["0"]["kernel"]
 
     score_key, order_key = jax.random.split(key)
     weights = np.float64(kernels(model)["layers"]["0"]["kernel"])
@@ -138,7 +138,7 @@ def test_the_search_is_the_recipe_in_numpy():
 
 def test_everything_is_kept_at_sparsity_zero():
     model = bare(FullyConnected([4, 3], rngs=nnx.Rngs(0)), biases=False)
-    found = search(model, examples(), jax.random.key(0), 12, RareGems(epochs=3, drop_every=1))
+    found = search(model, examples(), jax.random.key(0), 12, RareGems(epochs=3, drop_every=1))[1]
     assert jax.tree.all(jax.tree.map(np.array_equal, found, keep_all(kernels(model))))
 
 

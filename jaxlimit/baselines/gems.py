@@ -148,8 +148,8 @@ def search(
     *,
     checkpoint: Folder = None,
     **options: Unpack[TrainingOptions],
-) -> PyTree:
-    """The flags at the end of the search: a mask that keeps exactly `num_kept` weights."""
+) -> tuple[PyTree, PyTree]:
+    """The scores and the flags at the end of the search; these keep exactly `num_kept` weights."""
     network = pure_classifier(model, options.get("augment"))
     weights, rest = partition(network.params)
     dim, per_epoch = size(weights), steps_per_epoch(len(arrays[1]), settings.batch_size)
@@ -181,7 +181,7 @@ def search(
         on_epoch=options.get("on_epoch"),
         checkpoint=checkpoint,
     )
-    return keep_largest(scores, num_kept, alive=flags)
+    return scores, keep_largest(scores, num_kept, alive=flags)
 
 
 def rare_gems(
@@ -231,7 +231,7 @@ def rare_gems(
     for num_kept in kept_counts(weights, sparsities):
         search_key, train_key = jax.random.split(key)
         folder = stage(checkpoint, f"kept-{num_kept}")
-        mask = search(
+        _, mask = search(
             model, arrays, search_key, num_kept, settings, checkpoint=stage(folder, "search"), **options
         )
         folder = stage(folder, "finetune")

@@ -6,10 +6,44 @@ help; it checks them, and returns an `Experiment`. To add one: a module here, an
 
 from collections.abc import Callable
 
+from jaxlimit.experiments.anatomy import crossing, distance, rows
 from jaxlimit.experiments.experiment import Experiment, execute
+from jaxlimit.experiments.growth import scaling
+from jaxlimit.experiments.iterations import gems, gradual
+from jaxlimit.experiments.l1_term import penalty
 from jaxlimit.experiments.methods import compare
+from jaxlimit.experiments.moments import during_training, order, tolerances
+from jaxlimit.experiments.study import Study
 
-EXPERIMENTS: dict[str, Callable[..., Experiment]] = {"compare": compare}
+EXPERIMENTS: dict[str, Callable[..., Experiment]] = {
+    "compare": compare,
+    "crossing": crossing,
+    "distance": distance,
+    "gems": gems,
+    "gradual": gradual,
+    "lambda": penalty,
+    "order": order,
+    "rows": rows,
+    "scaling": scaling,
+    "tolerances": tolerances,
+    "training": during_training,
+}
 """By their names on the command line."""
 
-__all__ = ["EXPERIMENTS", "Experiment", "compare", "execute"]
+__all__ = [
+    "EXPERIMENTS",
+    "Experiment",
+    "Study",
+    "compare",
+    "crossing",
+    "distance",
+    "during_training",
+    "execute",
+    "gems",
+    "gradual",
+    "order",
+    "penalty",
+    "rows",
+    "scaling",
+    "tolerances",
+]

@@ -1,0 +1,287 @@
+"""What the experiments on trained networks share: their options, the network, its limits and its accuracy.
+
+A study trains the network of a preset once a seed, as the preset says, and asks for its limits. The loss that
+is predicted and measured is the mean over the first training examples, in batches of the preset's size; the
+tolerance is the standard deviation of these batches' losses, as in the paper.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+from flax import nnx
+from tyro.conf import Positional, arg
+
+from jaxlimit.batches import Batches, LossStatistics, batched, loss_statistics
+from jaxlimit.curvature import Curvature
+from jaxlimit.experiments.experiment import Compute, Experiment
+from jaxlimit.limit import pruning_limit
+from jaxlimit.losses import Loss, classification_curvature, classification_loss, classification_metrics
+from jaxlimit.measure import Sweep, sparsity_sweep
+from jaxlimit.models import from_nnx
+from jaxlimit.presets import Arrays, Options, Preset, build_network, find_preset, load_arrays
+from jaxlimit.prunable import partition
+from jaxlimit.result import PruningLimit
+from jaxlimit.training import train_model
+
+PyTree = Any
+Results = Mapping[str, dict[str, Any]]
+OnEpoch = Callable[[int, float], None]
+# Sparsities of the measured thresholds: steps of .0025, as in `jaxlimit run`.
+SWEEP = np.arange(401) / 400
+# The accuracy threshold: the largest sparsity that costs at most one point of test accuracy.
+ACCURACY_LOSS = 0.01
+
+
+def _by(default: str, metavar: str) -> Any:
+    return arg(help_behavior_hint=f"(default: {default})", metavar=metavar)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Options of every experiment on trained networks.
+
+    Args:
+        preset: network, data and training: see `jaxlimit presets`.
+        seeds: how many independent trainings, from other weights in another order; 3 or more give a spread.
+        epochs: of the training; the schedule of the learning rate is stretched.
+        l1: lambda, the weight of the L1 term in training.
+        num_examples: how many of the training examples give the loss that is predicted and measured.
+        probes: random probes of every limit, the same for all variants of a seed; 0: as `pruning_limit`
+            chooses, which is exact up to 5,000 weights.
+        out: folder of the results.
+        data: folder that holds mnist/ or cifar10/; not needed for digits.
+
+    Raises:
+        ValueError: fewer than one seed, or a negative number of probes.
+    """
+
+    preset: Annotated[Positional[str], arg(metavar="PRESET")] = "digits"
+    seeds: int = 3
+    epochs: Annotated[int | None, _by("the preset's", "INT")] = None
+    l1: Annotated[float | None, _by("the preset's", "FLOAT")] = None
+    num_examples: Annotated[int | None, _by("all", "INT")] = None
+    # At digits' size the error of one probe, about .004, is below the spread over seeds.
+    probes: int = 1
+    out: Annotated[Path | None, _by("results/NAME-PRESET", "DIR")] = None
+    data: Annotated[str | None, _by("$JAXLIMIT_DATA", "DIR")] = None
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {self.seeds}.")
+        if self.probes < 0:
+            raise ValueError(f"probes must be at least 0, got {self.probes}.")
+
+    def task(self) -> "Task":
+        """The preset with these options, and its data.
+
+        Raises:
+            ValueError: as `find_preset` and `load_arrays`.
+            FileNotFoundError: as `load_arrays`.
+        """
+        preset = find_preset(self.preset, l1=self.l1, epochs=self.epochs)
+        options = Options(num_examples=self.num_examples)
+        return Task(preset, self.num_examples, self.probes or None, *load_arrays(preset, options, self.data))
+
+    def experiment(
+        self,
+        name: str,
+        task: "Task",
+        variants: Mapping[str, Any],
+        run: Callable[..., dict[str, Any]],
+        table: Callable[[Results], str],
+        figures: Mapping[str, Callable[[Results], Any]],
+    ) -> Experiment:
+        """An experiment with a piece for each variant and seed.
+
+        Args:
+            name: of the experiment.
+            task: from `task`.
+            variants: by name, what `run` is to vary, as JSON values.
+            run: `run(task, seed, value of the variant, checkpoint folder, on_epoch)`, what a piece found.
+            table: as for `Experiment`; every piece has its variant and its seed.
+            figures: as for `Experiment`.
+        """
+
+        def piece(variant: str, value: Any, seed: int, checkpoint: Path, on_epoch: OnEpoch) -> dict[str, Any]:
+            return {"variant": variant, "seed": seed, **run(task, seed, value, checkpoint, on_epoch)}
+
+        pieces: dict[str, Compute] = {
+            f"{variant}-seed{seed}": partial(piece, variant, value, seed)
+            for variant, value in variants.items()
+            for seed in range(self.seeds)
+        }
+        config = {
+            "preset": asdict(task.preset),
+            "num_examples": self.num_examples,
+            "seeds": self.seeds,
+            "probes": self.probes,
+            "variants": dict(variants),
+        }
+        out = self.out or Path("results") / f"{name}-{self.preset}"
+        return Experiment(name, out, config, pieces, table, figures)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A preset with its data.
+
+    Attributes:
+        preset: network and training.
+        num_examples: the first so many training examples are predicted and measured; None: all.
+        num_probes: of the limits; None: as `pruning_limit` chooses.
+        train: (inputs, labels), all of them, for training.
+        test: (inputs, labels).
+    """
+
+    preset: Preset
+    num_examples: int | None
+    num_probes: int | None
+    train: Arrays
+    test: Arrays
+
+    def trained(
+        self,
+        seed: int,
+        checkpoint: Path,
+        on_epoch: OnEpoch,
+        *,
+        l1: float | None = None,
+        until: int | None = None,
+    ) -> "Subject":
+        """The network after its training.
+
+        Args:
+            seed: of the initial weights, of the order of the examples, and of the probes of its limits.
+            checkpoint: folder of finished epochs.
+            on_epoch: as for `train_model`.
+            l1: in place of the preset's.
+            until: epochs after which the training is looked at, its schedule being that of all epochs; 0 is
+                the random start.
+        """
+        preset = self.preset if l1 is None else replace(self.preset, l1=l1)
+        model = build_network(preset, seed)
+        if until != 0:
+            model = train_model(
+                model,
+                self.train,
+                jax.random.fold_in(jax.random.key(seed), 0),
+                epochs=until or preset.epochs,
+                batch_size=preset.batch_size,
+                learning_rate=preset.rate(len(self.train[1])),
+                momentum=preset.momentum,
+                l1=preset.l1,
+                augment=preset.augmentation(),
+                on_epoch=on_epoch,
+                checkpoint=checkpoint,
+            )
+        return self.subject(model, seed)
+
+    def subject(self, model: nnx.Module, seed: int) -> "Subject":
+        """A network with what is asked about it."""
+        first = tuple(array[: self.num_examples] for array in self.train)
+        size = self.preset.batch_size
+        return Subject(
+            *from_nnx(model), batched(first, size), batched(self.test, size), seed, self.num_probes
+        )
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network whose limits are asked for.
+
+    Attributes:
+        predict: `predict(params, inputs) -> logits`.
+        params: its parameters.
+        batches: the examples whose loss is predicted and measured.
+        test: the test examples, in batches.
+        seed: of the probes.
+        num_probes: of the limits, as for `pruning_limit`.
+    """
+
+    predict: Callable[..., jax.Array]
+    params: PyTree
+    batches: Batches
+    test: Batches
+    seed: int
+    num_probes: int | None
+
+    @cached_property
+    def loss(self) -> Loss:
+        """Mean cross entropy of a batch."""
+        return classification_loss(self.predict)
+
+    @cached_property
+    def statistics(self) -> LossStatistics:
+        """Mean loss L, and the spread of its batches, which is the tolerance eps."""
+        return loss_statistics(self.loss, self.params, self.batches)
+
+    @property
+    def weights(self) -> PyTree:
+        """The prunable weights."""
+        return partition(self.params)[0]
+
+    def curvature(self, batches: Batches | None = None) -> Curvature:
+        """The Hessian of the loss over these batches; None: over its own."""
+        return classification_curvature("hessian", self.predict, self.params, batches or self.batches)
+
+    def limit(
+        self,
+        which: Sequence[str] = ("one_shot", "width", "cone"),
+        *,
+        batches: Batches | None = None,
+        loss_tolerance: float | None = None,
+        scores: PyTree | None = None,
+    ) -> PruningLimit:
+        """`pruning_limit` with the Hessian.
+
+        Args:
+            which: as for `pruning_limit`.
+            batches: in place of its own.
+            loss_tolerance: in place of the spread of its batches.
+            scores: as for `pruning_limit`.
+        """
+        return pruning_limit(
+            self.curvature(batches),
+            jax.random.fold_in(jax.random.key(self.seed), 1),
+            loss_tolerance=loss_tolerance or self.statistics.batch_std,
+            num_probes=self.num_probes,
+            which=which,
+            scores=scores,
+        )
+
+    def sweep(self, sparsities: Iterable[float], batches: Batches, **options: Any) -> Sweep:
+        """Loss and accuracy of the network as it is pruned, without fine-tuning."""
+        return sparsity_sweep(
+            classification_metrics(self.predict), self.params, batches, list(sparsities), **options
+        )
+
+    def test_accuracy(self, sparsities: Sequence[float]) -> list[float]:
+        """Test accuracies of the pruned network, in the order of the sparsities."""
+        found = self.sweep(sparsities, self.test)
+        return [float(x) for x in found.metrics["accuracy"][np.searchsorted(found.sparsities, sparsities)]]
+
+    def thresholds(self, **options: Any) -> dict[str, float]:
+        """How sparse it can really be pruned, without fine-tuning.
+
+        loss: the last sparsity before the training loss first exceeds L + eps; accuracy: the largest sparsity
+        that costs at most one point of test accuracy.
+        """
+        bound = self.statistics.mean + self.statistics.batch_std
+        test = self.sweep(SWEEP, self.test, **options)
+        lost = Sweep(SWEEP, {"lost": test.metrics["accuracy"][0] - test.metrics["accuracy"]})
+        return {
+            "loss": self.sweep(SWEEP, self.batches, **options).first_crossing("loss", bound),
+            # A hair more than the point, which may be met exactly, up to rounding.
+            "accuracy": lost.largest_sparsity("lost", ACCURACY_LOSS + 1e-6),
+        }
+
+
+def values(limit: PruningLimit) -> dict[str, Any]:
+    """What the pieces keep of a limit: JSON values."""
+    left_out = {"num_examples", "method", "tolerance", "positive_semidefinite"}
+    return {key: value for key, value in limit.to_json().items() if key not in left_out}

@@ -1,0 +1,103 @@
+"""From the pieces of an experiment to numbers over seeds, and to Markdown."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+Results = Mapping[str, dict[str, Any]]
+Piece = Mapping[str, Any]
+
+
+def by_variant(results: Results) -> dict[str, list[dict[str, Any]]]:
+    """The pieces of each variant, a piece for each seed.
+
+    Examples:
+        >>> by_variant({"a": {"variant": "x", "seed": 0}, "b": {"variant": "x", "seed": 1}}).keys()
+        dict_keys(['x'])
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for piece in results.values():
+        found.setdefault(piece["variant"], []).append(piece)
+    return found
+
+
+def mean_and_spread(values: Iterable[float]) -> tuple[float, float]:
+    """Mean, and standard deviation over the seeds (0 for one).
+
+    Examples:
+        >>> mean_and_spread([1.0, 3.0])
+        (2.0, 1.4142135623730951)
+    """
+    array = np.array(list(values), float)
+    return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else 0.0
+
+
+def cell(pieces: Sequence[Piece], of: Callable[[Piece], float | None], form: str = ".3f") -> str:
+    """Mean and spread as text; a dash where a piece has none.
+
+    Examples:
+        >>> cell([{"x": 0.5}, {"x": 0.7}], lambda piece: piece["x"], ".0%")
+        '60 ± 14'
+    """
+    found = [of(piece) for piece in pieces]
+    numbers = [value for value in found if value is not None]
+    if len(numbers) < len(found):
+        return "-"
+    return " ± ".join(format(x, form).removesuffix("%") for x in mean_and_spread(numbers))
+
+
+def limit(name: str, of: str = "limit") -> Callable[[Piece], float | None]:
+    """Picks the value of a limit out of a piece.
+
+    Examples:
+        >>> limit("cone")({"limit": {"cone": {"value": 0.9}}})
+        0.9
+    """
+
+    def pick(piece: Piece) -> float | None:
+        return piece[of][name]["value"] if name in piece[of] else None
+
+    return pick
+
+
+def over_seeds(x: ArrayLike, values: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(x, means, spreads) of curves, a row for each seed.
+
+    Examples:
+        >>> over_seeds([0.0], [[1.0], [3.0]])
+        (array([0.]), array([2.]), array([1.41421356]))
+    """
+    rows = np.asarray(values, float)
+    spreads = rows.std(0, ddof=1) if len(rows) > 1 else np.zeros(rows.shape[1])
+    return np.asarray(x, float), rows.mean(0), spreads
+
+
+def curve(
+    groups: Mapping[str, Sequence[Piece]], x: Sequence[float], of: Callable[[Piece], float | None]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(x, means, spreads), a point for each group; groups that lack the value are left out."""
+    points = []
+    for at, pieces in zip(x, groups.values(), strict=True):
+        found = [value for value in map(of, pieces) if value is not None]
+        if found:
+            points.append((at, *mean_and_spread(found)))
+    array = np.array(points).reshape(-1, 3)
+    return array[:, 0], array[:, 1], array[:, 2]
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def tally(holds: Sequence[bool]) -> str:
+    """How many of how many.
+
+    Examples:
+        >>> tally([True, True, False])
+        '2 of 3'
+    """
+    return f"{sum(map(bool, holds))} of {len(holds)}"

@@ -1,0 +1,209 @@
+"""The experiments on trained networks: each end to end in seconds, and what they compute against other ways.
+
+The numbers of a network this small mean nothing; that the machinery is right is what is tested.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scipy.stats import rv_discrete
+
+from jaxlimit import batched, hessian, presets, pruning_limit
+from jaxlimit.baselines.network import cut
+from jaxlimit.cli import main
+from jaxlimit.experiments import EXPERIMENTS
+from jaxlimit.experiments.anatomy import EDGES, row_norms, sampling_distance, shares, total_variation
+from jaxlimit.experiments.growth import scaled
+from jaxlimit.experiments.iterations import survivors
+from jaxlimit.losses import classification_loss
+from jaxlimit.magnitude import flatten, magnitude_mask, magnitude_order, unflatten
+from jaxlimit.measure import sparsity_sweep
+from jaxlimit.models import FullyConnected, from_nnx
+from jaxlimit.prunable import partition
+
+TINY = presets.Preset(
+    "tiny", "digits", "64-3-10", epochs=2, learning_rate=0.1, schedule="cosine", l1=5e-4, finetune_steps=2
+)
+SMALL = ["--seeds", "1", "--probes", "0", "--num-examples", "200"]
+OPTIONS = {
+    "crossing": [],
+    "distance": ["--seeds", "2", "--l1", "0"],
+    "gems": ["--epochs", "2", "--sparsities", "0.9"],
+    "gradual": ["--rounds", "1"],
+    "lambda": ["--lambdas", "5e-4"],
+    "order": [],
+    "rows": ["--num-rows", "20", "--l1", "0"],
+    "scaling": ["--factors", "2"],
+    "tolerances": [],
+    "training": ["--at", "0"],
+}
+
+
+def test_every_experiment_is_run_here():
+    assert {"compare", *OPTIONS} == EXPERIMENTS.keys()
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS.items())
+def test_an_experiment_writes_results_table_and_figures(name, options, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+    args = ["experiment", name, "tiny", *SMALL, *options, "--out", str(tmp_path / name)]
+    assert main(args) == 0
+    document = json.loads((tmp_path / name / "results.json").read_text())
+    assert document["command"] == " ".join(["jaxlimit", *args])
+    assert all({"variant", "seed"} <= piece.keys() for piece in document["pieces"].values())
+    table = (tmp_path / name / "table.md").read_text()
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert len({row.count("|") for row in rows}) == 1
+    assert len(rows) >= 3
+    assert "nan" not in table
+    figures = list((tmp_path / name / "figures").iterdir())
+    assert figures
+    assert all(figure.read_bytes().startswith(b"\x89PNG") for figure in figures)
+    capsys.readouterr()
+    assert main(args) == 0  # nothing is left to do
+    assert table in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["crossing", "--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["crossing", "--probes", "-1"], "probes must be at least 0, got -1"),
+        (["crossing", "--num-examples", "2000"], "num_examples must be at most 1438, got 2000"),
+        (["distance", "--seeds", "1"], "seeds must be at least 2, got 1"),
+        (["gems", "--sparsities", "1"], "sparsities must be one or more numbers from 0 to below 1"),
+        (["gradual", "--rounds", "0"], "rounds must be at least 1, got 0"),
+        (["lambda", "--lambdas", "-1"], "lambdas must be one or more finite numbers of at least 0"),
+        (["rows", "--num-rows", "3"], "num_rows must be at least 20, got 3"),
+        (["scaling", "--factors", "0"], "factors must be one or more positive numbers, got [0.0]"),
+        (["training", "--at", "401"], "at must hold epochs from 0 to 400, got [401]"),
+    ],
+)
+def test_bad_values_get_one_line_and_code_2_before_any_work(args, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["experiment", *args]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def network():
+    """A network of three layers at its random start, and examples for it."""
+    predict, params = from_nnx(FullyConnected([5, 6, 4, 3], rngs=nnx.Rngs(0)))
+    params = jax.tree.map(lambda x: x + 0.1, params)  # biases that are not 0
+    inputs = jax.random.normal(jax.random.key(0), (40, 5))
+    labels = jax.random.randint(jax.random.key(1), (40,), 0, 3)
+    return predict, params, batched((inputs, labels), 20)
+
+
+def curvature(predict, params, batches):
+    return hessian(classification_loss(predict), params, batches)
+
+
+def test_row_norms_are_those_of_the_dense_matrix(network):
+    H = curvature(*network)
+    wanted = np.abs(H.dense()).sum(1)
+    rows = [3, 0, H.dim - 1, *range(20)]  # not a whole number of blocks
+    assert row_norms(H, rows) == pytest.approx(wanted[rows], rel=1e-4, abs=1e-6)
+
+
+def test_the_hessian_of_the_survivors_is_a_block_of_the_whole(network):
+    """And the network is the same function; H of the whole is taken from pruned weights, too."""
+    _, params, batches = network
+    mask = magnitude_mask(partition(params)[0], 0.4)
+    pruned = cut(FullyConnected([5, 6, 4, 3], rngs=nnx.Rngs(0)), mask)
+    whole = curvature(pruned.predict, pruned.params, batches).dense()
+    of, kept = survivors(pruned.predict, pruned.params, mask)
+    alive = np.flatnonzero(flatten(mask))
+    assert np.allclose(curvature(of, kept, batches).dense(), whole[np.ix_(alive, alive)], atol=1e-6)
+    inputs = batches.arrays[0]
+    assert np.allclose(of(kept, inputs), pruned.predict(pruned.params, inputs), atol=1e-6)
+
+
+def limits(predict, params, batches, eps=0.01):
+    found = pruning_limit(curvature(predict, params, batches), jax.random.key(0), loss_tolerance=eps)
+    return {name: estimate.value for name, estimate in found.estimates().items()}
+
+
+def test_scaling_keeps_the_function_and_with_a_temperature_the_limits(network):
+    """c^T H c and lambda R^2 stay as they are when all weights grow alike and the function is kept."""
+    predict, params, batches = network
+    inputs = batches.arrays[0]
+    outputs = predict(params, inputs)
+    for way in ("temperature", "balance"):
+        grown, divisor = scaled(params, way, 3.0)
+        assert np.allclose(predict(grown, inputs) / divisor, outputs, atol=1e-4)
+        if way == "temperature":
+            found = limits(lambda p, x, d=divisor: predict(p, x) / d, grown, batches)
+            assert found == pytest.approx(limits(predict, params, batches), abs=0.02)
+    plain, divisor = scaled(params, "plain", 3.0)
+    assert divisor == 1
+    assert not np.allclose(predict(plain, inputs), outputs, atol=0.1)
+
+
+def test_weights_go_in_the_order_of_scores(network):
+    """Limits and sweep in an order of scores are those of the relabelled weights."""
+    predict, params, batches = network
+    weights = partition(params)[0]
+    ranks = np.random.default_rng(0).permutation(flatten(weights).size)
+    scores = unflatten(ranks, weights)
+    order = magnitude_order(weights, scores)
+    assert order.rank.tolist() == ranks.tolist()
+    assert order.squared_norm[7] == pytest.approx(np.sum(flatten(weights)[ranks < 7] ** 2))
+    loss = classification_loss(predict)
+    sweep = sparsity_sweep(lambda p, b: {"loss": loss(p, b)}, params, batches, [0.5], scores=scores)
+    gone = ranks < flatten(weights).size // 2
+    by_hand = jax.tree.map(
+        lambda p, m: p if m is None else jnp.where(m, 0, p),
+        params,
+        unflatten(gone, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, bool), weights)),
+        is_leaf=lambda x: x is None,
+    )
+    assert sweep.metrics["loss"][0] == pytest.approx(float(loss(by_hand, batches.arrays)), rel=1e-5)
+    # The one-shot limit from the dense matrix: first n at which the quadratic loss exceeds eps.
+    H = curvature(predict, params, batches)
+    matrix, gradient, flat = H.dense(), flatten(H.gradient), flatten(weights)
+    removed = [np.where(ranks < n, flat, 0) for n in range(flat.size + 1)]
+    losses = np.array([c @ matrix @ c / 2 - gradient @ c for c in removed])
+    found = pruning_limit(H, jax.random.key(0), loss_tolerance=0.01, which=["one_shot"], scores=scores)
+    assert found.one_shot is not None
+    assert found.one_shot.value == pytest.approx(np.argmax(losses > 0.01) / flat.size)
+    with pytest.raises(ValueError, match="scores must have the shapes of weights"):
+        magnitude_order(weights, {"other": np.ones(3)})
+
+
+def test_total_variation_is_the_largest_difference_of_probabilities():
+    """Sup over sets of bins of P(set) - Q(set), by trying every set."""
+    rng = np.random.default_rng(0)
+    p, q = rng.dirichlet(np.ones(8), 2)
+    sets = (np.arange(256)[:, None] >> np.arange(8)) & 1
+    assert total_variation(p, q) == pytest.approx(np.max(sets @ (p - q)))
+
+
+def test_shares_of_weights_by_hand():
+    found = shares(np.array([1.5, -1.5, 1.52, 1e-9, 0.0, 3e-3]))
+    assert found.sum() == pytest.approx(1)
+    counts = {
+        int(np.searchsorted(EDGES, x, side="right")) - 1: n for x, n in ((1.5, 2), (-1.5, 1), (3e-3, 1))
+    }
+    counts[int(np.searchsorted(EDGES, 0.0)) - 1] = 2
+    assert {int(i): round(6 * found[i]) for i in np.flatnonzero(found)} == counts
+
+
+def test_the_distance_of_two_samples_is_that_of_simulated_ones():
+    """Monte Carlo, within 3 standard errors and the 2 % of the normal approximation."""
+    p = np.array([0.5, 0.2, 0.2, 0.1])
+    draw = rv_discrete(values=(np.arange(4), p))
+    samples = draw.rvs(size=(400, 2, 500), random_state=0)
+    counted = np.array([[np.bincount(s, minlength=4) / 500 for s in pair] for pair in samples])
+    distances = np.abs(counted[:, 0] - counted[:, 1]).sum(1) / 2
+    error = distances.std() / np.sqrt(len(distances))
+    assert sampling_distance(p, 500) == pytest.approx(
+        distances.mean(), abs=3 * error + 0.02 * distances.mean()
+    )
