@@ -170,7 +170,7 @@ class Problem:
         products = Products(curvature, MAX_MATVECS)
         order = magnitude_order(curvature.weights)
         source = AdaptiveCurvature(
-            products, order, jax.random.key(0), TOLERANCES[cosine], ACCURACY, 1, Checkpoint(None, {})
+            products, order, jax.random.key(0), TOLERANCES[cosine], ACCURACY, 1, Checkpoint(None, {}), 0
         )
         return {**vars(source.one_shot()), "num_matvecs": products.count}
 

@@ -46,6 +46,8 @@ PyTree = Any
 # estimate knows of the eigenvalues around the ridge: on a network of 1.6 million weights they say .994 to
 # .996 after 8 to 16 steps, where the limit is .89.
 INDEFINITE_STEPS = 64
+# Steps that show the outliers, where no limit rests on the spectrum.
+GLANCE = 16
 
 
 class Progress(NamedTuple):
@@ -115,6 +117,7 @@ class AdaptiveCurvature:
         num_probes: random probes, or None to choose.
         store: where results are kept.
         basis_bytes: memory on each device for the vectors that Lanczos keeps.
+        resolve: whether a limit rests on the spectrum; else GLANCE steps of it are enough.
         runs: the Lanczos runs from random probes, once `spectrum` was called.
         reorthogonalized: whether all of them have fitted so far, in every run.
     """
@@ -127,6 +130,7 @@ class AdaptiveCurvature:
     num_probes: int | None
     store: Checkpoint
     basis_bytes: int
+    resolve: bool = True
     runs: list[Tridiagonal] = field(default_factory=list)
     reorthogonalized: bool = True
 
@@ -232,8 +236,9 @@ class AdaptiveCurvature:
             return width.spread <= self.tolerance / 2
 
         keys, like = jax.random.split(self.key, 2), self.order.like
-        runs = self._run_until(rademacher(keys[0], like, self.num_probes or 1), resolved, "probe")
-        if self.num_probes is not None:
+        max_steps = None if self.resolve else GLANCE
+        runs = self._run_until(rademacher(keys[0], like, self.num_probes or 1), resolved, "probe", max_steps)
+        if self.num_probes is not None or not self.resolve:
             return runs
         # The standard error falls as one over the square root of the number of probes.
         steps = runs[0].num_steps

@@ -89,7 +89,8 @@ def pruning_limit(
             half of it where other limits than `width` are asked for.
         num_probes: number of random probes. None chooses: the dense solution where it fits, else as many
             probes as the tolerance needs.
-        which: the limits wanted, of "one_shot", "width", "cone", "readjusted".
+        which: the limits wanted, of "one_shot", "width", "cone", "readjusted". The spectrum, and `measure`,
+            is resolved for width and cone alone; the other two take a few products.
         checkpoint: folder for intermediate results. A run that was interrupted goes on from there and
             gives the same bits; a folder of a different problem is refused.
         progress: called with a `Progress` after every block of products.
@@ -143,12 +144,13 @@ def pruning_limit(
             dense_matrix(products.matmat, curvature.weights), order, curvature.gradient, loss_tolerance
         )
 
+    resolve = not {"width", "cone"}.isdisjoint(which)
     exact = num_probes is None and curvature.dim <= min(DENSE_DIM, max_matvecs)
     if exact:
         source, accuracy = dense(), 0.0
     else:
         source = AdaptiveCurvature(
-            products, order, key, loss_tolerance, tolerance, num_probes, store, basis_bytes
+            products, order, key, loss_tolerance, tolerance, num_probes, store, basis_bytes, resolve
         )
         accuracy = tolerance
     # A spectrum that does not resolve must leave something for the other limits.
@@ -180,7 +182,8 @@ def pruning_limit(
     if exact:
         status = f"converged: exact, from all {order.dim:,} eigenvalues."
     else:
-        status = _status(curvature, tolerance, max_matvecs, width, limits, which)
+        spectral = [x for x in (width, limits["cone"]) if x is not None and resolve]
+        status = _status(curvature, tolerance, max_matvecs, spectral, limits, which)
         if not source.reorthogonalized:
             status += " Lanczos kept its first vectors only (basis_bytes), so it may take more products."
     reference = None
@@ -215,27 +218,28 @@ def _status(
     curvature: Curvature,
     tolerance: float,
     max_matvecs: int,
-    width: Estimate,
+    spectral: list[Estimate],
     limits: dict[str, Estimate | None],
     which: Sequence[str],
 ) -> str:
     """The verdict first, then one sentence on each thing the reader must know."""
     semidefinite = curvature.positive_semidefinite
-    error = max(limit.spread for limit in (width, limits["cone"]) if limit is not None)
+    spread = max((limit.spread for limit in spectral), default=0.0)
+    probe_error = spectral[0].probe_error if spectral else 0.0
     too_large = "readjusted" in which and not semidefinite and curvature.dim > DENSE_DIM
     missing = [n for n in which if limits[n] is None and not (n == "readjusted" and too_large)]
     kind = "bracket" if semidefinite else "spread over step counts"
-    sentences = [f"converged: {kind} {error:.4f}, within the tolerance of {tolerance:g}."]
-    if missing or error > tolerance:
+    sentences = [f"converged: {kind} {spread:.4f}, within the tolerance of {tolerance:g}."]
+    if missing or spread > tolerance:
         sentences = [
-            f"under-resolved: {kind} {error:.4f} at a tolerance of {tolerance:g}, limited by max_matvecs = "
+            f"under-resolved: {kind} {spread:.4f} at a tolerance of {tolerance:g}, limited by max_matvecs = "
             f"{max_matvecs:,}: raise it, or the tolerance."
         ]
     if missing:
         sentences.append(f"No product was left for {', '.join(missing)}.")
-    if width.probe_error > 1.5 * tolerance:
-        sentences.append(f"The probe error {width.probe_error:.4f} exceeds the tolerance: use more probes.")
-    if not semidefinite:
+    if probe_error > 1.5 * tolerance:
+        sentences.append(f"The probe error {probe_error:.4f} exceeds the tolerance: use more probes.")
+    if spectral and not semidefinite:
         sentences.append("The rigorous interval of an indefinite Hessian is much wider than its spread.")
     if too_large:
         sentences.append(

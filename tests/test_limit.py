@@ -44,7 +44,7 @@ def digits_network(
     steps = epochs * training.steps_per_epoch(len(digits.train_labels), 128)
     rate = optax.cosine_decay_schedule(0.05, steps)
     key = jax.random.key(seed)
-    params = training.train(loss, params, arrays, key, epochs=epochs, learning_rate=rate, l1=5e-4)
+    params = training.train(loss, params, arrays, key, epochs=epochs, learning_rate=rate, l1=l1)
     batches = jaxlimit.batched(arrays, 128)
     return Network(loss, predict, params, batches, jaxlimit.loss_statistics(loss, params, batches).batch_std)
 
@@ -290,6 +290,27 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, arguments):
     assert stages == {"one_shot"}  # the only products that are not kept
     with pytest.raises(ValueError, match="of another problem: loss_tolerance differ"):
         solve(checkpoint=tmp_path / "run", loss_tolerance=0.06)
+
+
+@pytest.mark.parametrize("num_probes", [None, 2])
+@pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
+def test_without_width_and_cone_the_spectrum_is_only_glanced_at(kind, num_probes, monkeypatch):
+    monkeypatch.setattr("jaxlimit.limit.DENSE_DIM", 0)
+    network = digits_network(0)
+    curvature = curvature_of(network, kind)
+    solve = functools.partial(
+        jaxlimit.pruning_limit,
+        curvature,
+        jax.random.key(0),
+        loss_tolerance=network.tolerance,
+        num_probes=num_probes,
+    )
+    everything, one_shot = solve(), solve(which=["one_shot"])
+    assert one_shot.one_shot == everything.one_shot
+    assert list(one_shot.estimates()) == ["one_shot"]
+    assert one_shot.num_matvecs <= 16 * (num_probes or 1) + 60 < everything.num_matvecs
+    assert one_shot.status.startswith("converged")
+    assert "rigorous" not in one_shot.status
 
 
 def test_status_says_what_is_missing_and_what_to_do():
