@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 PyTree = Any
 Prunable = PyTree | Callable[[tuple, Any], bool]
@@ -62,5 +63,8 @@ def _check_weights(weights: PyTree) -> None:
             raise ValueError(
                 f"prunable leaf {name} has dtype {jnp.result_type(leaf)}: floating-point needed."
             )
-        if not bool(jnp.all(jnp.isfinite(leaf))):
-            raise ValueError(f"prunable leaf {name} holds NaN or infinite weights.")
+        if isinstance(leaf, Tracer):  # under jit or grad nothing is known of its values
+            continue
+        with jax.ensure_compile_time_eval():
+            if not bool(jnp.all(jnp.isfinite(leaf))):
+                raise ValueError(f"prunable leaf {name} holds NaN or infinite weights.")

@@ -101,6 +101,7 @@ PAGES = {
     "real_runs": "runs",
     "methods_digits": "methods",
     "basis": "large",
+    "regularizer_digits": "experiments",
     "minilm": "transformer",
     "minilm_allocation": "transformer",
     "layer_shares": "transformer",

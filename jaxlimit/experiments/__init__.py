@@ -13,6 +13,7 @@ from jaxlimit.experiments.iterations import gems, gradual
 from jaxlimit.experiments.l1_term import penalty
 from jaxlimit.experiments.methods import compare
 from jaxlimit.experiments.moments import during_training, order, tolerances
+from jaxlimit.experiments.regularizer import regularizer
 from jaxlimit.experiments.study import Study
 
 EXPERIMENTS: dict[str, Callable[..., Experiment]] = {
@@ -23,6 +24,7 @@ EXPERIMENTS: dict[str, Callable[..., Experiment]] = {
     "gradual": gradual,
     "lambda": penalty,
     "order": order,
+    "regularizer": regularizer,
     "rows": rows,
     "scaling": scaling,
     "tolerances": tolerances,
@@ -43,6 +45,7 @@ __all__ = [
     "gradual",
     "order",
     "penalty",
+    "regularizer",
     "rows",
     "scaling",
     "tolerances",

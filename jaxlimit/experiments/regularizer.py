@@ -1,0 +1,156 @@
+"""The limit as a regulariser: training for flat directions, against training with an L1 term."""
+
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from tyro.conf import arg
+
+from jaxlimit import plots
+from jaxlimit.differentiable import width_dimension
+from jaxlimit.experiments.experiment import Experiment
+from jaxlimit.experiments.study import OnEpoch, Results, Study, Subject, Task, values
+from jaxlimit.experiments.tables import by_variant, cell, curve, limit, markdown
+from jaxlimit.losses import Loss, classification_loss, cross_entropy
+from jaxlimit.models import from_nnx
+from jaxlimit.presets import build_network
+from jaxlimit.prunable import partition
+from jaxlimit.quadrature import rademacher
+from jaxlimit.training import train
+
+PyTree = Any
+WHICH = ("one_shot", "width")
+# In units of the preset's lambda, and of the loss.
+MULTIPLES = (0.2, 1.0, 4.0)
+WEIGHTS = (0.3, 1.0, 3.0)
+# A solve in training need not be more exact than its one random probe.
+ACCURACY, MAX_MATVECS = 0.03, 30
+
+
+class Flatness(NamedTuple):
+    """The term weight * (1 - delta / D) with delta at R(sparsity) and this loss tolerance."""
+
+    weight: float
+    sparsity: float
+    loss_tolerance: float
+
+
+def regularizer(
+    study: Annotated[Study, arg(name="")] = Study(),
+    *,
+    sparsity: float = 0.8,
+    loss_tolerance: float = 0.01,
+    weights: tuple[float, ...] = WEIGHTS,
+) -> Experiment:
+    """Train for many flat directions instead of an L1 term: which sparsity does it buy, at which accuracy?
+
+    The term is w * (1 - delta / D), the share of directions that are not flat: of the Gauss-Newton matrix of
+    each batch, at the ridge of the width formula, by one random probe.
+
+    Args:
+        study: see `Study`.
+        sparsity: s at which the removed norm R(s) is taken.
+        loss_tolerance: eps of the ridge 2 eps / R(s)^2.
+        weights: of the term, in units of the loss.
+    """
+    task = study.task()
+    if not weights or not all(0 < value < float("inf") for value in weights):
+        raise ValueError(f"weights must be one or more positive finite numbers, got {list(weights)}.")
+    if task.preset.augment:
+        raise ValueError(f"{task.preset.name} augments its data, which this training does not: take another.")
+    variants: dict[str, Any] = {"neither": None}
+    variants |= {f"L1 {m * task.preset.l1:g}": m * task.preset.l1 for m in MULTIPLES}
+    variants |= {f"flat {value:g}": [value, sparsity, loss_tolerance] for value in sorted({*weights})}
+    figures = {"regularizer.png": figure}
+    return study.experiment("regularizer", task, variants, _run, table, figures)
+
+
+def flat_loss(predict: Any, flatness: Flatness, key: jax.Array) -> Loss:
+    """Cross entropy plus the term, as a loss for `train`; every batch has a probe of its own."""
+    loss = classification_loss(predict)
+
+    def regularized(params: PyTree, batch: PyTree) -> jax.Array:
+        images, labels = batch
+        # The examples of a batch change with the epoch, and so does a number made of them.
+        total = jnp.sum(images.reshape(len(labels), -1) * (1 + labels[:, None]), dtype=jnp.float32)
+        number = jax.lax.bitcast_convert_type(total, jnp.uint32)
+        probe = rademacher(jax.random.fold_in(key, number), partition(params)[0], 1)
+        delta = width_dimension(
+            lambda params, batch: predict(params, batch[0]),
+            lambda outputs, batch: cross_entropy(outputs, batch[1]),
+            params,
+            batch,
+            probe,
+            sparsity=flatness.sparsity,
+            loss_tolerance=flatness.loss_tolerance,
+            accuracy=ACCURACY,
+            max_matvecs=MAX_MATVECS,
+        )
+        return loss(params, batch) + flatness.weight * (1 - delta)
+
+    return regularized
+
+
+def _run(
+    task: Task, seed: int, variant: float | list[float] | None, checkpoint: Any, on_epoch: OnEpoch
+) -> dict[str, Any]:
+    preset = task.preset
+    predict, params = from_nnx(build_network(preset, seed))
+    key = jax.random.fold_in(jax.random.key(seed), 0)
+    loss = classification_loss(predict)
+    if isinstance(variant, (list, tuple)):
+        loss = flat_loss(predict, Flatness(*variant), jax.random.fold_in(jax.random.key(seed), 2))
+    params = train(
+        loss,
+        params,
+        task.train,
+        key,
+        epochs=preset.epochs,
+        batch_size=preset.batch_size,
+        learning_rate=preset.rate(len(task.train[1])),
+        momentum=preset.momentum,
+        l1=variant if isinstance(variant, float) else 0.0,
+        on_epoch=on_epoch,
+        checkpoint=checkpoint,
+    )
+    like = task.subject(build_network(preset, seed), seed)
+    subject = Subject(predict, params, like.batches, like.test, seed, like.num_probes)
+    magnitudes = jnp.concatenate([jnp.abs(jnp.ravel(x)) for x in jax.tree.leaves(subject.weights)])
+    return {
+        "limit": values(subject.limit(WHICH)),
+        "accuracy": subject.test_accuracy([0.0])[0],
+        "loss_tolerance": subject.statistics.batch_std,
+        "measured": subject.thresholds(),
+        "median": float(jnp.median(magnitudes)),
+        "norm": float(jnp.linalg.norm(magnitudes)),
+    }
+
+
+def table(results: Results) -> str:
+    """Markdown: a row for each term and weight."""
+    rows = [
+        [
+            name,
+            cell(pieces, lambda p: p["accuracy"], ".1%"),
+            *(cell(pieces, limit(which)) for which in WHICH),
+            *(cell(pieces, lambda p, w=w: p["measured"][w]) for w in ("loss", "accuracy")),
+            cell(pieces, lambda p: p["median"], ".4f"),
+            cell(pieces, lambda p: p["norm"], ".1f"),
+        ]
+        for name, pieces in by_variant(results).items()
+    ]
+    heads = ["term", "test accuracy", *WHICH, "measured loss", "1 point less", "median weight", "norm"]
+    return markdown(heads, rows)
+
+
+def figure(results: Results) -> Any:
+    """Limits and thresholds, and test accuracy, of each term."""
+    groups = by_variant(results)
+    x = range(len(groups))
+    sparsities = {name: curve(groups, x, limit(name)) for name in WHICH} | {
+        "measured loss": curve(groups, x, lambda p: p["measured"]["loss"]),
+        "1 point less": curve(groups, x, lambda p: p["measured"]["accuracy"]),
+    }
+    accuracy = {"unpruned": curve(groups, x, lambda p: 100 * p["accuracy"])}
+    panels = {"sparsity": sparsities, "test accuracy (%)": accuracy}
+    return plots.plot_series(panels, xlabel="term and its weight", ticks=list(groups))
