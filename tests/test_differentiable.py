@@ -10,7 +10,7 @@ import pytest
 
 import jaxlimit
 from jaxlimit import differentiable, geometry, quadrature
-from jaxlimit.experiments.regularizer import Flatness, flat_loss
+from jaxlimit.experiments.flatness import Flatness, flat_loss
 from jaxlimit.losses import classification_loss
 
 

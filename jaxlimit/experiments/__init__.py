@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 from jaxlimit.experiments.anatomy import crossing, distance, rows
 from jaxlimit.experiments.experiment import Experiment, execute
+from jaxlimit.experiments.flatness import regularizer
 from jaxlimit.experiments.growth import scaling
 from jaxlimit.experiments.iterations import gems, gradual
 from jaxlimit.experiments.l1_term import penalty
 from jaxlimit.experiments.methods import compare
 from jaxlimit.experiments.moments import during_training, order, tolerances
-from jaxlimit.experiments.regularizer import regularizer
 from jaxlimit.experiments.study import Study
 
 EXPERIMENTS: dict[str, Callable[..., Experiment]] = {
