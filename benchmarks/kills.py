@@ -48,16 +48,8 @@ def child(folder: Path, epochs: int, max_matvecs: int) -> dict[str, Any]:
     )
     found: dict[str, Any] = {"weights": _digest(*jax.tree.leaves(params))}
     batches = jaxlimit.batched(arrays, 128)
-    curvatures = {
-        "hessian": jaxlimit.hessian(loss, params, batches),
-        "gauss_newton": jaxlimit.gauss_newton(
-            lambda params, batch: predict(params, batch[0]),
-            lambda outputs, batch: training.cross_entropy(outputs, batch[1]),
-            params,
-            batches,
-        ),
-    }
-    for name, curvature in curvatures.items():
+    for name in ("hessian", "gauss_newton"):
+        curvature = training.classification_curvature(name, predict, params, batches)
         limit = jaxlimit.pruning_limit(
             curvature,
             jax.random.key(0),

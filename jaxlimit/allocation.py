@@ -31,7 +31,7 @@ import jax
 import numpy as np
 
 from jaxlimit.curvature import Curvature
-from jaxlimit.magnitude import magnitude_order, num_removed
+from jaxlimit.magnitude import magnitude_mask, magnitude_order
 from jaxlimit.quadrature import rademacher
 
 PyTree = Any
@@ -130,7 +130,7 @@ def allocated_mask(weights: PyTree, costs: LayerCosts, sparsity: float) -> PyTre
         >>> mask["a"].tolist(), mask["b"].tolist()
         ([False, False, True], [True, True])
     """
-    return _cut(costs.scores(weights), sparsity)
+    return magnitude_mask(costs.scores(weights), sparsity)
 
 
 def uniform_mask(weights: PyTree, sparsity: float) -> PyTree:
@@ -153,12 +153,7 @@ def uniform_mask(weights: PyTree, sparsity: float) -> PyTree:
     shares = jax.tree.map(
         lambda w: ((magnitude_order(w).rank + 0.5) / max(np.size(w), 1)).reshape(np.shape(w)), weights
     )
-    return _cut(shares, sparsity)
-
-
-def _cut(scores: PyTree, sparsity: float) -> PyTree:
-    order = magnitude_order(scores)
-    return order.mask(int(num_removed(order.dim, sparsity)))
+    return magnitude_mask(shares, sparsity)
 
 
 def _mean_product(sign: jax.Array, product: jax.Array) -> float:

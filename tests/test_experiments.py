@@ -123,6 +123,17 @@ def test_a_folder_with_other_options_or_other_files_is_refused(finished, tmp_pat
         (["compare", "--epochs", "0"], "epochs must be at least 1, got 0"),
         (["compare", "--l1", "-1"], "l1 must be finite and at least 0, got -1.0"),
         (["compare", "mnist-fc2", "--data", "nowhere"], "There is no folder nowhere/mnist."),
+        (["crossing", "--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["regularizer", "--weights", "0"], "weights must be one or more positive finite numbers"),
+        (["crossing", "--probes", "-1"], "probes must be at least 0, got -1"),
+        (["crossing", "--num-examples", "2000"], "num_examples must be at most 1438, got 2000"),
+        (["distance", "--seeds", "1"], "seeds must be at least 2, got 1"),
+        (["gems", "--sparsities", "1"], "sparsities must be one or more numbers from 0 to below 1"),
+        (["gradual", "--rounds", "0"], "rounds must be at least 1, got 0"),
+        (["lambda", "--lambdas", "-1"], "lambdas must be one or more finite numbers of at least 0"),
+        (["rows", "--num-rows", "3"], "num_rows must be at least 20, got 3"),
+        (["scaling", "--factors", "0"], "factors must be one or more positive numbers, got [0.0]"),
+        (["training", "--at", "401"], "at must hold epochs from 0 to 400, got [401]"),
     ],
 )
 def test_bad_values_get_one_line_and_code_2_before_any_work(args, message, tmp_path, monkeypatch, capsys):

@@ -69,31 +69,6 @@ def test_an_experiment_writes_results_table_and_figures(name, options, tmp_path,
     assert table in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["crossing", "--seeds", "0"], "seeds must be at least 1, got 0"),
-        (["regularizer", "--weights", "0"], "weights must be one or more positive finite numbers"),
-        (["crossing", "--probes", "-1"], "probes must be at least 0, got -1"),
-        (["crossing", "--num-examples", "2000"], "num_examples must be at most 1438, got 2000"),
-        (["distance", "--seeds", "1"], "seeds must be at least 2, got 1"),
-        (["gems", "--sparsities", "1"], "sparsities must be one or more numbers from 0 to below 1"),
-        (["gradual", "--rounds", "0"], "rounds must be at least 1, got 0"),
-        (["lambda", "--lambdas", "-1"], "lambdas must be one or more finite numbers of at least 0"),
-        (["rows", "--num-rows", "3"], "num_rows must be at least 20, got 3"),
-        (["scaling", "--factors", "0"], "factors must be one or more positive numbers, got [0.0]"),
-        (["training", "--at", "401"], "at must hold epochs from 0 to 400, got [401]"),
-    ],
-)
-def test_bad_values_get_one_line_and_code_2_before_any_work(args, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(["experiment", *args]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert message in error
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.fixture(scope="module")
 def network():
     """A network of three layers at its random start, and examples for it."""

@@ -1,5 +1,6 @@
 """The limit as a regulariser: training for flat directions, against training with an L1 term."""
 
+from dataclasses import replace
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -9,10 +10,9 @@ from tyro.conf import arg
 from jaxlimit import plots
 from jaxlimit.differentiable import width_dimension
 from jaxlimit.experiments.experiment import Experiment
-from jaxlimit.experiments.study import OnEpoch, Results, Study, Subject, Task, values
+from jaxlimit.experiments.study import OnEpoch, Results, Study, Task, values
 from jaxlimit.experiments.tables import by_variant, cell, curve, limit, markdown
 from jaxlimit.losses import Loss, classification_loss, cross_entropy
-from jaxlimit.models import from_nnx
 from jaxlimit.presets import build_network
 from jaxlimit.prunable import partition
 from jaxlimit.quadrature import rademacher
@@ -95,16 +95,15 @@ def _run(
     task: Task, seed: int, variant: float | list[float] | None, checkpoint: Any, on_epoch: OnEpoch
 ) -> dict[str, Any]:
     preset = task.preset
-    predict, params = from_nnx(build_network(preset, seed))
-    key = jax.random.fold_in(jax.random.key(seed), 0)
-    loss = classification_loss(predict)
+    start = task.subject(build_network(preset, seed), seed)
+    loss = start.loss
     if isinstance(variant, (list, tuple)):
-        loss = flat_loss(predict, Flatness(*variant), jax.random.fold_in(jax.random.key(seed), 2))
+        loss = flat_loss(start.predict, Flatness(*variant), jax.random.fold_in(jax.random.key(seed), 2))
     params = train(
         loss,
-        params,
+        start.params,
         task.train,
-        key,
+        jax.random.fold_in(jax.random.key(seed), 0),
         epochs=preset.epochs,
         batch_size=preset.batch_size,
         learning_rate=preset.rate(len(task.train[1])),
@@ -113,8 +112,7 @@ def _run(
         on_epoch=on_epoch,
         checkpoint=checkpoint,
     )
-    like = task.subject(build_network(preset, seed), seed)
-    subject = Subject(predict, params, like.batches, like.test, seed, like.num_probes)
+    subject = replace(start, params=params)
     magnitudes = jnp.concatenate([jnp.abs(jnp.ravel(x)) for x in jax.tree.leaves(subject.weights)])
     return {
         "limit": values(subject.limit(WHICH)),
