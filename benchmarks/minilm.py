@@ -165,7 +165,7 @@ class Problem:
         return {"num_weights": num_weights, "thresholds": thresholds, "drift": found}
 
     def one_shot(self, group: str, cosine: str) -> dict[str, Any]:
-        """The one_shot limit alone, without the spectrum that `pruning_limit` finds first."""
+        """The one_shot limit alone, without a glance at the spectrum."""
         curvature = self.curvature.of(GROUPS[group])
         products = Products(curvature, MAX_MATVECS)
         order = magnitude_order(curvature.weights)

@@ -100,12 +100,10 @@ def magnitude_order(weights: PyTree, scores: PyTree | None = None) -> MagnitudeO
         raise ValueError(f"{int(np.sum(~np.isfinite(magnitudes)))} weights are not finite (NaN or infinity).")
     ranking = magnitudes
     if scores is not None:
-        ranking, shapes = (
-            np.abs(flatten(scores)),
-            [jax.tree.map(np.shape, tree) for tree in (weights, scores)],
-        )
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"scores must have the shapes of weights, {shapes[0]}, got {shapes[1]}.")
+        ranking = np.abs(flatten(scores))
+        expected, got = (jax.tree.map(np.shape, tree) for tree in (weights, scores))
+        if expected != got:
+            raise ValueError(f"scores must have the shapes of weights, {expected}, got {got}.")
         if not np.all(np.isfinite(ranking)):
             raise ValueError(f"{int(np.sum(~np.isfinite(ranking)))} scores are not finite (NaN or infinity).")
     order = np.argsort(ranking, kind="stable")

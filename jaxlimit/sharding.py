@@ -142,11 +142,16 @@ def device_bytes(tree: PyTree) -> int:
 
 
 def device_memory() -> int:
-    """Bytes that JAX may use on a device; of the processor's memory each of its devices has a part."""
+    """Bytes that JAX may use on a device; of the processor's memory each of its devices has a part.
+
+    Where neither JAX nor the system tells: 8 GiB.
+    """
     device = jax.local_devices()[0]
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
+    if not hasattr(os, "sysconf"):  # as on Windows
+        return 2**33
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
 
 
