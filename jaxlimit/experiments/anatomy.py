@@ -16,6 +16,7 @@ from scipy.stats import spearmanr
 from tyro.conf import arg
 
 from jaxlimit import plots
+from jaxlimit.compat import ROW_NORM
 from jaxlimit.curvature import Curvature
 from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.study import OnEpoch, Results, Study, Task, values
@@ -25,8 +26,6 @@ from jaxlimit.magnitude import flatten, magnitude_order, unflatten
 # Bins of weights: |w| in tenths of a decade from 1e-7 to 10, for either sign; one for all that are smaller.
 _MAGNITUDES = np.geomspace(1e-7, 10, 81)
 EDGES = np.concatenate([[-np.inf], -_MAGNITUDES[::-1], _MAGNITUDES, [np.inf]])
-# A row of the Hessian below this L1 norm is one of zeros for the paper's code.
-ZERO_ROW = 1e-7
 GRID = np.arange(2001) / 2000
 
 
@@ -154,7 +153,7 @@ def _rows(task: Task, seed: int, variant: Any, checkpoint: Any, on_epoch: OnEpoc
     magnitudes = np.abs(flatten(subject.weights))[ordered.order[ranks]]
     return {
         "limit": values(found),
-        "zero_rows": float(np.mean(norms < ZERO_ROW)),
+        "zero_rows": float(np.mean(norms < ROW_NORM)),
         "largest_row": float(norms.max()),
         "correlation": float(spearmanr(magnitudes, norms)[0]),  # pyright: ignore[reportArgumentType]
         "quantiles": [
