@@ -9,19 +9,17 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Annotated, Any
 
-import jax
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from tyro.conf import arg
 
 from jaxlimit import plots
-from jaxlimit.compat import ROW_NORM
-from jaxlimit.curvature import Curvature
+from jaxlimit.compat import ROW_NORM, row_norms
 from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.study import OnEpoch, Results, Study, Task, values
 from jaxlimit.experiments.tables import by_variant, cell, limit, markdown, mean_and_spread, over_seeds
-from jaxlimit.magnitude import flatten, magnitude_order, unflatten
+from jaxlimit.magnitude import flatten, magnitude_order
 
 # Bins of weights: |w| in tenths of a decade from 1e-7 to 10, for either sign; one for all that are smaller.
 _MAGNITUDES = np.geomspace(1e-7, 10, 81)
@@ -112,35 +110,6 @@ def rows(study: Annotated[Study, arg(name="")] = Study(), *, num_rows: int = 500
         raise ValueError(f"num_rows must be at least 20, got {num_rows}.")
     variants = {f"{l1:g}": {"l1": l1, "num_rows": num_rows} for l1 in sorted({0.0, task.preset.l1})}
     return study.experiment("rows", task, variants, _rows, table_rows, {"rows.png": figure_rows})
-
-
-def row_norms(curvature: Curvature, indices: ArrayLike, block_size: int = 16) -> NDArray[np.float64]:
-    """sum_j |H_ij| for rows i of the curvature. Cost: a product each.
-
-    Args:
-        curvature: H.
-        indices: i, in the order of the flattened weights.
-        block_size: products side by side.
-
-    Examples:
-        >>> import jax.numpy as jnp
-        >>> from jaxlimit import batched, hessian
-        >>> loss = lambda w, x: jnp.mean((x @ w) ** 2) / 2
-        >>> H = hessian(loss, jnp.ones((2, 1)), batched(jnp.array([[1.0, 1.0], [0.0, 2.0]]), 2))
-        >>> row_norms(H, [0, 1]).tolist()  # [[.5, .5], [.5, 2.5]]
-        [1.0, 3.0]
-    """
-    wanted = np.asarray(indices, int)
-    padded = np.pad(wanted, (0, -len(wanted) % block_size), mode="edge")  # one shape, compiled once
-    found = []
-    for start in range(0, len(padded), block_size):
-        units = np.eye(curvature.dim)[padded[start : start + block_size]]
-        vectors = jax.tree.map(
-            lambda *leaves: np.stack(leaves), *(unflatten(u, curvature.weights) for u in units)
-        )
-        product = jax.tree.leaves(curvature.matmat(vectors))
-        found.append(sum(np.abs(np.asarray(x, float)).reshape(len(units), -1).sum(1) for x in product))
-    return np.concatenate(found)[: len(wanted)]
 
 
 def _rows(task: Task, seed: int, variant: Any, checkpoint: Any, on_epoch: OnEpoch) -> dict[str, Any]:
