@@ -25,9 +25,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jaxlimit import lanczos
-from jaxlimit.curvature import Curvature
+from jaxlimit.curvature import Curvature, unit_vectors
 from jaxlimit.geometry import width_dimension
-from jaxlimit.magnitude import MagnitudeOrder, flatten, magnitude_order, unflatten
+from jaxlimit.magnitude import MagnitudeOrder, flatten, magnitude_order
 from jaxlimit.prunable import combine
 from jaxlimit.quadrature import SpectralBracket, SpectralMeasure, gauss, rademacher
 from jaxlimit.roots import width_limit
@@ -161,10 +161,9 @@ def reference_radii(order: MagnitudeOrder) -> NDArray[np.float64]:
 def zero_row_share(everything: Curvature, kernels: MagnitudeOrder) -> float:
     """Share of 100 kernel weights, at the percentiles of |w|, whose row of the Hessian vanishes.
 
-    It depends on the examples: a weight counts when none of them reaches its unit. The same 100 weights of
-    a LeNet on CIFAR-10 have 8 such rows on the first 1,024 images, 16 on the next, and 17 in a run of its
-    code, which shuffles and augments. Its code adds up the norms of the batches' rows; here it is the norm
-    of their mean's row, which vanishes with them.
+    It depends on the examples: a weight counts when none of them reaches its unit (`tests/test_compat.py` has
+    a network with 8 such rows on some images, and 17 on those of a run of its code). Its code adds up the
+    norms of the batches' rows; here it is the norm of their mean's row, which vanishes with them.
 
     Args:
         everything: the Hessian of all parameters in the spectrum.
@@ -200,12 +199,9 @@ def row_norms(curvature: Curvature, indices: ArrayLike, block_size: int = 8) -> 
     padded = np.pad(wanted, (0, -len(wanted) % block_size), mode="edge")  # one shape, compiled once
     found = []
     for start in range(0, len(padded), block_size):
-        units = padded[start : start + block_size, None] == np.arange(curvature.dim)
-        vectors = jax.tree.map(
-            lambda *leaves: np.stack(leaves), *(unflatten(u, curvature.weights) for u in units)
-        )
-        product = jax.tree.leaves(curvature.matmat(vectors))
-        found.append(sum(np.abs(np.asarray(x, float)).reshape(len(units), -1).sum(1) for x in product))
+        units = unit_vectors(padded[start : start + block_size], curvature.weights)
+        product = jax.tree.leaves(curvature.matmat(units))
+        found.append(sum(np.abs(np.asarray(x, float)).reshape(block_size, -1).sum(1) for x in product))
     return np.concatenate(found)[: len(wanted)]
 
 

@@ -154,22 +154,30 @@ def dense_matrix(
         >>> dense_matrix(lambda v: 3 * v, jnp.ones(2)).tolist()
         [[3.0, 0.0], [0.0, 3.0]]
     """
-    leaves, structure = jax.tree.flatten(like)
-    dim, ends = sum(x.size for x in leaves), np.cumsum([x.size for x in leaves])[:-1]
+    dim = sum(x.size for x in jax.tree.leaves(like))
     matrix = np.empty((dim, dim))
     for start in range(0, dim, block_size):
         # The last block overlaps the one before, so that all have one shape and compile once.
         first = max(0, min(start, dim - block_size))
-        rows = np.eye(min(block_size, dim), dim, first)
-        parts = [
-            p.reshape(-1, *x.shape).astype(x.dtype)
-            for p, x in zip(np.split(rows, ends, 1), leaves, strict=True)
-        ]
-        product = jax.tree.leaves(matmat(structure.unflatten(parts)))
-        matrix[first : first + len(rows)] = np.concatenate(
-            [np.reshape(x, (len(rows), -1)) for x in product], 1
-        )
+        rows = np.arange(first, min(first + block_size, dim))
+        product = jax.tree.leaves(matmat(unit_vectors(rows, like)))
+        matrix[rows] = np.concatenate([np.reshape(x, (len(rows), -1)) for x in product], 1)
     return (matrix + matrix.T) / 2
+
+
+def unit_vectors(indices: NDArray[np.integer], like: PyTree) -> PyTree:
+    """e_i for each index i of the flattened weights, along a leading axis, on the host.
+
+    Examples:
+        >>> unit_vectors(np.array([2, 0]), {"a": jnp.zeros(2), "b": jnp.zeros((1, 1))})["a"].tolist()
+        [[0.0, 0.0], [1.0, 0.0]]
+    """
+    leaves, structure = jax.tree.flatten(like)
+    ends = np.cumsum([x.size for x in leaves])
+    parts = np.split(indices[:, None] == np.arange(ends[-1]), ends[:-1], 1)
+    return structure.unflatten(
+        [part.reshape(-1, *x.shape).astype(x.dtype) for part, x in zip(parts, leaves, strict=True)]
+    )
 
 
 def hessian(
