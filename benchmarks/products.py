@@ -184,7 +184,7 @@ def measure(name: str, operator: str, precision: str) -> dict[str, Any]:
     }
 
 
-def own_table(rows: Sequence[Mapping[str, Any]], rate: float) -> str:
+def own_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Times in gradients, blocks per vector, and the share of the rate of a large matrix product."""
     heads = ["network", "curvature", "gradient", "product", "in gradients", "anew", "operations"]
     heads += [f"block of {size}" for size in BLOCKS] + ["share of matrix-product rate", "kept", "first call"]
@@ -206,7 +206,7 @@ def own_table(rows: Sequence[Mapping[str, Any]], rate: float) -> str:
                     "" if x is None else f"{x / size / gradient:.2f}"
                     for x, size in zip(block, BLOCKS, strict=True)
                 ],
-                f"{counts['kept'] / product / rate:.0%}",
+                f"{counts['kept'] / product / row['matmul_rate']:.0%}",
                 f"{row['linear_bytes'] / 2**20:,.0f} MiB",
                 f"{row['first_call']:.1f} s",
             ]
@@ -245,16 +245,16 @@ def main() -> None:
     for precision in options.precisions:
         for name in options.networks:
             for operator in peers.OPERATORS:
-                rows.append(measure(name, operator, precision))
-                print(own_table(rows[-1:], rate) + peer_table(rows[-1:]), flush=True)
+                rows.append({**measure(name, operator, precision), "matmul_rate": rate})
+                print(own_table(rows[-1:]) + peer_table(rows[-1:]), flush=True)
     path = common.RESULTS / f"{NAME}.json"
     before = record.read_json(path)["rows"] if path.exists() else []
     measured = {(row["network"], row["operator"], row["precision"]): row for row in (*before, *rows)}
     order = list(networks.NETWORKS)
     rows = sorted(measured.values(), key=lambda row: order.index(row["network"]))
-    document = {"command": f"python benchmarks/{NAME}.py", "matmul_rate": rate, "rows": rows}
+    document = {"command": f"python benchmarks/{NAME}.py", "rows": rows}
     record.write_atomic(common.RESULTS / f"{NAME}_peers.md", peer_table(rows))
-    common.write(NAME, document, own_table(rows, rate))
+    common.write(NAME, document, own_table(rows))
 
 
 if __name__ == "__main__":
