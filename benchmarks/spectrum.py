@@ -89,7 +89,9 @@ def overhead(num_examples: int, num_steps: int = STEPS[-1]) -> dict[str, Any]:
     timed = {"products": num_steps * product, **common.once(functions)}
     linear = curvature._linear
     assert linear is not None
-    program = products.linear_mean.lower(curvature._product, linear, curvature.num_examples, start)
+    program = jax.jit(products.linear_mean, static_argnums=(0, 2)).lower(
+        curvature._product, linear, curvature.num_examples, start
+    )
     memory: Any = program.compile().memory_analysis()
     return {
         "network": "cifar10-fc5",

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from numpy.typing import NDArray
 
 from jaxlimit.batches import Batches, batch_length, example_sum, grouped
@@ -34,14 +35,15 @@ from jaxlimit.products import (
     Loss,
     Product,
     linear_mean,
-    linearize_group,
-    num_bytes,
+    linearize_groups,
     suitable_batch_size,
 )
 from jaxlimit.prunable import Prunable, combine, is_kernel, partition
-from jaxlimit.sharding import example_sharding, to_host
+from jaxlimit.sharding import to_host
 
 PyTree = Any
+# Within another compiled function every group of linearised batches is compiled by itself.
+MAX_TRACED_GROUPS = 4
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ class Curvature:
             if leaf.shape[1:] != weight.shape:
                 raise ValueError(f"a leaf of shape {leaf.shape[1:]} stands where weights has {weight.shape}.")
         vectors = jax.tree.map(lambda v, w: jnp.asarray(v, w.dtype), vectors, self.weights)
-        if self._linear is None:
+        traced = any(isinstance(leaf, Tracer) for leaf in leaves)
+        if self._linear is None or (traced and len(self._linear) > MAX_TRACED_GROUPS):
             return self._mean(self._product, vectors)
         return linear_mean(self._product, self._linear, self.num_examples, vectors)
 
@@ -123,14 +126,7 @@ class Curvature:
         if not isinstance(self._groups, list):
             return None
         with jax.ensure_compile_time_eval():
-            arguments = [
-                (self._product, example_sharding(group, axis=1), self.weights, self._rest, group)
-                for group in self._groups
-            ]
-            shapes = [linearize_group.eval_shape(*each) for each in arguments]
-            if sum(num_bytes(group) / group.num_shards for group in shapes) > self._linear_bytes:
-                return None
-            return [linearize_group(*each) for each in arguments]
+            return linearize_groups(self._product, self.weights, self._rest, self._groups, self._linear_bytes)
 
     def dense(self) -> NDArray[np.float64]:
         """The matrix itself: see `dense_matrix`."""

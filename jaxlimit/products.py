@@ -7,6 +7,7 @@ These functions are static arguments of compiled ones. As frozen dataclasses the
 are, so a second curvature of the same loss does not compile again.
 """
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,10 +23,12 @@ from jaxlimit.sharding import ExampleSharding, example_sharding, on_parts, sum_o
 PyTree = Any
 # Memory for linearised batches, on each device: less than the Lanczos basis of a network of some size takes.
 LINEAR_BYTES = 2**31
-# Examples at once in a product: as many as let the linearised batch take so much memory, or twice that of the
-# weights, which are read for every batch. On a CPU it should stay in the cache: measured by
-# benchmarks/products.py. Elsewhere it must be large enough to fill the device.
-BATCH_BYTES = {"cpu": 2**25}
+# Examples at once in a product, measured by benchmarks/products.py. On a CPU a linearised batch should stay
+# in the cache; but it may take five times the memory of the weights, which are read for every batch, and with
+# fewer than four examples the calls of a deep network cost more than its products. Elsewhere it must be large
+# enough to fill the device.
+BATCH_BYTES = {"cpu": 2**24}
+WEIGHT_COPIES, LEAST_EXAMPLES = 5, 4
 
 
 @dataclass(frozen=True)
@@ -132,11 +135,6 @@ class LinearGroup:
     batch_size: int
     sharding: ExampleSharding | None
 
-    @property
-    def num_shards(self) -> int:
-        """Number of parts."""
-        return 1 if self.sharding is None else self.sharding.num_shards
-
 
 @partial(jax.jit, static_argnums=(0, 1))
 def linearize_group(
@@ -148,25 +146,36 @@ def linearize_group(
         return jax.lax.map(lambda batch: product.linearize(weights, rest, batch), group)
 
     linear = on_parts(linearize, sharding, (None, None, 1))(weights, rest, group)
-    group_size = batch_length(jax.tree.map(lambda x: x[0], group))
-    return LinearGroup(linear, group_size // (1 if sharding is None else sharding.num_shards), sharding)
+    batch_size = batch_length(jax.tree.map(lambda x: x[0], group))
+    return LinearGroup(linear, batch_size // _num_shards(sharding), sharding)
 
 
-@partial(jax.jit, static_argnums=(0, 2))
 def linear_mean(product: Product, groups: list[LinearGroup], num_examples: int, vectors: PyTree) -> PyTree:
-    """sum_b n_b H_b V / N over linearised batches."""
+    """sum_b n_b H_b V / N over linearised batches: one compiled call for each group."""
+    total = _zeros_like(vectors)
+    for group in groups:
+        total = _add_group(product, num_examples, total, group, vectors)
+    return total
 
-    def group_sum(group: LinearGroup) -> PyTree:
-        def batch_sum(vectors: PyTree, linear: PyTree) -> PyTree:
-            def add(total: PyTree, linear: PyTree) -> tuple[PyTree, None]:
-                part = product.apply(linear, vectors)
-                return jax.tree.map(lambda t, x: t + group.batch_size * x, total, part), None
 
-            return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, vectors), linear)[0]
+@jax.jit
+def _zeros_like(tree: PyTree) -> PyTree:
+    return jax.tree.map(jnp.zeros_like, tree)
 
-        return sum_of_parts(batch_sum, group.sharding, (None, 0))(vectors, group.linear)
 
-    return jax.tree.map(lambda *sums: sum(sums) / num_examples, *[group_sum(group) for group in groups])
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _add_group(
+    product: Product, num_examples: int, total: PyTree, group: LinearGroup, vectors: PyTree
+) -> PyTree:
+    def batch_sum(vectors: PyTree, linear: PyTree) -> PyTree:
+        def add(total: PyTree, linear: PyTree) -> tuple[PyTree, None]:
+            part = product.apply(linear, vectors)
+            return jax.tree.map(lambda t, x: t + group.batch_size * x, total, part), None
+
+        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, vectors), linear)[0]
+
+    parts = sum_of_parts(batch_sum, group.sharding, (None, 0))(vectors, group.linear)
+    return jax.tree.map(lambda t, x: t + x / num_examples, total, parts)
 
 
 def num_bytes(tree: PyTree) -> int:
@@ -174,25 +183,63 @@ def num_bytes(tree: PyTree) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+def linearize_groups(
+    product: Product, weights: PyTree, rest: PyTree, groups: list[PyTree], linear_bytes: int
+) -> list[LinearGroup] | None:
+    """Grouped batches, linearised; None where they take more than `linear_bytes` on each device.
+
+    A compiled scan over stacked batches copies each before its use; one that does not stay in the cache is
+    not worth that, and becomes a group of its own.
+    """
+    measured = []
+    for group in groups:
+        sharding = example_sharding(group, axis=1)
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), group)
+        size = batch_length(batch) // _num_shards(sharding)
+        measured.append((group, sharding, _linear_bytes(product, weights, rest, batch, size)))
+    if sum(batch_length(group) * batch_bytes for group, _, batch_bytes in measured) > linear_bytes:
+        return None
+    return [
+        linearize_group(product, sharding, weights, rest, part)
+        for group, sharding, batch_bytes in measured
+        for part in (_apart(group) if batch_bytes > _batch_bytes() else [group])
+    ]
+
+
+def _apart(group: PyTree) -> list[PyTree]:
+    """Every batch of a group as a group of its own."""
+    slices = (slice(i, i + 1) for i in range(batch_length(group)))
+    return [jax.tree.map(operator.itemgetter(part), group) for part in slices]
+
+
 def suitable_batch_size(product: Product, weights: PyTree, rest: PyTree, arrays: PyTree) -> int:
-    """Examples at once in a product: `BATCH_BYTES`, and a divisor of all if there is one near it.
+    """Examples at once in a product: see `BATCH_BYTES`; a divisor of all if there is one near it.
 
     With a divisor all batches have one shape, and a product compiles once. Of examples that are divided over
     devices so many on each.
     """
-    sharding = example_sharding(arrays)
-    num_shards = 1 if sharding is None else sharding.num_shards
+    num_shards = _num_shards(example_sharding(arrays))
     num_examples = batch_length(arrays) // num_shards
-
-    def linear_bytes(size: int) -> int:
-        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), arrays)
-        return num_bytes(_linearize.eval_shape(product, weights, rest, batch))
-
-    per_example = max((linear_bytes(4) - linear_bytes(2)) // 2, 1)
-    batch_bytes = max(BATCH_BYTES.get(jax.default_backend(), LINEAR_BYTES), 2 * num_bytes(weights))
-    wanted = max(min(batch_bytes // per_example, num_examples), 1)
+    two, four = (_linear_bytes(product, weights, rest, arrays, size) for size in (2, 4))
+    per_example = max((four - two) // 2, 1)
+    batch_bytes = max(_batch_bytes(), WEIGHT_COPIES * num_bytes(weights))
+    wanted = min(max(batch_bytes // per_example, LEAST_EXAMPLES), num_examples)
     divisors = (size for size in range(wanted, wanted // 2, -1) if num_examples % size == 0)
     return num_shards * next(divisors, wanted)
+
+
+def _batch_bytes() -> int:
+    return BATCH_BYTES.get(jax.default_backend(), LINEAR_BYTES)
+
+
+def _num_shards(sharding: ExampleSharding | None) -> int:
+    return 1 if sharding is None else sharding.num_shards
+
+
+def _linear_bytes(product: Product, weights: PyTree, rest: PyTree, like: PyTree, size: int) -> int:
+    """Memory of `size` linearised examples like these."""
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), like)
+    return num_bytes(_linearize.eval_shape(product, weights, rest, batch))
 
 
 @partial(jax.jit, static_argnums=0)

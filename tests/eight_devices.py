@@ -66,9 +66,11 @@ def report_on(kind, params, arrays, checkpoint):
         checkpoint=checkpoint,
     )
     weights = jax.tree.map(lambda x: x[None], curvature.weights)
-    compiled = products.linear_mean.lower(
-        curvature._product, curvature._linear, curvature.num_examples, weights
-    ).compile()
+    compiled = (
+        jax.jit(products.linear_mean, static_argnums=(0, 2))
+        .lower(curvature._product, curvature._linear, curvature.num_examples, weights)
+        .compile()
+    )
     product = curvature.matmat(weights)
     return {
         "limits": {name: getattr(limit, name).value for name in LIMITS[kind]},

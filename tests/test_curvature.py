@@ -220,10 +220,11 @@ def test_arrays_in_memory_are_cut_to_suit_the_products(kind, mlp, dtype, oracle,
     assert_close(curvature.dense(), getattr(oracle, kind), dtype)
     one_more = jax.tree.map(lambda x: jnp.concatenate([x, x[:1]]), many)
     assert batch_sizes(curvature_of(kind, mlp, batched(one_more, 5))) == [20, 3]
-    # However little fits, a batch may take twice the memory of the weights, which are read for it.
+    # However little fits, a batch may take five times the memory of the weights, which are read for it.
     monkeypatch.setitem(products.BATCH_BYTES, "cpu", 1)
     curvature = curvature_of(kind, mlp, batched(many, 102))
-    assert batch_sizes(curvature)[0] == max(2 * products.num_bytes(curvature.weights) // per_example, 1)
+    fits = max(5 * products.num_bytes(curvature.weights) // per_example, 4)
+    assert batch_sizes(curvature)[0] == max(size for size in (1, 2, 3, 6, 17, 34) if size <= fits)
 
 
 def batch_sizes(curvature):
@@ -492,11 +493,12 @@ def test_data_and_parameters_are_arguments_of_the_compiled_function(kind, mlp):
 def test_linearised_batches_are_arguments_of_the_compiled_function(kind, mlp):
     curvature = curvature_of(kind, mlp)
     jaxpr = jax.make_jaxpr(curvature.matvec)(curvature.weights)
-    (part,) = compiled_parts(jaxpr.jaxpr, "linear_mean")
-    shapes = {x.aval.shape for x in part.invars}
-    assert {(3, 5, 4), (1, 2, 4)} <= shapes  # the inputs, of which the first layer's products are made
-    assert {(1, 4, 5), (1, 5, 3)} <= shapes  # the vectors
-    assert_no_constants(part)
+    parts = compiled_parts(jaxpr.jaxpr, "_add_group")
+    for part, inputs in zip(parts, [(3, 5, 4), (1, 2, 4)], strict=True):
+        shapes = {x.aval.shape for x in part.invars}
+        assert inputs in shapes  # of which the first layer's products are made
+        assert {(1, 4, 5), (1, 5, 3)} <= shapes  # the vectors
+        assert_no_constants(part)
     # The forward pass is not in it: neither the activation function nor the logarithm of the softmax.
     names = {equation.primitive.name for equation in subjaxprs(jaxpr.jaxpr)}
     assert not names & {"tanh", "log", "exp", "logistic"}
@@ -509,6 +511,18 @@ def test_products_are_the_same_with_and_without_linearised_batches(kind, count, 
     vectors = random_vectors(curvatures[0].weights, count)
     anew, kept = (flat(curvature.matmat(vectors)) for curvature in curvatures)
     assert_close(kept, anew, dtype)
+
+
+@kinds
+def test_batches_that_take_much_memory_are_kept_apart(kind, mlp, dtype, oracle, monkeypatch):
+    monkeypatch.setitem(products.BATCH_BYTES, "cpu", 1)
+    curvature = curvature_of(kind, mlp, list(batched(mlp.arrays, 3)))
+    assert len(curvature._linear) == 6  # five batches of 3, and one of 2
+    assert_close(curvature.dense(), getattr(oracle, kind), dtype)
+    # Inside another compiled function they would be compiled one by one: there it is linearised anew.
+    jaxpr = jax.make_jaxpr(curvature.matvec)(curvature.weights).jaxpr
+    assert not compiled_parts(jaxpr, "_add_group")
+    assert len(compiled_parts(jaxpr, "_group_sum")) == 2
 
 
 def kept_bytes(curvature):

@@ -19,7 +19,8 @@ from tyro.conf import Positional, arg
 from jaxlimit.batches import Batches, LossStatistics, batched, loss_statistics
 from jaxlimit.curvature import Curvature
 from jaxlimit.experiments.experiment import Compute, Experiment
-from jaxlimit.limit import pruning_limit
+from jaxlimit.experiments.tables import unresolved
+from jaxlimit.limit import MAX_MATVECS, pruning_limit
 from jaxlimit.losses import Loss, classification_curvature, classification_loss, classification_metrics
 from jaxlimit.measure import Sweep, sparsity_sweep
 from jaxlimit.models import from_nnx
@@ -53,11 +54,12 @@ class Study:
         num_examples: how many of the training examples give the loss that is predicted and measured.
         probes: random probes of every limit, the same for all variants of a seed; 0: as `pruning_limit`
             chooses, which is exact up to 5,000 weights.
+        max_matvecs: budget of every limit, in products; a table says when that did not resolve them.
         out: folder of the results.
         data: folder that holds mnist/ or cifar10/; not needed for digits.
 
     Raises:
-        ValueError: fewer than one seed, or a negative number of probes.
+        ValueError: fewer than one seed or 16 products, or a negative number of probes.
     """
 
     preset: Annotated[Positional[str], arg(metavar="PRESET")] = "digits"
@@ -67,12 +69,15 @@ class Study:
     num_examples: Annotated[int | None, _by("all", "INT")] = None
     # At digits' size the error of one probe, about .004, is below the spread over seeds.
     probes: int = 1
+    max_matvecs: int = MAX_MATVECS
     out: Annotated[Path | None, _by("results/NAME-PRESET", "DIR")] = None
     data: Annotated[str | None, _by("$JAXLIMIT_DATA", "DIR")] = None
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}.")
+        if self.max_matvecs < 16:
+            raise ValueError(f"max_matvecs must be at least 16, got {self.max_matvecs}.")
         if self.probes < 0:
             raise ValueError(f"probes must be at least 0, got {self.probes}.")
 
@@ -85,7 +90,8 @@ class Study:
         """
         preset = find_preset(self.preset, l1=self.l1, epochs=self.epochs)
         options = Options(num_examples=self.num_examples)
-        return Task(preset, self.num_examples, self.probes or None, *load_arrays(preset, options, self.data))
+        arrays = load_arrays(preset, options, self.data)
+        return Task(preset, self.num_examples, self.probes or None, self.max_matvecs, *arrays)
 
     def experiment(
         self,
@@ -120,10 +126,11 @@ class Study:
             "num_examples": self.num_examples,
             "seeds": self.seeds,
             "probes": self.probes,
+            "max_matvecs": self.max_matvecs,
             "variants": dict(variants),
         }
         out = self.out or Path("results") / f"{name}-{self.preset}"
-        return Experiment(name, out, config, pieces, table, figures)
+        return Experiment(name, out, config, pieces, lambda found: table(found) + unresolved(found), figures)
 
 
 @dataclass(frozen=True)
@@ -134,6 +141,7 @@ class Task:
         preset: network and training.
         num_examples: the first so many training examples are predicted and measured; None: all.
         num_probes: of the limits; None: as `pruning_limit` chooses.
+        max_matvecs: of every limit.
         train: (inputs, labels), all of them, for training.
         test: (inputs, labels).
     """
@@ -141,6 +149,7 @@ class Task:
     preset: Preset
     num_examples: int | None
     num_probes: int | None
+    max_matvecs: int
     train: Arrays
     test: Arrays
 
@@ -185,9 +194,8 @@ class Task:
         """A network with what is asked about it."""
         first = tuple(array[: self.num_examples] for array in self.train)
         size = self.preset.batch_size
-        return Subject(
-            *from_nnx(model), batched(first, size), batched(self.test, size), seed, self.num_probes
-        )
+        batches, test = batched(first, size), batched(self.test, size)
+        return Subject(*from_nnx(model), batches, test, seed, self.num_probes, self.max_matvecs)
 
 
 @dataclass(frozen=True)
@@ -200,7 +208,7 @@ class Subject:
         batches: the examples whose loss is predicted and measured.
         test: the test examples, in batches.
         seed: of the probes.
-        num_probes: of the limits, as for `pruning_limit`.
+        num_probes, max_matvecs: of the limits, as for `pruning_limit`.
     """
 
     predict: Callable[..., jax.Array]
@@ -209,6 +217,7 @@ class Subject:
     test: Batches
     seed: int
     num_probes: int | None
+    max_matvecs: int
 
     @cached_property
     def loss(self) -> Loss:
@@ -250,6 +259,7 @@ class Subject:
             jax.random.fold_in(jax.random.key(self.seed), 1),
             loss_tolerance=loss_tolerance or self.statistics.batch_std,
             num_probes=self.num_probes,
+            max_matvecs=self.max_matvecs,
             which=which,
             scores=scores,
         )

@@ -1,6 +1,6 @@
 """From the pieces of an experiment to numbers over seeds, and to Markdown."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,6 +91,37 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; the first column is text, the others are numbers."""
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def unresolved(results: Any) -> str:
+    """How many of the limits in the pieces their products did not resolve, and by how much; empty if none.
+
+    Examples:
+        >>> print(unresolved({"a": {"limit": {"cone": {"spread": 0.02}, "status": "under-resolved: ..."}}}))
+        <BLANKLINE>
+        1 of 1 limits under-resolved: further products may change them by up to 0.020.
+        <BLANKLINE>
+    """
+
+    def limits(value: Any) -> Iterator[Mapping[str, Any]]:
+        if isinstance(value, Mapping):
+            if "status" in value:
+                yield value
+            for inner in value.values():
+                yield from limits(inner)
+        elif isinstance(value, list):
+            for inner in value:
+                yield from limits(inner)
+
+    found = list(limits(results))
+    left = [limit for limit in found if limit["status"].startswith("under-resolved")]
+    if not left:
+        return ""
+    spreads = [part["spread"] for limit in left for part in limit.values() if isinstance(part, Mapping)]
+    return (
+        f"\n{len(left)} of {len(found)} limits under-resolved: further products may change them by up to "
+        f"{max(spreads):.3f}.\n"
+    )
 
 
 def tally(holds: Sequence[bool]) -> str:
