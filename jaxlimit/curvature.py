@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 
 from jaxlimit.batches import Batches, batch_length, example_sum, grouped
 from jaxlimit.products import (
-    LINEAR_BYTES,
     GaussNewtonProduct,
     Gradient,
     HessianProduct,
@@ -39,7 +38,7 @@ from jaxlimit.products import (
     suitable_batch_size,
 )
 from jaxlimit.prunable import Prunable, combine, is_kernel, partition
-from jaxlimit.sharding import to_host
+from jaxlimit.sharding import device_memory, to_host
 
 PyTree = Any
 # Within another compiled function every group of linearised batches is compiled by itself.
@@ -183,7 +182,7 @@ def hessian(
     *,
     prunable: Prunable = is_kernel,
     precision: str = "highest",
-    linear_bytes: int = LINEAR_BYTES,
+    linear_bytes: int | None = None,
 ) -> Curvature:
     r"""The Hessian of the mean loss on the prunable weights.
 
@@ -199,7 +198,7 @@ def hessian(
         precision: of matrix products, as in `jax.default_matmul_precision`. The default "highest" is
             float32: the devices' faster formats (TF32, bfloat16) disturb the smallest eigenvalues.
         linear_bytes: memory in which the linearised batches are kept from the first product on, if they fit
-            and are not a stream; 0 linearises in every product.
+            and are not a stream; 0 linearises in every product. None: a quarter of the device's memory.
 
     Raises:
         ValueError: no batches; nothing prunable; non-finite weights or loss; data that changes from one
@@ -226,7 +225,7 @@ def gauss_newton(
     *,
     prunable: Prunable = is_kernel,
     precision: str = "highest",
-    linear_bytes: int = LINEAR_BYTES,
+    linear_bytes: int | None = None,
 ) -> Curvature:
     r"""The generalised Gauss-Newton matrix J^T (d^2 loss / d outputs^2) J on the prunable weights.
 
@@ -262,9 +261,11 @@ def _curvature(
     params: PyTree,
     batches: Iterable[PyTree],
     prunable: Prunable,
-    linear_bytes: int,
+    linear_bytes: int | None,
     positive_semidefinite: bool,
 ) -> Curvature:
+    if linear_bytes is None:
+        linear_bytes = device_memory() // 4
     if linear_bytes < 0:
         raise ValueError(f"linear_bytes must be at least 0, got {linear_bytes}.")
     weights, rest = partition(params, prunable)

@@ -21,8 +21,6 @@ from jaxlimit.prunable import combine
 from jaxlimit.sharding import ExampleSharding, example_sharding, on_parts, sum_of_parts
 
 PyTree = Any
-# Memory for linearised batches, on each device: less than the Lanczos basis of a network of some size takes.
-LINEAR_BYTES = 2**31
 # Examples at once in a product, measured by benchmarks/products.py. On a CPU a linearised batch should stay
 # in the cache; but it may take five times the memory of the weights, which are read for every batch, and with
 # fewer than four examples the calls of a deep network cost more than its products. Elsewhere it must be large
@@ -229,7 +227,7 @@ def suitable_batch_size(product: Product, weights: PyTree, rest: PyTree, arrays:
 
 
 def _batch_bytes() -> int:
-    return BATCH_BYTES.get(jax.default_backend(), LINEAR_BYTES)
+    return BATCH_BYTES.get(jax.default_backend(), 2**31)
 
 
 def _num_shards(sharding: ExampleSharding | None) -> int:
