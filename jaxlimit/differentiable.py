@@ -97,7 +97,10 @@ def width_dimension(
 
     def quadratic_form(probe: PyTree) -> jax.Array:
         # In the dtype of the weights: a Python number would be a float64 constant under x64.
-        tolerances = {"tol": jnp.asarray(accuracy, ridge.dtype), "atol": jnp.zeros((), ridge.dtype)}
+        tolerances: dict[str, Any] = {
+            "tol": jnp.asarray(accuracy, ridge.dtype),
+            "atol": jnp.zeros((), ridge.dtype),
+        }
         solution, _ = cg(shifted, probe, **tolerances, maxiter=max_matvecs)
         return ridge * sum(jax.tree.leaves(jax.tree.map(jnp.vdot, probe, solution)))
 
