@@ -96,7 +96,12 @@ def width_dimension(
         return jax.tree.map(lambda gv, v: gv[0] + ridge * v, image, vector)
 
     def quadratic_form(probe: PyTree) -> jax.Array:
-        solution, _ = cg(shifted, probe, tol=accuracy, maxiter=max_matvecs)
+        # In the dtype of the weights: a Python number would be a float64 constant under x64.
+        tolerances: dict[str, Any] = {
+            "tol": jnp.asarray(accuracy, ridge.dtype),
+            "atol": jnp.zeros((), ridge.dtype),
+        }
+        solution, _ = cg(shifted, probe, **tolerances, maxiter=max_matvecs)
         return ridge * sum(jax.tree.leaves(jax.tree.map(jnp.vdot, probe, solution)))
 
     return jnp.mean(jax.lax.map(quadratic_form, probes)) / magnitudes.size

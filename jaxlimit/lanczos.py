@@ -289,8 +289,9 @@ def _normalize(residual, alpha, beta, norm):
     new_beta = _norm(residual)
     norm = jnp.maximum(norm, jnp.abs(alpha) + beta + new_beta)
     exhausted = new_beta <= BREAKDOWN * jnp.finfo(new_beta.dtype).eps * norm
-    new_beta = jnp.where(exhausted, 0.0, new_beta)
-    scale = jnp.where(exhausted, 0.0, 1.0 / jnp.where(exhausted, 1.0, new_beta))
+    # Whole numbers: 0.0 would be a float64 constant under x64.
+    new_beta = jnp.where(exhausted, 0, new_beta)
+    scale = jnp.where(exhausted, 0, 1 / jnp.where(exhausted, 1, new_beta))
     return jax.tree.map(lambda r: r * _columns(scale, r), residual), new_beta, norm
 
 

@@ -86,7 +86,8 @@ def pruning_limit(
             takes `loss_statistics(...).batch_std`.
         tolerance: wanted accuracy of each limit, in units of sparsity; .001 is the grid of the paper's code.
         max_matvecs: budget of products with the curvature, all limits together; the spectrum takes at most
-            half of it where other limits than `width` are asked for.
+            half of it where other limits than `width` are asked for. A limit that runs out of products is the
+            interval found so far, or None.
         num_probes: number of random probes. None chooses: the dense solution where it fits, else as many
             probes as the tolerance needs.
         which: the limits wanted, of "one_shot", "width", "cone", "readjusted". The spectrum, and `measure`,
@@ -224,7 +225,8 @@ def _status(
 ) -> str:
     """The verdict first, then one sentence on each thing the reader must know."""
     semidefinite = curvature.positive_semidefinite
-    spread = max((limit.spread for limit in spectral), default=0.0)
+    resolved = [limit for limit in (*spectral, limits["one_shot"]) if limit is not None]
+    spread = max((limit.spread for limit in resolved), default=0.0)
     probe_error = spectral[0].probe_error if spectral else 0.0
     too_large = "readjusted" in which and not semidefinite and curvature.dim > DENSE_DIM
     missing = [n for n in which if limits[n] is None and not (n == "readjusted" and too_large)]

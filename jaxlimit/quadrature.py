@@ -210,9 +210,13 @@ def rademacher(key: jax.Array, like: PyTree, num_probes: int) -> PyTree:
 
 def _signs(key: jax.Array, like: jax.Array, num_probes: int) -> jax.Array:
     sharding, shape = sharding_like(like, new_axes=1), (num_probes, *like.shape)
+
+    def make(key: jax.Array) -> jax.Array:
+        # The signs of jax.random.rademacher, which under x64 would draw them in float64.
+        return 1 - 2 * (jax.random.bits(key, shape, np.uint32) >> 31).astype(like.dtype)
+
     if sharding is None:
-        return jax.random.rademacher(key, shape, like.dtype)
-    make = partial(jax.random.rademacher, shape=shape, dtype=like.dtype)
+        return make(key)
     return jax.jit(make, out_shardings=sharding)(key)  # made where it shall lie
 
 

@@ -52,7 +52,8 @@ class Estimate:
             of R(s) to either side, where rules (floor or ceiling, last within or first beyond) differ.
         probe_error: standard error due to the finite number of probes (a bound; 0 if no probe is used).
         spread: what further Lanczos steps may still change (`SpectralBracket.spread`): the bracket of a
-            semidefinite matrix; how far the value moved of late for an indefinite one.
+            semidefinite matrix; how far the value moved of late for an indefinite one. Of one_shot,
+            the interval in which it was left for lack of products.
     """
 
     value: float
@@ -281,8 +282,9 @@ def one_shot_limit(
 ) -> Estimate:
     """First crossing of eps by the predicted loss of the pruned network.
 
-    The loss is known at a grid of n, and between by `loss_between`. The first interval in which it may
-    cross eps is divided again, until it is no wider than the tolerance.
+    The loss is known at a grid of n up to its first point above eps, and between by `loss_between`. The
+    intervals in which it may cross are divided again, the first one first, until one that does is no wider
+    than the tolerance.
 
     Args:
         path: points at several n at once (one product with H each).
@@ -291,16 +293,30 @@ def one_shot_limit(
         tolerance: width at which an interval is not divided further, in units of s.
 
     Returns:
-        The crossing, between the ends of the last interval; 1 if there is none.
+        The crossing, between the ends of the last interval; 1 if there is none. Where `path` ran out of
+        products, the crossing lies between the first interval in doubt and a point above eps: these are its
+        bounds then, and their distance its spread.
 
     Raises:
+        BudgetSpent: by `path`, before a crossing was known.
         FloatingPointError: a predicted loss is not finite.
     """
     dim = len(start.slope)
     narrow = max(1, int(tolerance * dim))
 
+    def crossing(intervals: list[tuple[PathPoint, PathPoint, NDArray[np.float64]]]) -> Estimate:
+        """Between the ends of intervals of which one crosses at least."""
+        value = next(
+            left.num_removed + 1 + int(np.argmax(losses > loss_tolerance))
+            for left, _, losses in intervals
+            if np.max(losses) > loss_tolerance
+        )
+        lower, upper = intervals[0][0].num_removed, intervals[-1][1].num_removed
+        return Estimate.between(value / dim, lower / dim, upper / dim, dim)
+
     def search(left: PathPoint, end: int, pieces: int) -> Estimate | None:
         counts = np.unique(np.linspace(left.num_removed, end, pieces + 1).round().astype(int))[1:].tolist()
+        doubtful: list[tuple[PathPoint, PathPoint, NDArray[np.float64]]] = []
         for first in range(0, len(counts), BLOCK):
             for right in path(counts[first : first + BLOCK]):
                 if not np.isfinite(right.loss):
@@ -308,16 +324,27 @@ def one_shot_limit(
                         f"the predicted loss after {right.num_removed} removals is not finite."
                     )
                 losses, uncertainty = loss_between(left, right)
-                if right.num_removed - left.num_removed <= narrow:
-                    crossed = losses > loss_tolerance
-                    if crossed.any():
-                        value = (left.num_removed + 1 + int(np.argmax(crossed))) / dim
-                        return Estimate.between(value, left.num_removed / dim, right.num_removed / dim, dim)
-                elif np.max(losses) + uncertainty > loss_tolerance:
-                    found = search(left, right.num_removed, PIECES)
-                    if found is not None:
-                        return found
+                losses[-1] = right.loss  # to the last bit
+                wide = right.num_removed - left.num_removed > narrow
+                if np.max(losses) + (uncertainty if wide else 0.0) > loss_tolerance:
+                    doubtful.append((left, right, losses))
                 left = right
+                if right.loss > loss_tolerance:
+                    break
+            if left.loss > loss_tolerance:
+                break
+        for i, (left, right, _) in enumerate(doubtful):
+            if right.num_removed - left.num_removed <= narrow:
+                return crossing(doubtful[i : i + 1])
+            try:
+                found = search(left, right.num_removed, PIECES)
+            except BudgetSpent:
+                if doubtful[-1][1].loss <= loss_tolerance:
+                    raise  # they need not cross at all
+                found = crossing(doubtful[i:])
+                found = replace(found, spread=found.upper - found.lower)
+            if found is not None:
+                return found
         return None
 
     return search(start, dim, INTERVALS) or Estimate.between(1.0, 1.0, 1.0, dim)

@@ -320,9 +320,9 @@ def test_status_says_what_is_missing_and_what_to_do():
     )
     assert limit.status.startswith("under-resolved")
     assert "raise it" in limit.status
-    assert "No product was left for one_shot, readjusted." in limit.status
+    assert "No product was left for readjusted." in limit.status
     assert "The probe error" in limit.status
-    assert limit.one_shot is None
+    assert limit.readjusted is None
     assert limit.num_matvecs <= 20
     assert "status: under-resolved" in repr(limit)
     fine = jaxlimit.pruning_limit(curvature, jax.random.key(0), loss_tolerance=0.05, which=["width"])
@@ -342,6 +342,24 @@ def test_limits_that_do_not_resolve_leave_some_of_the_budget_to_the_next(max_mat
     assert limit.status.startswith("under-resolved")
     assert limit.cone.spread > 1e-6
     assert limit.cone.lower < solve().cone.value < limit.cone.upper
+
+
+@pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_few_products_leave_one_shot_an_interval(seed, kind):
+    """After half of 64 products for the spectrum the rest does not resolve it, and is not lost either."""
+    network = digits_network(seed)
+    limit = jaxlimit.pruning_limit(
+        curvature_of(network, kind),
+        jax.random.key(seed),
+        loss_tolerance=network.tolerance,
+        max_matvecs=64,
+        num_probes=1,
+    )
+    assert limit.one_shot is not None
+    assert limit.one_shot.spread > limit.tolerance
+    assert limit.one_shot.lower <= small_truth(seed, kind)["one_shot"] <= limit.one_shot.upper
+    assert limit.status.startswith("under-resolved")
 
 
 def test_a_cone_that_is_cut_short_is_less_sure_by_its_last_move():

@@ -502,6 +502,9 @@ def test_sign_vectors(dtype):
         assert leaf.dtype == dtype
         assert set(np.unique(leaf)) == {-1.0, 1.0}
         assert abs(float(leaf.mean())) < 4 / np.sqrt(leaf.size)
+    first = jax.random.split(jax.random.key(0), 2)[0]
+    with jax.enable_x64(False):  # the same signs in either precision
+        np.testing.assert_array_equal(probes["a"], jax.random.rademacher(first, (3, 30, 20)))
     again, other = rademacher(jax.random.key(0), like, 3), rademacher(jax.random.key(1), like, 3)
     np.testing.assert_array_equal(again["a"], probes["a"])
     assert np.any(np.asarray(other["a"]) != np.asarray(probes["a"]))

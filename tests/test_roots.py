@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlimit.roots import Estimate, PathPoint, fixed_point, loss_between, one_shot_limit, readjusted_limit
+from jaxlimit.roots import (
+    BudgetSpent,
+    Estimate,
+    PathPoint,
+    fixed_point,
+    loss_between,
+    one_shot_limit,
+    readjusted_limit,
+)
 
 # Brackets are widened by so many weights to either side.
 WIDENED = 2
@@ -233,6 +241,35 @@ def test_number_of_evaluations_does_not_grow_with_the_number_of_weights():
         problem.limit(0.3 * np.max(problem.losses), tolerance=0.005)
         counts.append(len(problem.evaluated))
     assert max(counts) <= 60
+
+
+@pytest.mark.parametrize("kind", ["no interaction", "semidefinite", "indefinite"])
+def test_a_one_shot_limit_out_of_products_is_the_interval_so_far(kind):
+    """With every budget: nothing, a true interval that says how wide it is, or all that was to be found."""
+    problem, narrow = quadratic(kind), 0.01
+    eps = 0.3 * np.max(problem.losses)
+    whole, truth = problem.limit(eps, narrow), problem.first(eps) / problem.dim
+    needed, spreads = len(problem.evaluated), []
+    for budget in range(0, needed + 8, 8):
+        left = [budget]
+
+        def path(counts, left=left):
+            left[0] -= len(counts)
+            if left[0] < 0:
+                raise BudgetSpent
+            return problem.path(counts)
+
+        try:
+            found = one_shot_limit(path, problem.point(0), eps, narrow)
+        except BudgetSpent:
+            assert not spreads
+            continue
+        assert found.lower <= truth <= found.upper
+        assert found.spread in (0, found.upper - found.lower)
+        spreads.append(found.spread)
+    assert found == whole
+    assert spreads[0] > narrow
+    assert spreads[-1] == 0
 
 
 def test_a_predicted_loss_that_is_not_finite_is_no_answer():
