@@ -69,6 +69,23 @@ def test_an_experiment_writes_results_table_and_figures(name, options, tmp_path,
     assert table in capsys.readouterr().out
 
 
+def test_too_few_products_are_mentioned_below_the_table(tmp_path, monkeypatch):
+    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+    args = [
+        "experiment",
+        "order",
+        "tiny",
+        "--seeds",
+        "1",
+        "--num-examples",
+        "200",
+        "--out",
+        str(tmp_path / "order"),
+    ]
+    assert main([*args, "--max-matvecs", "32"]) == 0
+    assert "2 of 2 limits under-resolved" in (tmp_path / "order" / "table.md").read_text()
+
+
 @pytest.fixture(scope="module")
 def network():
     """A network of three layers at its random start, and examples for it."""

@@ -129,7 +129,7 @@ def table(results: Results) -> str:
     moved: dict[str, list[bool]] = {}
     for piece in results.values():
         if piece["way"] != "trained":
-            moved.setdefault(piece["way"], []).append(limit("width")(piece) < start[piece["seed"]] - 1e-3)  # type: ignore[operator]
+            moved.setdefault(piece["way"], []).append(limit("width")(piece) < start[piece["seed"]] - 1e-3)
     falls = ", ".join(f"{way} {tally(found)}" for way, found in moved.items())
     return f"{text}\nRuns whose width limit falls by more than .001: {falls}.\n"
 

@@ -250,7 +250,7 @@ def table_gems(results: Results) -> str:
             if piece["arm"] == arm
         ]
         gain, _ = mean_and_spread(100 * (a["test_accuracy"] - b["test_accuracy"]) for a, b in pairs)
-        higher = tally([limit("width")(a) > limit("width")(b) for a, b in pairs])  # type: ignore[operator]
+        higher = tally([limit("width")(a) > limit("width")(b) for a, b in pairs])
         verdicts.append(f"{arm} {gain:+.1f} points, width limit higher in {higher}")
     return f"{text}\nAgainst no L2 term: {'; '.join(verdicts)}.\n"
 

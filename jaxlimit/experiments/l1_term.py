@@ -1,8 +1,9 @@
 """The weight lambda of the L1 term: which lambda buys which sparsity, and what LOMP at the limit keeps."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
+import numpy as np
 from tyro.conf import arg
 
 from jaxlimit import plots
@@ -48,7 +49,7 @@ def _run(task: Task, seed: int, l1: float, checkpoint: Any, on_epoch: OnEpoch) -
     estimates = found.estimates()
     dense, *accuracies = subject.test_accuracy([0.0, *(estimate.value for estimate in estimates.values())])
     tuned = None
-    if task.preset.finetune_steps:
+    if task.preset.finetune_steps and "cone" in estimates:
         sweep = finetuned_sweep(
             subject.loss,
             subject.params,
@@ -68,10 +69,15 @@ def _run(task: Task, seed: int, l1: float, checkpoint: Any, on_epoch: OnEpoch) -
     }
 
 
+def _accuracy(name: str) -> Callable[[dict[str, Any]], float]:
+    """Test accuracy of the network cut at this limit; NaN where no product was left for it."""
+    return lambda piece: piece["accuracy"].get(name, np.nan)
+
+
 def _kept(name: str, pieces: Sequence[dict[str, Any]]) -> list[bool]:
     """Of each piece, whether the cut at this limit costs at most one point of test accuracy."""
     least = ACCURACY_LOSS + 1e-6
-    return [p["dense_accuracy"] - p["accuracy"][name] <= least for p in pieces]
+    return [p["dense_accuracy"] - _accuracy(name)(p) <= least for p in pieces]
 
 
 def table(results: Results) -> str:
@@ -80,7 +86,7 @@ def table(results: Results) -> str:
     for name, pieces in by_variant(results).items():
         row = [name, cell(pieces, lambda p: p["dense_accuracy"], ".1%")]
         for which in WHICH:
-            row += [cell(pieces, limit(which)), cell(pieces, lambda p, w=which: p["accuracy"][w], ".1%")]
+            row += [cell(pieces, limit(which)), cell(pieces, _accuracy(which), ".1%")]
         row += [cell(pieces, lambda p: p["finetuned_accuracy"], ".1%")]
         rows.append([*row, *(cell(pieces, lambda p, w=w: p["measured"][w]) for w in ("loss", "accuracy"))])
     heads = ["lambda", "dense", "one_shot", "kept there", "width", "kept there", "cone", "kept there"]
@@ -96,7 +102,7 @@ def figure(results: Results) -> Any:
     groups = by_variant(results)
     x = range(len(groups))
     limits = {name: curve(groups, x, limit(name)) for name in WHICH}
-    accuracies = {name: curve(groups, x, lambda p, name=name: 100 * p["accuracy"][name]) for name in limits}
+    accuracies = {name: curve(groups, x, lambda p, name=name: 100 * _accuracy(name)(p)) for name in limits}
     dense = {"dense": curve(groups, x, lambda p: 100 * p["dense_accuracy"])}
     measured = {"measured, 1 point less": curve(groups, x, lambda p: p["measured"]["accuracy"])}
     panels = {"limit (sparsity)": limits | measured, "test accuracy there (%)": accuracies | dense}

@@ -87,7 +87,7 @@ def _first_close(results: Results, name: str) -> int:
     first = 0
     for epoch in sorted({p["epoch"] for p in results.values()}, reverse=True):
         first_of = [p for p in results.values() if p["epoch"] == epoch]
-        if any(abs(limit(name)(p) - last[p["seed"]]) > CLOSE for p in first_of):  # type: ignore[operator]
+        if any(abs(limit(name)(p) - last[p["seed"]]) > CLOSE for p in first_of):
             return first
         first = epoch
     return first
@@ -149,7 +149,7 @@ def table_order(results: Results) -> str:
     text = markdown(["order", *WHICH, "measured loss", "1 point less"], rows)
     groups = by_variant(results)
     pairs = list(zip(groups["magnitude"], groups["random"], strict=True))
-    below = {name: tally([limit(name)(b) < limit(name)(a) for a, b in pairs]) for name in WHICH}  # type: ignore[operator]
+    below = {name: tally([limit(name)(b) < limit(name)(a) for a, b in pairs]) for name in WHICH}
     lower = ", ".join(f"{name} {count}" for name, count in below.items())
     return f"{text}\nRuns whose limit is lower in random order: {lower}.\n"
 
@@ -216,7 +216,7 @@ def table_tolerances(results: Results) -> str:
     text = markdown(["loss", "L", "eps", *WHICH, "measured loss", "1 point less"], rows)
     groups = by_variant(results)
     near = {
-        name: tally([abs(p["limit"]["one_shot"]["value"] - p["measured"]["loss"]) <= 0.02 for p in pieces])
+        name: tally([abs(limit("one_shot")(p) - p["measured"]["loss"]) <= 0.02 for p in pieces])
         for name, pieces in groups.items()
     }
     counts = "; ".join(f"{_title(name)} {count}" for name, count in near.items())

@@ -41,23 +41,27 @@ def cell(pieces: Sequence[Piece], of: Callable[[Piece], float | None], form: str
         >>> cell([{"x": 0.5}, {"x": 0.7}], lambda piece: piece["x"], ".0%")
         '60 ± 14'
     """
-    found = [of(piece) for piece in pieces]
-    numbers = [value for value in found if value is not None]
-    if len(numbers) < len(found):
+    numbers = present(map(of, pieces))
+    if len(numbers) < len(pieces):
         return "-"
     return " ± ".join(format(x, form).removesuffix("%") for x in mean_and_spread(numbers))
 
 
-def limit(name: str, of: str = "limit") -> Callable[[Piece], float | None]:
-    """Picks the value of a limit out of a piece.
+def present(values: Iterable[float | None]) -> list[float]:
+    """Those that are neither None nor NaN."""
+    return [value for value in values if value is not None and not np.isnan(value)]
+
+
+def limit(name: str, of: str = "limit") -> Callable[[Piece], float]:
+    """Picks the value of a limit out of a piece; NaN where no product was left for it.
 
     Examples:
         >>> limit("cone")({"limit": {"cone": {"value": 0.9}}})
         0.9
     """
 
-    def pick(piece: Piece) -> float | None:
-        return piece[of][name]["value"] if name in piece[of] else None
+    def pick(piece: Piece) -> float:
+        return piece[of][name]["value"] if name in piece[of] else np.nan
 
     return pick
 
@@ -80,7 +84,7 @@ def curve(
     """(x, means, spreads), a point for each group; groups that lack the value are left out."""
     points = []
     for at, pieces in zip(x, groups.values(), strict=True):
-        found = [value for value in map(of, pieces) if value is not None]
+        found = present(map(of, pieces))
         if found:
             points.append((at, *mean_and_spread(found)))
     array = np.array(points).reshape(-1, 3)
