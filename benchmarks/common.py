@@ -1,4 +1,4 @@
-"""What all benchmarks share: where results go, the machine they were measured on, and the clock."""
+"""What benchmarks share: where results go, the machine, the clock, steps that are done once, thresholds."""
 
 import platform
 import time
@@ -9,8 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
 
+import jaxlimit
 from jaxlimit import record
+from jaxlimit.adaptive import AdaptiveCurvature, Products
+from jaxlimit.checkpoint import Checkpoint
+from jaxlimit.magnitude import magnitude_order
 
 RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
@@ -89,3 +95,54 @@ def write(name: str, document: Mapping[str, Any], table: str) -> None:
     record.write_json(RESULTS / f"{name}.json", whole)
     record.write_atomic(RESULTS / f"{name}.md", table)
     print(table, end="", flush=True)
+
+
+def step(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a file holds, computed first if it is not there."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        start = time.perf_counter()
+        found = {"format": record.FORMAT} | compute()
+        record.write_json(path, found | {"seconds": round(time.perf_counter() - start, 1)})
+        print(f"{time.strftime('%H:%M:%S')} {path.parent.name}/{path.stem}", flush=True)
+    return record.read_json(path)
+
+
+def kernel_in(path: Sequence[Any], *parts: str) -> bool:
+    """Whether a parameter is a kernel, and its path holds one of the parts, if any are given."""
+    names = [entry.key for entry in path]
+    return names[-1] == "kernel" and (not parts or any(part in names for part in parts))
+
+
+def crossing(sparsities: NDArray[np.float64], values: Sequence[float], bound: float) -> float:
+    """Where values first exceed a bound, linear between the points of the grid; 1 if nowhere.
+
+    The first value is that of the unpruned network, which is within the bound.
+    """
+    above = int(np.argmax(np.array(values) > bound))
+    if above == 0:
+        return 1.0
+    return float(np.interp(bound, values[above - 1 : above + 1], sparsities[above - 1 : above + 1]))
+
+
+def last_reached(reached: Callable[[float], bool], sparsities: NDArray[np.float64], low: float) -> float:
+    """The last sparsity of a grid that is reached, by bisection: `low` is reached, the end is not.
+
+    What is reached is taken as an interval.
+    """
+    below, above = int(np.searchsorted(sparsities, low, side="right")) - 1, len(sparsities) - 1
+    while above - below > 1:
+        middle = (below + above) // 2
+        below, above = (middle, above) if reached(float(sparsities[middle])) else (below, middle)
+    return float(sparsities[below])
+
+
+def one_shot(
+    curvature: jaxlimit.Curvature, loss_tolerance: float, accuracy: float, max_matvecs: int
+) -> dict[str, Any]:
+    """The one_shot limit alone, without a glance at the spectrum."""
+    products, order = Products(curvature, max_matvecs), magnitude_order(curvature.weights)
+    source = AdaptiveCurvature(
+        products, order, jax.random.key(0), loss_tolerance, accuracy, 1, Checkpoint(None, {}), 0
+    )
+    return {**vars(source.one_shot()), "num_matvecs": products.count}

@@ -20,7 +20,6 @@ import argparse
 import importlib.util
 import re
 import shutil
-import time
 import zlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -35,10 +34,7 @@ from numpy.typing import NDArray
 
 import jaxlimit
 from jaxlimit import allocation, models, record
-from jaxlimit.adaptive import AdaptiveCurvature, Products
 from jaxlimit.baselines.masks import layer_counts
-from jaxlimit.checkpoint import Checkpoint
-from jaxlimit.magnitude import magnitude_order
 from jaxlimit.prunable import partition
 
 NAME = "minilm"
@@ -53,19 +49,13 @@ NUM_PROBES = 8
 SHARED_SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 
-def in_encoder(path: Sequence[Any], *parts: str) -> bool:
-    """Whether a kernel is one of the encoder's, and its path holds one of the parts."""
-    names = [entry.key for entry in path]
-    return names[-1] == "kernel" and (not parts or any(part in names for part in parts))
-
-
 # Every group of weights that is pruned while the others stay.
 GROUPS: dict[str, Callable[[Sequence[Any], Any], bool]] = {
-    "encoder": lambda path, leaf: in_encoder(path),
-    "attention": lambda path, leaf: in_encoder(path, "attention"),
-    "feed-forward": lambda path, leaf: in_encoder(path, "up", "down"),
+    "encoder": lambda path, leaf: common.kernel_in(path),
+    "attention": lambda path, leaf: common.kernel_in(path, "attention"),
+    "feed-forward": lambda path, leaf: common.kernel_in(path, "up", "down"),
     **{
-        f"layer {number + 1}": lambda path, leaf, number=number: in_encoder(path, str(number))
+        f"layer {number + 1}": lambda path, leaf, number=number: common.kernel_in(path, str(number))
         for number in range(6)
     },
     "embedding tables": lambda path, leaf: path[-1].key == "embedding",
@@ -160,19 +150,14 @@ class Problem:
                 self.metrics, self.params, self.batches, block, prunable=GROUPS[group], chunk_size=1
             )
             found += sweep.metrics["drift"].tolist()
-        thresholds = {cosine: crossing(found, eps) for cosine, eps in TOLERANCES.items()}
+        thresholds = {cosine: common.crossing(SPARSITIES, found, eps) for cosine, eps in TOLERANCES.items()}
         num_weights = sum(leaf.size for leaf in jax.tree.leaves(partition(self.params, GROUPS[group])[0]))
         return {"num_weights": num_weights, "thresholds": thresholds, "drift": found}
 
     def one_shot(self, group: str, cosine: str) -> dict[str, Any]:
         """The one_shot limit alone, without a glance at the spectrum."""
         curvature = self.curvature.of(GROUPS[group])
-        products = Products(curvature, MAX_MATVECS)
-        order = magnitude_order(curvature.weights)
-        source = AdaptiveCurvature(
-            products, order, jax.random.key(0), TOLERANCES[cosine], ACCURACY, 1, Checkpoint(None, {}), 0
-        )
-        return {**vars(source.one_shot()), "num_matvecs": products.count}
+        return common.one_shot(curvature, TOLERANCES[cosine], ACCURACY, MAX_MATVECS)
 
     def existence(self, folder: Path) -> dict[str, Any]:
         """`pruning_limit` of the whole encoder at a mean cosine of .99, and its width at the others."""
@@ -224,30 +209,10 @@ class Problem:
             return drift(self.outputs(params, batch), batch)
 
 
-def crossing(drifts: Sequence[float], bound: float) -> float:
-    """Where the drift first exceeds a bound, linear between the points of the grid; 1 if nowhere."""
-    above = int(np.argmax(np.array(drifts) > bound))
-    if above == 0:  # the first drift is that of the unpruned network
-        return 1.0
-    return float(np.interp(bound, drifts[above - 1 : above + 1], SPARSITIES[above - 1 : above + 1]))
-
-
 def named(tree: Any) -> dict[str, float]:
     """Leaves by their path."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path[:-1], simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def step(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a file holds, computed first if it is not there."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        start = time.perf_counter()
-        found = compute()
-        found = {"format": record.FORMAT} | found
-        record.write_json(path, found | {"seconds": round(time.perf_counter() - start, 1)})
-        print(f"{time.strftime('%H:%M:%S')} {path.parent.name}/{path.stem}", flush=True)
-    return record.read_json(path)
 
 
 def tables(document: dict[str, Any]) -> tuple[str, str]:
@@ -306,20 +271,22 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder of the steps")
     work = parser.parse_args().work
     problem, groups = Problem(), {}
-    shared = step(work / "encoder" / "allocation.json", problem.allocate)
+    shared = common.step(work / "encoder" / "allocation.json", problem.allocate)
     for group in GROUPS:
         folder = work / group.replace(" ", "-")
-        groups[group] = step(folder / "measured.json", lambda group=group: problem.measure(group))
+        groups[group] = common.step(folder / "measured.json", lambda group=group: problem.measure(group))
     for group in GROUPS:
         folder = work / group.replace(" ", "-")
         groups[group]["one_shot"] = {
-            cosine: step(
+            cosine: common.step(
                 folder / f"one_shot-{cosine}.json",
                 lambda group=group, cosine=cosine: problem.one_shot(group, cosine),
             )
             for cosine in cosines_of(group)
         }
-    limits = step(work / "encoder" / "limits.json", lambda: problem.existence(work / "encoder" / "0.99"))
+    limits = common.step(
+        work / "encoder" / "limits.json", lambda: problem.existence(work / "encoder" / "0.99")
+    )
     document = {
         "format": record.FORMAT,
         "command": COMMAND,

@@ -5,7 +5,7 @@ Seven networks from 4,464 to 14.7 million kernel weights, real data, and weights
 of the first batch. MNIST and CIFAR-10 are read from $JAXLIMIT_DATA.
 
 The text of the language model is the language reference that comes with Python (`pydoc_data.topics`): its
-printable ASCII characters, cut into sequences of 129 that do not overlap.
+printable ASCII characters, cut into sequences that do not overlap.
 """
 
 from collections.abc import Callable, Sequence
@@ -72,9 +72,17 @@ class Transformer(nnx.Module):
     the layers, 128 x 96 in the head.
     """
 
-    def __init__(self, width: int = 128, num_heads: int = 4, num_layers: int = 4, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int = 128,
+        num_heads: int = 4,
+        num_layers: int = 4,
+        context: int = CONTEXT,
+        *,
+        rngs: nnx.Rngs,
+    ):
         self.tokens = nnx.Embed(len(ALPHABET), width, rngs=rngs)
-        self.positions = nnx.Embed(CONTEXT, width, rngs=rngs)
+        self.positions = nnx.Embed(context, width, rngs=rngs)
         self.layers = nnx.List(Layer(width, num_heads, rngs=rngs) for _ in range(num_layers))
         self.norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
         self.head = nnx.Linear(width, len(ALPHABET), rngs=rngs)
@@ -102,13 +110,14 @@ def _cifar10() -> Arrays:
     return cifar10.train_images, cifar10.train_labels
 
 
-def _text() -> Arrays:
+def text_sequences(context: int = CONTEXT) -> Arrays:
+    """Tokens (sequences, context) of the text in order, and the characters that follow each of them."""
     from pydoc_data.topics import topics
 
     number = {character: i for i, character in enumerate(ALPHABET)}
     text = "\n\n".join(topics[name] for name in sorted(topics))
     tokens = np.array([number[character] for character in text if character in number], np.int32)
-    sequences = tokens[: len(tokens) // (CONTEXT + 1) * (CONTEXT + 1)].reshape(-1, CONTEXT + 1)
+    sequences = tokens[: len(tokens) // (context + 1) * (context + 1)].reshape(-1, context + 1)
     return sequences[:, :-1], sequences[:, 1:]
 
 
@@ -128,7 +137,7 @@ NETWORKS = {
     "lenet": Network(models.LeNet, _cifar10, 512),
     "vgg16": Network(partial(models.VGG, 16), _cifar10, 64),
     "resnet18": Network(partial(models.ResNet, 18), _cifar10, 64),
-    "transformer": Network(Transformer, _text, 128),
+    "transformer": Network(Transformer, text_sequences, 128),
 }
 
 

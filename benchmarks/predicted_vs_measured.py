@@ -227,11 +227,9 @@ def finetuned_threshold(
     Returns:
         The threshold; and the sparsities that were evaluated, with fine-tuned loss and test accuracy.
     """
-    below = int(np.searchsorted(FINETUNED_SPARSITIES, low, side="right")) - 1
-    above, evaluated = len(FINETUNED_SPARSITIES) - 1, []
-    while above - below > 1:
-        middle = (below + above) // 2
-        sparsity = float(FINETUNED_SPARSITIES[middle])
+    evaluated = []
+
+    def reached(sparsity: float) -> bool:
         sweep = measure.finetuned_sweep(
             problem.loss,
             params,
@@ -243,8 +241,10 @@ def finetuned_threshold(
         loss, accuracy = (float(sweep.metrics[name][0]) for name in ("loss", "eval_accuracy"))
         evaluated.append({"sparsity": sparsity, "loss": loss, "test_accuracy": accuracy})
         report(f"fine-tuned at {sparsity}: loss {loss:.5f}, allowed {bound:.5f}")
-        below, above = (middle, above) if loss <= bound else (below, middle)
-    return float(FINETUNED_SPARSITIES[below]), sorted(evaluated, key=lambda found: found["sparsity"])
+        return loss <= bound
+
+    threshold = common.last_reached(reached, FINETUNED_SPARSITIES, low)
+    return threshold, sorted(evaluated, key=lambda found: found["sparsity"])
 
 
 def predicted(

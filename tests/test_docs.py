@@ -104,6 +104,7 @@ PAGES = {
     "regularizer_digits": "experiments",
     "minilm": "transformer",
     "minilm_allocation": "transformer",
+    "char_lm": "transformer",
     "layer_shares": "transformer",
     **dict.fromkeys(
         (f"{name}_digits" for name in experiments.EXPERIMENTS if name != "compare"),
