@@ -1,6 +1,6 @@
 """The weight lambda of the L1 term: which lambda buys which sparsity, and what LOMP at the limit keeps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -69,7 +69,7 @@ def _run(task: Task, seed: int, l1: float, checkpoint: Any, on_epoch: OnEpoch) -
     }
 
 
-def _accuracy(name: str) -> Callable[[dict[str, Any]], float]:
+def _accuracy(name: str) -> Callable[[Mapping[str, Any]], float]:
     """Test accuracy of the network cut at this limit; NaN where no product was left for it."""
     return lambda piece: piece["accuracy"].get(name, np.nan)
 
