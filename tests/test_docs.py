@@ -110,6 +110,7 @@ PAGES = {
         (f"{name}_digits" for name in experiments.EXPERIMENTS if name != "compare"),
         "experiments",
     ),
+    **{path.stem: "experiments_mnist" for path in (ROOT / "benchmarks" / "results").glob("*_mnist-fc2.md")},
     **dict.fromkeys(
         (
             "products",
