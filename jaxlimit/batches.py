@@ -190,7 +190,7 @@ def example_sum(fn: Callable[..., PyTree], groups: Iterable[PyTree], *args: PyTr
         part = _group_sum(fn, example_sharding(group, axis=1), args, group)
         # A stream makes its next batch while the device works on this one, but it gets no further ahead.
         jax.block_until_ready(previous)
-        total, previous = part if total is None else _add(total, part), part
+        total, previous = part if total is None else add_to(total, part), part
         num_examples += group_length(group)
     if num_examples == 0:
         raise ValueError("batches hold no examples.")
@@ -203,7 +203,8 @@ def _value(fn: Callable[..., PyTree], *args: PyTree) -> PyTree:
 
 
 @partial(jax.jit, donate_argnums=0)
-def _add(total: PyTree, part: PyTree) -> PyTree:
+def add_to(total: PyTree, part: PyTree) -> PyTree:
+    """Their sum, in the place of the first."""
     return jax.tree.map(jnp.add, total, part)
 
 

@@ -35,14 +35,15 @@ from jaxlimit.products import (
     Product,
     linear_mean,
     linearize_groups,
+    num_bytes,
     suitable_batch_size,
 )
 from jaxlimit.prunable import Prunable, combine, is_kernel, partition
 from jaxlimit.sharding import device_memory, to_host
 
 PyTree = Any
-# Within another compiled function every group of linearised batches is compiled by itself.
-MAX_TRACED_GROUPS = 4
+# Linearised batches that another compiled function may hold as constants, in bytes.
+CONSTANT_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,10 @@ class Curvature:
             if leaf.shape[1:] != weight.shape:
                 raise ValueError(f"a leaf of shape {leaf.shape[1:]} stands where weights has {weight.shape}.")
         vectors = jax.tree.map(lambda v, w: jnp.asarray(v, w.dtype), vectors, self.weights)
-        traced = any(isinstance(leaf, Tracer) for leaf in leaves)
-        if self._linear is None or (traced and len(self._linear) > MAX_TRACED_GROUPS):
+        linear = self._constants() if any(isinstance(x, Tracer) for x in leaves) else self._linear
+        if linear is None:
             return self._mean(self._product, vectors)
-        return linear_mean(self._product, self._linear, self.num_examples, vectors)
+        return linear_mean(self._product, linear, self.num_examples, vectors)
 
     @cached_property
     def _linear(self) -> list[LinearGroup] | None:
@@ -126,6 +127,11 @@ class Curvature:
             return None
         with jax.ensure_compile_time_eval():
             return linearize_groups(self._product, self.weights, self._rest, self._groups, self._linear_bytes)
+
+    def _constants(self) -> list[LinearGroup] | None:
+        """The linearised batches within another compiled function: if they are there already, and small."""
+        linear = vars(self).get("_linear")
+        return linear if num_bytes(linear) <= CONSTANT_BYTES else None
 
     def dense(self) -> NDArray[np.float64]:
         """The matrix itself: see `dense_matrix`."""
@@ -198,7 +204,8 @@ def hessian(
         precision: of matrix products, as in `jax.default_matmul_precision`. The default "highest" is
             float32: the devices' faster formats (TF32, bfloat16) disturb the smallest eigenvalues.
         linear_bytes: memory in which the linearised batches are kept from the first product on, if they fit
-            and are not a stream; 0 linearises in every product. None: a quarter of the device's memory.
+            and are not a stream; 0 linearises in every product. None: a quarter of the device's memory, for each
+            curvature.
 
     Raises:
         ValueError: no batches; nothing prunable; non-finite weights or loss; data that changes from one

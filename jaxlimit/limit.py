@@ -40,7 +40,7 @@ PyTree = Any
 # Up to here a dense eigendecomposition fits in 1 GB and is done in seconds, without any probe error.
 DENSE_DIM = 5_000
 # A budget, not a target: Lanczos stops when the limits are resolved.
-MAX_MATVECS = 10_000
+MAX_MATVECS, LEAST_MATVECS = 10_000, 16
 
 
 @contextmanager
@@ -225,20 +225,23 @@ def _status(
 ) -> str:
     """The verdict first, then one sentence on each thing the reader must know."""
     semidefinite = curvature.positive_semidefinite
-    resolved = [limit for limit in (*spectral, limits["one_shot"]) if limit is not None]
-    spread = max((limit.spread for limit in resolved), default=0.0)
+    one_shot = limits["one_shot"]
+    spread = max((limit.spread for limit in spectral), default=0.0)
+    unfinished = one_shot is not None and one_shot.spread > tolerance
     probe_error = spectral[0].probe_error if spectral else 0.0
     too_large = "readjusted" in which and not semidefinite and curvature.dim > DENSE_DIM
     missing = [n for n in which if limits[n] is None and not (n == "readjusted" and too_large)]
     kind = "bracket" if semidefinite else "spread over step counts"
     sentences = [f"converged: {kind} {spread:.4f}, within the tolerance of {tolerance:g}."]
-    if missing or spread > tolerance:
+    if missing or unfinished or spread > tolerance:
         sentences = [
             f"under-resolved: {kind} {spread:.4f} at a tolerance of {tolerance:g}, limited by max_matvecs = "
             f"{max_matvecs:,}: raise it, or the tolerance."
         ]
     if missing:
         sentences.append(f"No product was left for {', '.join(missing)}.")
+    if one_shot is not None and unfinished:
+        sentences.append(f"one_shot was left in an interval of {one_shot.spread:.4f}.")
     if probe_error > 1.5 * tolerance:
         sentences.append(f"The probe error {probe_error:.4f} exceeds the tolerance: use more probes.")
     if spectral and not semidefinite:
@@ -283,8 +286,8 @@ def _check_arguments(
     for name, value in (("loss_tolerance", loss_tolerance), ("tolerance", tolerance)):
         if np.ndim(value) != 0 or not 0 < float(value) < np.inf:
             raise ValueError(f"{name} must be a positive finite number, got {value}.")
-    if max_matvecs < 16:
-        raise ValueError(f"max_matvecs must be at least 16, got {max_matvecs}.")
+    if max_matvecs < LEAST_MATVECS:
+        raise ValueError(f"max_matvecs must be at least {LEAST_MATVECS}, got {max_matvecs}.")
     if num_probes is not None and not 1 <= num_probes <= max_matvecs:
         raise ValueError(f"num_probes must lie between 1 and max_matvecs = {max_matvecs}, got {num_probes}.")
     if basis_bytes is not None and basis_bytes < 0:

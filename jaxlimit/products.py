@@ -16,15 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlimit.batches import batch_length, check_scalar
+from jaxlimit.batches import add_to, batch_length, check_scalar
 from jaxlimit.prunable import combine
 from jaxlimit.sharding import ExampleSharding, example_sharding, on_parts, sum_of_parts
 
 PyTree = Any
-# Examples at once in a product, measured by benchmarks/products.py. On a CPU a linearised batch should stay
-# in the cache; but it may take five times the memory of the weights, which are read for every batch, and with
-# fewer than four examples the calls of a deep network cost more than its products. Elsewhere it must be large
-# enough to fill the device.
+# Memory of a linearised batch, and so the examples at once in a product. On a CPU it should stay in the
+# cache; but it may take five times the memory of the weights, which are read for every batch, and with fewer
+# than four examples the calls of a deep network cost more than its products: measured by
+# benchmarks/products.py. Elsewhere it is 2 GiB, which fills the device.
 BATCH_BYTES = {"cpu": 2**24}
 WEIGHT_COPIES, LEAST_EXAMPLES = 5, 4
 
@@ -149,22 +149,16 @@ def linearize_group(
 
 
 def linear_mean(product: Product, groups: list[LinearGroup], num_examples: int, vectors: PyTree) -> PyTree:
-    """sum_b n_b H_b V / N over linearised batches: one compiled call for each group."""
-    total = _zeros_like(vectors)
+    """sum_b n_b H_b V / N over linearised batches: a compiled call for each group."""
+    total = None
     for group in groups:
-        total = _add_group(product, num_examples, total, group, vectors)
+        part = _group_mean(product, num_examples, group, vectors)
+        total = part if total is None else add_to(total, part)
     return total
 
 
-@jax.jit
-def _zeros_like(tree: PyTree) -> PyTree:
-    return jax.tree.map(jnp.zeros_like, tree)
-
-
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def _add_group(
-    product: Product, num_examples: int, total: PyTree, group: LinearGroup, vectors: PyTree
-) -> PyTree:
+@partial(jax.jit, static_argnums=(0, 1))
+def _group_mean(product: Product, num_examples: int, group: LinearGroup, vectors: PyTree) -> PyTree:
     def batch_sum(vectors: PyTree, linear: PyTree) -> PyTree:
         def add(total: PyTree, linear: PyTree) -> tuple[PyTree, None]:
             part = product.apply(linear, vectors)
@@ -172,8 +166,8 @@ def _add_group(
 
         return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, vectors), linear)[0]
 
-    parts = sum_of_parts(batch_sum, group.sharding, (None, 0))(vectors, group.linear)
-    return jax.tree.map(lambda t, x: t + x / num_examples, total, parts)
+    total = sum_of_parts(batch_sum, group.sharding, (None, 0))(vectors, group.linear)
+    return jax.tree.map(lambda x: x / num_examples, total)
 
 
 def num_bytes(tree: PyTree) -> int:
@@ -220,9 +214,12 @@ def suitable_batch_size(product: Product, weights: PyTree, rest: PyTree, arrays:
     num_examples = batch_length(arrays) // num_shards
     two, four = (_linear_bytes(product, weights, rest, arrays, size) for size in (2, 4))
     per_example = max((four - two) // 2, 1)
-    batch_bytes = max(_batch_bytes(), WEIGHT_COPIES * num_bytes(weights))
-    wanted = min(max(batch_bytes // per_example, LEAST_EXAMPLES), num_examples)
-    divisors = (size for size in range(wanted, wanted // 2, -1) if num_examples % size == 0)
+    batch_bytes, least = _batch_bytes(), 1
+    if jax.default_backend() in BATCH_BYTES:
+        batch_bytes, least = max(batch_bytes, WEIGHT_COPIES * num_bytes(weights)), LEAST_EXAMPLES
+    wanted = min(max(batch_bytes // per_example, least), num_examples)
+    smallest = max(wanted // 2 + 1, min(least, wanted))
+    divisors = (size for size in range(wanted, smallest - 1, -1) if num_examples % size == 0)
     return num_shards * next(divisors, wanted)
 
 

@@ -11,9 +11,10 @@ with c = c(s) the removed vector, R its norm, x any vector on the kept weights. 
 they need as numbers and functions, so that the same code serves a dense eigendecomposition and Lanczos.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import jax
@@ -29,7 +30,7 @@ LIMITS = ("one_shot", "width", "cone", "readjusted")
 # Standard errors by which the probe error widens [lower, upper]: 99.7 % if the error were normal.
 STANDARD_ERRORS = 3.0
 # The one-shot path: intervals of its first grid, pieces of an interval that is looked at again, and points
-# computed at once (enough to share a forward pass, few enough to fit in memory).
+# computed at once (few enough to fit in memory).
 INTERVALS, PIECES, BLOCK = 32, 8, 8
 
 
@@ -314,30 +315,32 @@ def one_shot_limit(
         lower, upper = intervals[0][0].num_removed, intervals[-1][1].num_removed
         return Estimate.between(value / dim, lower / dim, upper / dim, dim)
 
-    def search(left: PathPoint, end: int, pieces: int) -> Estimate | None:
-        counts = np.unique(np.linspace(left.num_removed, end, pieces + 1).round().astype(int))[1:].tolist()
-        doubtful: list[tuple[PathPoint, PathPoint, NDArray[np.float64]]] = []
+    def points(counts: NDArray[np.int64]) -> Iterator[PathPoint]:
         for first in range(0, len(counts), BLOCK):
-            for right in path(counts[first : first + BLOCK]):
-                if not np.isfinite(right.loss):
+            for point in path(counts[first : first + BLOCK].tolist()):
+                if not np.isfinite(point.loss):
                     raise FloatingPointError(
-                        f"the predicted loss after {right.num_removed} removals is not finite."
+                        f"the predicted loss after {point.num_removed} removals is not finite."
                     )
-                losses, uncertainty = loss_between(left, right)
-                losses[-1] = right.loss  # to the last bit
-                wide = right.num_removed - left.num_removed > narrow
-                if np.max(losses) + (uncertainty if wide else 0.0) > loss_tolerance:
-                    doubtful.append((left, right, losses))
-                left = right
-                if right.loss > loss_tolerance:
-                    break
-            if left.loss > loss_tolerance:
+                yield point
+
+    def search(left: PathPoint, grid: Iterable[PathPoint]) -> Estimate | None:
+        doubtful: list[tuple[PathPoint, PathPoint, NDArray[np.float64]]] = []
+        for right in grid:
+            losses, uncertainty = loss_between(left, right)
+            losses[-1] = right.loss  # to the last bit
+            wide = right.num_removed - left.num_removed > narrow
+            if np.max(losses) + (uncertainty if wide else 0.0) > loss_tolerance:
+                doubtful.append((left, right, losses))
+            left = right
+            if right.loss > loss_tolerance:
                 break
         for i, (left, right, _) in enumerate(doubtful):
             if right.num_removed - left.num_removed <= narrow:
                 return crossing(doubtful[i : i + 1])
+            between = _grid(left.num_removed, right.num_removed, PIECES)[:-1]
             try:
-                found = search(left, right.num_removed, PIECES)
+                found = search(left, chain(points(between), [right]))
             except BudgetSpent:
                 if doubtful[-1][1].loss <= loss_tolerance:
                     raise  # they need not cross at all
@@ -347,7 +350,12 @@ def one_shot_limit(
                 return found
         return None
 
-    return search(start, dim, INTERVALS) or Estimate.between(1.0, 1.0, 1.0, dim)
+    return search(start, points(_grid(0, dim, INTERVALS))) or Estimate.between(1.0, 1.0, 1.0, dim)
+
+
+def _grid(start: int, end: int, pieces: int) -> NDArray[np.int64]:
+    """Whole numbers that divide the way from start to end; without start."""
+    return np.unique(np.linspace(start, end, pieces + 1).round().astype(np.int64))[1:]
 
 
 def readjusted_limit(

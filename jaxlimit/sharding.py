@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +21,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike, NDArray
 
 PyTree = Any
+# Bytes that a container may use under Linux (cgroup v2), or "max".
+CONTAINER_MEMORY = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,8 @@ def device_bytes(tree: PyTree) -> int:
 def device_memory() -> int:
     """Bytes that JAX may use on a device; of the processor's memory each of its devices has a part.
 
-    Where neither JAX nor the system tells: 8 GiB.
+    The processor's is that of the machine, or what a container is allowed. Where neither JAX nor the system
+    tells: 8 GiB.
     """
     device = jax.local_devices()[0]
     stats = device.memory_stats()
@@ -152,7 +156,9 @@ def device_memory() -> int:
         return stats["bytes_limit"]
     if not hasattr(os, "sysconf"):  # as on Windows
         return 2**33
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    allowed = CONTAINER_MEMORY.read_text().strip() if CONTAINER_MEMORY.exists() else "max"
+    return min(memory, int(allowed) if allowed.isdigit() else memory) // jax.local_device_count()
 
 
 def to_host(array: Any) -> NDArray[Any]:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,10 @@ def collectives(text):
     ]
 
 
+def parts_of(vectors):
+    return {k: x.sharding.shard_shape(x.shape) for k, x in vectors.items() if x is not None}
+
+
 def report_on(kind, params, arrays, checkpoint):
     functions = (loss,) if kind == "hessian" else (predict, cross_entropy)
     curvature = getattr(jaxlimit, kind)(*functions, params, jaxlimit.batched(arrays, 128))
@@ -72,13 +77,18 @@ def report_on(kind, params, arrays, checkpoint):
         .compile()
     )
     product = curvature.matmat(weights)
+    with mock.patch.dict(products.BATCH_BYTES, cpu=1):
+        apart = getattr(jaxlimit, kind)(*functions, params, jaxlimit.batched(arrays, 128))
+        assert len(apart._linear) > 1
     return {
         "limits": {name: getattr(limit, name).value for name in LIMITS[kind]},
         "num_matvecs": limit.num_matvecs,
         "product": float(_norm(product)[0]),
+        "apart": float(_norm(apart.matmat(weights))[0]),
         "gradient": float(np.linalg.norm(flatten(curvature.gradient))),
         "collectives": collectives(compiled.as_text()),
-        "parts": {k: x.sharding.shard_shape(x.shape) for k, x in product.items() if x is not None},
+        "parts": parts_of(product),
+        "parts apart": parts_of(apart.matmat(weights)),
     }
 
 

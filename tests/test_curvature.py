@@ -225,6 +225,11 @@ def test_arrays_in_memory_are_cut_to_suit_the_products(kind, mlp, dtype, oracle,
     curvature = curvature_of(kind, mlp, batched(many, 102))
     fits = max(5 * products.num_bytes(curvature.weights) // per_example, 4)
     assert batch_sizes(curvature)[0] == max(size for size in (1, 2, 3, 6, 17, 34) if size <= fits)
+    # Four are the fewest, though 51 can be divided by 3; elsewhere than on a CPU as many as fit.
+    monkeypatch.setattr(products, "WEIGHT_COPIES", 0)
+    assert batch_sizes(curvature_of(kind, mlp, batched(jax.tree.map(lambda x: x[:51], many), 51))) == [4, 3]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert batch_sizes(curvature_of(kind, mlp, batched(many, 5))) == [102]
 
 
 def batch_sizes(curvature):
@@ -492,8 +497,9 @@ def test_data_and_parameters_are_arguments_of_the_compiled_function(kind, mlp):
 @kinds
 def test_linearised_batches_are_arguments_of_the_compiled_function(kind, mlp):
     curvature = curvature_of(kind, mlp)
+    curvature.matvec(curvature.weights)
     jaxpr = jax.make_jaxpr(curvature.matvec)(curvature.weights)
-    parts = compiled_parts(jaxpr.jaxpr, "_add_group")
+    parts = compiled_parts(jaxpr.jaxpr, "_group_mean")
     for part, inputs in zip(parts, [(3, 5, 4), (1, 2, 4)], strict=True):
         shapes = {x.aval.shape for x in part.invars}
         assert inputs in shapes  # of which the first layer's products are made
@@ -519,10 +525,25 @@ def test_batches_that_take_much_memory_are_kept_apart(kind, mlp, dtype, oracle, 
     curvature = curvature_of(kind, mlp, list(batched(mlp.arrays, 3)))
     assert len(curvature._linear) == 6  # five batches of 3, and one of 2
     assert_close(curvature.dense(), getattr(oracle, kind), dtype)
-    # Inside another compiled function they would be compiled one by one: there it is linearised anew.
-    jaxpr = jax.make_jaxpr(curvature.matvec)(curvature.weights).jaxpr
-    assert not compiled_parts(jaxpr, "_add_group")
-    assert len(compiled_parts(jaxpr, "_group_sum")) == 2
+
+
+@in_float32
+@kinds
+def test_another_compiled_function_holds_linearised_batches_that_are_there_and_small(kind, mlp, monkeypatch):
+    curvature = curvature_of(kind, mlp)
+
+    def is_kept():
+        jaxpr = jax.make_jaxpr(lambda v: curvature.matvec(v))(curvature.weights).jaxpr  # traced each time
+        kept, anew = (compiled_parts(jaxpr, name) for name in ("_group_mean", "_group_sum"))
+        assert bool(kept) != bool(anew)
+        return bool(kept)
+
+    assert not is_kept()
+    assert "_linear" not in vars(curvature)
+    curvature.matvec(curvature.weights)
+    assert is_kept()
+    monkeypatch.setattr("jaxlimit.curvature.CONSTANT_BYTES", 1)
+    assert not is_kept()
 
 
 def kept_bytes(curvature):

@@ -110,7 +110,10 @@ PAGES = {
         (f"{name}_digits" for name in experiments.EXPERIMENTS if name != "compare"),
         "experiments",
     ),
-    **{path.stem: "experiments_mnist" for path in (ROOT / "benchmarks" / "results").glob("*_mnist-fc2.md")},
+    **dict.fromkeys(
+        (f"{name}_mnist-fc2" for name in ("crossing", "lambda", "order", "rows")),
+        "experiments_mnist",
+    ),
     **dict.fromkeys(
         (
             "products",

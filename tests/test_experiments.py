@@ -127,6 +127,7 @@ def test_a_folder_with_other_options_or_other_files_is_refused(finished, tmp_pat
         (["regularizer", "--weights", "0"], "weights must be one or more positive finite numbers"),
         (["crossing", "--probes", "-1"], "probes must be at least 0, got -1"),
         (["crossing", "--max-matvecs", "15"], "max_matvecs must be at least 16, got 15"),
+        (["crossing", "--probes", "20", "--max-matvecs", "16"], "max_matvecs must be at least 20, got 16"),
         (["crossing", "--num-examples", "2000"], "num_examples must be at most 1438, got 2000"),
         (["distance", "--seeds", "1"], "seeds must be at least 2, got 1"),
         (["gems", "--sparsities", "1"], "sparsities must be one or more numbers from 0 to below 1"),

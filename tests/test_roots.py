@@ -272,6 +272,19 @@ def test_a_one_shot_limit_out_of_products_is_the_interval_so_far(kind):
     assert spreads[-1] == 0
 
 
+def test_a_point_that_is_known_is_not_computed_again():
+    """Its second value may differ by rounding, and lie on the other side of eps."""
+    seen = set()
+
+    def path(counts):
+        assert not seen & {*counts}
+        seen.update(counts)
+        return [PathPoint(n, 1 + 1e-7 * (n - 499.5), np.full(1000, 1e-7)) for n in counts]
+
+    found = one_shot_limit(path, PathPoint(0, 0.0, np.zeros(1000)), 1.0, 1e-3)
+    assert found.lower <= 0.5 <= found.upper
+
+
 def test_a_predicted_loss_that_is_not_finite_is_no_answer():
     def path(counts):
         return [PathPoint(n, np.nan, np.full(100, np.nan)) for n in counts]

@@ -21,6 +21,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxlimit import sharding
 from jaxlimit.data import load_digits
 from jaxlimit.sharding import ExampleSharding, example_sharding, place, sharding_like
 
@@ -88,11 +89,12 @@ def assert_same(many, one, model, kind):
     """To rounding; and a vector lies as the weights do."""
     assert many["mean"] == pytest.approx(one["mean"], rel=1e-5)
     assert many["batch_std"] == pytest.approx(one["batch_std"], rel=1e-4)
+    assert many[kind]["apart"] == pytest.approx(one[kind]["product"], rel=1e-5)
     for quantity in ("product", "gradient"):
         assert many[kind][quantity] == pytest.approx(one[kind][quantity], rel=1e-5)
     assert many[kind]["limits"] == pytest.approx(one[kind]["limits"], abs=3e-4)
     parts = {"w0": [1, 64, 48 // model], "w1": [1, 48 // model, 24], "w2": [1, 24, 16 // model]}
-    assert many[kind]["parts"] == parts
+    assert many[kind]["parts"] == many[kind]["parts apart"] == parts
 
 
 @pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
@@ -130,6 +132,15 @@ def test_two_processes_give_the_same_limits_and_go_on_from_a_checkpoint(problem,
     report.cache_clear()  # the second time in earnest
     assert report(problem, *arguments, processes=2) == first
     assert {path: path.stat().st_mtime_ns for path in Path(tmp_path).rglob("*.npz")} == written
+
+
+@pytest.mark.parametrize(("allowed", "expected"), [("1048576\n", 2**20), ("max\n", None)])
+def test_a_container_may_use_what_it_is_allowed(allowed, expected, tmp_path, monkeypatch):
+    machine = sharding.device_memory() * jax.local_device_count()
+    file = tmp_path / "memory.max"
+    file.write_text(allowed)
+    monkeypatch.setattr(sharding, "CONTAINER_MEMORY", file)
+    assert sharding.device_memory() * jax.local_device_count() == pytest.approx(expected or machine, abs=8)
 
 
 def test_examples_divided_in_different_ways_are_refused():

@@ -22,7 +22,7 @@ from tyro.conf import arg
 from jaxlimit import plots
 from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.study import OnEpoch, Results, Study, Subject, Task, values
-from jaxlimit.experiments.tables import by_variant, cell, curve, limit, markdown, over_seeds, tally
+from jaxlimit.experiments.tables import by_variant, cell, curve, is_less, limit, markdown, over_seeds, tally
 from jaxlimit.presets import NETWORKS
 
 Params = Mapping[str, Any]
@@ -126,10 +126,12 @@ def table(results: Results) -> str:
         rows.append([f"held times {factor:g}", "-", width, *"---"])
     text = markdown(["weights", *WHICH, "eps", "tr H", "test accuracy"], rows)
     start = {piece["seed"]: limit("width")(piece) for piece in trained}
-    moved: dict[str, list[bool]] = {}
+    moved: dict[str, list[bool | None]] = {}
     for piece in results.values():
         if piece["way"] != "trained":
-            moved.setdefault(piece["way"], []).append(limit("width")(piece) < start[piece["seed"]] - 1e-3)
+            moved.setdefault(piece["way"], []).append(
+                is_less(limit("width")(piece), start[piece["seed"]] - 1e-3)
+            )
     falls = ", ".join(f"{way} {tally(found)}" for way, found in moved.items())
     return f"{text}\nRuns whose width limit falls by more than .001: {falls}.\n"
 

@@ -18,7 +18,16 @@ from jaxlimit.baselines.network import SparseNetwork, bare, kernels, stage, with
 from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.methods import CIFAR10, settings_of
 from jaxlimit.experiments.study import OnEpoch, Results, Study, Subject, Task, values
-from jaxlimit.experiments.tables import by_variant, cell, curve, limit, markdown, mean_and_spread, tally
+from jaxlimit.experiments.tables import (
+    by_variant,
+    cell,
+    curve,
+    is_less,
+    limit,
+    markdown,
+    mean_and_spread,
+    tally,
+)
 from jaxlimit.magnitude import flatten
 from jaxlimit.models import from_nnx
 from jaxlimit.presets import build_network
@@ -103,7 +112,7 @@ def _round(task: Task, network: SparseNetwork, seed: int) -> dict[str, Any]:
     return {
         "sparsity": network.sparsity,
         "limit": found,
-        "of_all": {name: 1 - density * (1 - found[name]["value"]) for name in WHICH},
+        "of_all": {name: 1 - density * (1 - found[name]["value"]) for name in WHICH if name in found},
         "train_loss": subject.statistics.mean,
         "test_accuracy": subject.test_accuracy([0.0])[0],
     }
@@ -121,7 +130,7 @@ def table_gradual(results: Results) -> str:
     lines, verdicts = [], []
     for name, pieces in by_variant(results).items():
         for sparsity, found in _by_round(pieces).items():
-            numbers = [cell(found, lambda p, w=which: p["of_all"][w]) for which in WHICH]
+            numbers = [cell(found, lambda p, w=which: p["of_all"].get(w)) for which in WHICH]
             own = cell(found, limit("width"))
             accuracy = cell(found, lambda p: p["test_accuracy"], ".1%")
             lines.append([name, sparsity, *numbers, own, accuracy])
@@ -143,7 +152,7 @@ def figure_gradual(results: Results) -> Any:
         groups = _by_round(pieces)
         for which in WHICH:
             x = [float(sparsity) for sparsity in groups]
-            curves[f"{which}, {name}"] = curve(groups, x, lambda p, w=which: p["of_all"][w])
+            curves[f"{which}, {name}"] = curve(groups, x, lambda p, w=which: p["of_all"].get(w))
     figure = plots.plot_series({"limit (sparsity)": curves}, xlabel="pruned so far (sparsity)")
     (axes,) = figure.axes
     axes.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle="--")
@@ -250,7 +259,7 @@ def table_gems(results: Results) -> str:
             if piece["arm"] == arm
         ]
         gain, _ = mean_and_spread(100 * (a["test_accuracy"] - b["test_accuracy"]) for a, b in pairs)
-        higher = tally([limit("width")(a) > limit("width")(b) for a, b in pairs])
+        higher = tally([is_less(limit("width")(b), limit("width")(a)) for a, b in pairs])
         verdicts.append(f"{arm} {gain:+.1f} points, width limit higher in {higher}")
     return f"{text}\nAgainst no L2 term: {'; '.join(verdicts)}.\n"
 

@@ -9,7 +9,7 @@ from tyro.conf import arg
 from jaxlimit import plots
 from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.study import ACCURACY_LOSS, OnEpoch, Results, Study, Task, values
-from jaxlimit.experiments.tables import by_variant, cell, curve, limit, markdown, tally
+from jaxlimit.experiments.tables import by_variant, cell, curve, is_less, limit, markdown, tally
 from jaxlimit.losses import classification_metrics
 from jaxlimit.measure import finetuned_sweep
 
@@ -74,10 +74,10 @@ def _accuracy(name: str) -> Callable[[Mapping[str, Any]], float]:
     return lambda piece: piece["accuracy"].get(name, np.nan)
 
 
-def _kept(name: str, pieces: Sequence[dict[str, Any]]) -> list[bool]:
+def _kept(name: str, pieces: Sequence[dict[str, Any]]) -> list[bool | None]:
     """Of each piece, whether the cut at this limit costs at most one point of test accuracy."""
     least = ACCURACY_LOSS + 1e-6
-    return [p["dense_accuracy"] - _accuracy(name)(p) <= least for p in pieces]
+    return [is_less(p["dense_accuracy"] - _accuracy(name)(p), least) for p in pieces]
 
 
 def table(results: Results) -> str:

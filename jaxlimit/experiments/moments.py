@@ -10,7 +10,7 @@ from jaxlimit import plots
 from jaxlimit.batches import loss_statistics
 from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.study import SWEEP, OnEpoch, Results, Study, Task, values
-from jaxlimit.experiments.tables import by_variant, cell, curve, limit, markdown, over_seeds, tally
+from jaxlimit.experiments.tables import by_variant, cell, curve, is_less, limit, markdown, over_seeds, tally
 from jaxlimit.magnitude import flatten, unflatten
 
 WHICH = ("one_shot", "width", "cone")
@@ -87,7 +87,7 @@ def _first_close(results: Results, name: str) -> int:
     first = 0
     for epoch in sorted({p["epoch"] for p in results.values()}, reverse=True):
         first_of = [p for p in results.values() if p["epoch"] == epoch]
-        if any(abs(limit(name)(p) - last[p["seed"]]) > CLOSE for p in first_of):
+        if not all(abs(limit(name)(p) - last[p["seed"]]) <= CLOSE for p in first_of):
             return first
         first = epoch
     return first
@@ -149,7 +149,7 @@ def table_order(results: Results) -> str:
     text = markdown(["order", *WHICH, "measured loss", "1 point less"], rows)
     groups = by_variant(results)
     pairs = list(zip(groups["magnitude"], groups["random"], strict=True))
-    below = {name: tally([limit(name)(b) < limit(name)(a) for a, b in pairs]) for name in WHICH}
+    below = {name: tally([is_less(limit(name)(b), limit(name)(a)) for a, b in pairs]) for name in WHICH}
     lower = ", ".join(f"{name} {count}" for name, count in below.items())
     return f"{text}\nRuns whose limit is lower in random order: {lower}.\n"
 
@@ -216,7 +216,7 @@ def table_tolerances(results: Results) -> str:
     text = markdown(["loss", "L", "eps", *WHICH, "measured loss", "1 point less"], rows)
     groups = by_variant(results)
     near = {
-        name: tally([abs(limit("one_shot")(p) - p["measured"]["loss"]) <= 0.02 for p in pieces])
+        name: tally([is_less(abs(limit("one_shot")(p) - p["measured"]["loss"]), 0.02) for p in pieces])
         for name, pieces in groups.items()
     }
     counts = "; ".join(f"{_title(name)} {count}" for name, count in near.items())

@@ -20,7 +20,7 @@ from jaxlimit.batches import Batches, LossStatistics, batched, loss_statistics
 from jaxlimit.curvature import Curvature
 from jaxlimit.experiments.experiment import Compute, Experiment
 from jaxlimit.experiments.tables import unresolved
-from jaxlimit.limit import MAX_MATVECS, pruning_limit
+from jaxlimit.limit import LEAST_MATVECS, MAX_MATVECS, pruning_limit
 from jaxlimit.losses import Loss, classification_curvature, classification_loss, classification_metrics
 from jaxlimit.measure import Sweep, sparsity_sweep
 from jaxlimit.models import from_nnx
@@ -59,7 +59,7 @@ class Study:
         data: folder that holds mnist/ or cifar10/; not needed for digits.
 
     Raises:
-        ValueError: fewer than one seed or 16 products, or a negative number of probes.
+        ValueError: fewer than one seed or too few products, or a negative number of probes.
     """
 
     preset: Annotated[Positional[str], arg(metavar="PRESET")] = "digits"
@@ -76,10 +76,11 @@ class Study:
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}.")
-        if self.max_matvecs < 16:
-            raise ValueError(f"max_matvecs must be at least 16, got {self.max_matvecs}.")
         if self.probes < 0:
             raise ValueError(f"probes must be at least 0, got {self.probes}.")
+        least = max(LEAST_MATVECS, self.probes)
+        if self.max_matvecs < least:
+            raise ValueError(f"max_matvecs must be at least {least}, got {self.max_matvecs}.")
 
     def task(self) -> "Task":
         """The preset with these options, and its data.

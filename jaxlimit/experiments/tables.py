@@ -98,12 +98,12 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def unresolved(results: Any) -> str:
-    """How many of the limits in the pieces their products did not resolve, and by how much; empty if none.
+    """How many answers in the pieces their products did not resolve, and by how much; empty if none.
 
     Examples:
         >>> print(unresolved({"a": {"limit": {"cone": {"spread": 0.02}, "status": "under-resolved: ..."}}}))
         <BLANKLINE>
-        1 of 1 limits under-resolved: further products may change them by up to 0.020.
+        Under-resolved, or without a product left: 1 of 1. The limits there may still change by up to 0.020.
         <BLANKLINE>
     """
 
@@ -123,16 +123,27 @@ def unresolved(results: Any) -> str:
         return ""
     spreads = [part["spread"] for limit in left for part in limit.values() if isinstance(part, Mapping)]
     return (
-        f"\n{len(left)} of {len(found)} limits under-resolved: further products may change them by up to "
-        f"{max(spreads):.3f}.\n"
+        f"\nUnder-resolved, or without a product left: {len(left)} of {len(found)}. The limits there may still "
+        f"change by up to {max(spreads):.3f}.\n"
     )
 
 
-def tally(holds: Sequence[bool]) -> str:
-    """How many of how many.
+def is_less(first: float, second: float) -> bool | None:
+    """Whether first < second; None where one of them is missing, NaN.
 
     Examples:
-        >>> tally([True, True, False])
-        '2 of 3'
+        >>> is_less(1.0, 2.0), is_less(1.0, float("nan"))
+        (True, None)
     """
-    return f"{sum(map(bool, holds))} of {len(holds)}"
+    return None if np.isnan(first) or np.isnan(second) else bool(first < second)
+
+
+def tally(holds: Sequence[bool | None]) -> str:
+    """How many of how many, those left out of which nothing is known.
+
+    Examples:
+        >>> tally([True, True, False]), tally([True, None])
+        ('2 of 3', '1 of 1')
+    """
+    known = [value for value in holds if value is not None]
+    return f"{sum(known)} of {len(known)}"
