@@ -123,8 +123,8 @@ def unresolved(results: Any) -> str:
         return ""
     spreads = [part["spread"] for limit in left for part in limit.values() if isinstance(part, Mapping)]
     return (
-        f"\nUnder-resolved, or without a product left: {len(left)} of {len(found)}. The limits there may still "
-        f"change by up to {max(spreads):.3f}.\n"
+        f"\nUnder-resolved, or without a product left: {len(left)} of {len(found)}. The limits there may "
+        f"still change by up to {max(spreads):.3f}.\n"
     )
 
 
