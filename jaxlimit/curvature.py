@@ -204,8 +204,7 @@ def hessian(
         precision: of matrix products, as in `jax.default_matmul_precision`. The default "highest" is
             float32: the devices' faster formats (TF32, bfloat16) disturb the smallest eigenvalues.
         linear_bytes: memory in which the linearised batches are kept from the first product on, if they fit
-            and are not a stream; 0 linearises in every product. None: a quarter of the device's memory, for each
-            curvature.
+            and are not a stream; 0 linearises in every product. None: a quarter of the device's memory.
 
     Raises:
         ValueError: no batches; nothing prunable; non-finite weights or loss; data that changes from one
