@@ -150,10 +150,12 @@ def linearize_group(
 
 def linear_mean(product: Product, groups: list[LinearGroup], num_examples: int, vectors: PyTree) -> PyTree:
     """sum_b n_b H_b V / N over linearised batches: a compiled call for each group."""
-    total = None
+    total = previous = None
     for group in groups:
         part = _group_mean(product, num_examples, group, vectors)
-        total = part if total is None else add_to(total, part)
+        # Devices that are parts of one processor must not wait for each other in several calls at once.
+        jax.block_until_ready(previous)
+        total, previous = part if total is None else add_to(total, part), part
     return total
 
 
