@@ -111,7 +111,7 @@ PAGES = {
         "experiments",
     ),
     **dict.fromkeys(
-        (f"{name}_mnist-fc2" for name in ("crossing", "lambda", "order", "rows")),
+        (f"{name}_mnist-fc2" for name in ("crossing", "distance", "lambda", "order", "rows", "tolerances")),
         "experiments_mnist",
     ),
     **dict.fromkeys(
