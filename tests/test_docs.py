@@ -111,7 +111,10 @@ PAGES = {
         "experiments",
     ),
     **dict.fromkeys(
-        (f"{name}_mnist-fc2" for name in ("crossing", "distance", "lambda", "order", "rows", "tolerances")),
+        (
+            f"{name}_mnist-fc2"
+            for name in ("crossing", "distance", "lambda", "order", "rows", "tolerances", "training")
+        ),
         "experiments_mnist",
     ),
     **dict.fromkeys(
