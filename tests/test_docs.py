@@ -95,6 +95,7 @@ def test_every_public_name_is_documented(site):
         assert not public_names(module) - names
 
 
+ON_MNIST = ("crossing", "distance", "lambda", "order", "rows", "tolerances", "training")
 PAGES = {
     "accuracy": "numerics",
     "predicted_vs_measured": "limits",
@@ -110,13 +111,7 @@ PAGES = {
         (f"{name}_digits" for name in experiments.EXPERIMENTS if name != "compare"),
         "experiments",
     ),
-    **dict.fromkeys(
-        (
-            f"{name}_mnist-fc2"
-            for name in ("crossing", "distance", "lambda", "order", "rows", "tolerances", "training")
-        ),
-        "experiments_mnist",
-    ),
+    **dict.fromkeys((f"{name}_mnist-fc2" for name in ON_MNIST), "experiments_mnist"),
     **dict.fromkeys(
         (
             "products",
