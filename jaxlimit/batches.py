@@ -185,13 +185,15 @@ def example_sum(fn: Callable[..., PyTree], groups: Iterable[PyTree], *args: PyTr
     Raises:
         ValueError: there was no batch at all.
     """
-    total, previous, num_examples = None, None, 0
-    for group in groups:
-        part = _group_sum(fn, example_sharding(group, axis=1), args, group)
-        # A stream makes its next batch while the device works on this one, but it gets no further ahead.
-        jax.block_until_ready(previous)
-        total, previous = part if total is None else add_to(total, part), part
-        num_examples += group_length(group)
+    num_examples = 0
+
+    def parts() -> Iterator[PyTree]:
+        nonlocal num_examples
+        for group in groups:
+            yield _group_sum(fn, example_sharding(group, axis=1), args, group)
+            num_examples += group_length(group)
+
+    total = running_sum(parts())
     if num_examples == 0:
         raise ValueError("batches hold no examples.")
     return total, num_examples
@@ -202,9 +204,21 @@ def _value(fn: Callable[..., PyTree], *args: PyTree) -> PyTree:
     return fn(*args)
 
 
+def running_sum(parts: Iterable[PyTree]) -> PyTree:
+    """Sum of pytrees that are computed one after the other; None of none.
+
+    A part begins while the device works on the one before, but gets no further ahead: streams do not pile up,
+    and devices that are parts of one processor do not wait for each other in several calls at once.
+    """
+    total = previous = None
+    for part in parts:
+        jax.block_until_ready(previous)
+        total, previous = part if total is None else _add(total, part), part
+    return total
+
+
 @partial(jax.jit, donate_argnums=0)
-def add_to(total: PyTree, part: PyTree) -> PyTree:
-    """Their sum, in the place of the first."""
+def _add(total: PyTree, part: PyTree) -> PyTree:
     return jax.tree.map(jnp.add, total, part)
 
 

@@ -227,21 +227,21 @@ def _status(
     semidefinite = curvature.positive_semidefinite
     one_shot = limits["one_shot"]
     spread = max((limit.spread for limit in spectral), default=0.0)
-    unfinished = one_shot is not None and one_shot.spread > tolerance
+    interval = 0.0 if one_shot is None else one_shot.spread
     probe_error = spectral[0].probe_error if spectral else 0.0
     too_large = "readjusted" in which and not semidefinite and curvature.dim > DENSE_DIM
     missing = [n for n in which if limits[n] is None and not (n == "readjusted" and too_large)]
     kind = "bracket" if semidefinite else "spread over step counts"
     sentences = [f"converged: {kind} {spread:.4f}, within the tolerance of {tolerance:g}."]
-    if missing or unfinished or spread > tolerance:
+    if missing or max(spread, interval) > tolerance:
         sentences = [
             f"under-resolved: {kind} {spread:.4f} at a tolerance of {tolerance:g}, limited by max_matvecs = "
             f"{max_matvecs:,}: raise it, or the tolerance."
         ]
     if missing:
         sentences.append(f"No product was left for {', '.join(missing)}.")
-    if one_shot is not None and unfinished:
-        sentences.append(f"one_shot was left in an interval of {one_shot.spread:.4f}.")
+    if interval > tolerance:
+        sentences.append(f"one_shot was left in an interval of {interval:.4f}.")
     if probe_error > 1.5 * tolerance:
         sentences.append(f"The probe error {probe_error:.4f} exceeds the tolerance: use more probes.")
     if spectral and not semidefinite:

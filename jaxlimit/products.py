@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlimit.batches import add_to, batch_length, check_scalar
+from jaxlimit.batches import batch_length, check_scalar, running_sum
 from jaxlimit.prunable import combine
 from jaxlimit.sharding import ExampleSharding, example_sharding, on_parts, sum_of_parts
 
@@ -150,13 +150,7 @@ def linearize_group(
 
 def linear_mean(product: Product, groups: list[LinearGroup], num_examples: int, vectors: PyTree) -> PyTree:
     """sum_b n_b H_b V / N over linearised batches: a compiled call for each group."""
-    total = previous = None
-    for group in groups:
-        part = _group_mean(product, num_examples, group, vectors)
-        # Devices that are parts of one processor must not wait for each other in several calls at once.
-        jax.block_until_ready(previous)
-        total, previous = part if total is None else add_to(total, part), part
-    return total
+    return running_sum(_group_mean(product, num_examples, group, vectors) for group in groups)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

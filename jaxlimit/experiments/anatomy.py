@@ -71,19 +71,10 @@ def table_crossing(results: Results) -> str:
     for piece in results.values():
         found, (low, high) = piece["limit"], piece["bounds"]
         at = np.interp(found["width"]["value"], piece["sparsity"], piece["removed_norm"])
-        ends = [f"{x:.3f}" for x in (low, found["width"]["value"], high)]
+        ends = [*(f"{x:.3f}" for x in (low, found["width"]["value"], high)), cell([piece], limit("cone"))]
         h = found["transition_halfwidth"]
         apart.append(high - low)
-        rows.append(
-            [
-                str(piece["seed"]),
-                f"{found['dim']:,}",
-                f"{at:.3f}",
-                *ends,
-                cell([piece], limit("cone")),
-                f"{h:.3f}",
-            ]
-        )
+        rows.append([str(piece["seed"]), f"{found['dim']:,}", f"{at:.3f}", *ends, f"{h:.3f}"])
     text = markdown(["seed", "D", "R at the crossing", "lower", "width", "upper", "cone", "h"], rows)
     return f"{text}\nUpper minus lower bound: {' ± '.join(f'{x:.3f}' for x in mean_and_spread(apart))}.\n"
 
