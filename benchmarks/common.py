@@ -1,10 +1,11 @@
 """What benchmarks share: where results go, the machine, the clock, steps that are done once, thresholds."""
 
+import os
 import platform
+import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import jax
@@ -23,8 +24,23 @@ FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 
 
 def environment() -> dict[str, Any]:
-    """The machine and the versions, for the results of this process."""
-    return {"device": record.device() | {"processor": processor()}, "versions": record.versions()}
+    """The machine, the versions, and settings of the C library, for the results of this process."""
+    settings = {name: value for name, value in os.environ.items() if name.startswith(("MALLOC_", "GLIBC_"))}
+    device = record.device() | {"processor": processor()}
+    return {"device": device, "versions": record.versions(), "settings": settings}
+
+
+def huge_pages() -> bool:
+    """Whether the C library asks for memory in huge pages."""
+    return "glibc.malloc.hugetlb=1" in os.environ.get("GLIBC_TUNABLES", "")
+
+
+def page_faults(function: Callable[[], Any], calls: int = 3) -> float:
+    """Pages that the system clears and hands out in one call, after it was warmed up."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(calls):
+        seconds(function)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / calls
 
 
 def processor() -> str:
@@ -43,11 +59,11 @@ def seconds(function: Callable[[], Any]) -> float:
 
 
 def in_turns(functions: Mapping[str, Callable[[], Any]], budget: float = 2.0) -> dict[str, float]:
-    """Median seconds of each function, after it was warmed up.
+    """Least seconds of each function, after it was warmed up.
 
-    They take turns in series of calls, so that whatever else the machine does meets them alike. The first
-    call of a series is not counted: it finds the caches full of another's data, and on a CPU the threads of
-    another library still awake.
+    They take turns in series of calls, so that whatever else the machine does meets them alike; what it adds
+    to the least is least. The first call of a series is not counted: it finds the caches full of another's
+    data, and on a CPU the threads of another library still awake.
 
     Args:
         functions: by name; each returns when, or gives arrays that tell when, its work is done.
@@ -62,7 +78,7 @@ def in_turns(functions: Mapping[str, Callable[[], Any]], budget: float = 2.0) ->
             seconds(function)
             calls = min(max(1, int(budget / 3 / warm[name]) - 1), 8)
             found[name] += [seconds(function) for _ in range(calls)]
-    return {name: median(values) for name, values in found.items()}
+    return {name: min(values) for name, values in found.items()}
 
 
 def once(functions: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
@@ -75,6 +91,13 @@ def matmul_rate(size: int = 2048) -> float:
     matrix = jnp.ones((size, size), jnp.float32)
     product = jax.jit(lambda x: jnp.matmul(x, x, precision="highest"))
     return 2 * size**3 / in_turns({"product": lambda: product(matrix)})["product"]
+
+
+def read_rate(num_bytes: int = 2**30) -> float:
+    """Bytes a second at which a product with a wide matrix reads it: what bounds work on a basis."""
+    matrix = jnp.ones((64, num_bytes // 256), jnp.float32)
+    product = jax.jit(lambda x: jnp.matmul(x, x[0], precision="highest"))
+    return num_bytes / in_turns({"product": lambda: product(matrix)})["product"]
 
 
 def operations(function: Callable[..., Any], *arguments: Any) -> float:

@@ -6,7 +6,11 @@ For each network of networks.py and both curvatures, on the same weights, data a
 the gradient of the mean loss; jaxlimit's product, for one vector and for blocks; the same linearised anew in
 every product; other ways to differentiate, in the batches of 128 that the peers have; and the product of
 every peer. All take turns. Operations are XLA's count for one batch of all examples; the rate is that of a
-large matrix product on the same machine. Networks that are not measured anew keep their rows.
+large matrix product on the same machine. Networks that are not measured anew keep their rows; with
+
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/products.py --networks vgg16 resnet18 transformer
+
+memory comes in huge pages, and these networks get rows of their own. Each row is written when it is there.
 
 Results are in results/products.json, products.md (against the gradient and the hardware) and
 products_peers.md. Needs `pip install -e ".[cli,bench]"`, and MNIST and CIFAR-10 under $JAXLIMIT_DATA.
@@ -168,13 +172,16 @@ def measure(name: str, operator: str, precision: str) -> dict[str, Any]:
     found = peers.load_peers(problem, operator)
     differences = {peer.name: peers.product_difference(peer, curvature) for peer in found}
     functions |= peer_functions(found, curvature.dim, blocks)
+    faults = {name: common.page_faults(functions[name]) for name in ("gradient", "jaxlimit")}
     return {
         "network": name,
         "operator": operator,
         "precision": precision,
+        "huge_pages": common.huge_pages(),
         "num_weights": curvature.dim,
         "num_examples": len(problem.inputs),
         "seconds": common.in_turns(functions),
+        "page_faults": faults,
         "first_call": compilation,
         "operations": counted_operations(problem, curvature),
         "linear_bytes": sum(x.nbytes for x in jax.tree.leaves(curvature._linear)),
@@ -182,6 +189,11 @@ def measure(name: str, operator: str, precision: str) -> dict[str, Any]:
         "versions": {peer.name: peer.version for peer in found},
         "difference": differences,
     }
+
+
+def label(row: Mapping[str, Any]) -> str:
+    """The network, and whether it was measured with huge pages."""
+    return row["network"] + (", huge pages" if row["huge_pages"] else "")
 
 
 def own_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -195,7 +207,7 @@ def own_table(rows: Sequence[Mapping[str, Any]]) -> str:
         block = [times.get(f"jaxlimit, block of {size}") for size in BLOCKS]
         lines.append(
             [
-                row["network"],
+                label(row),
                 row["operator"],
                 f"{1e3 * gradient:.1f} ms",
                 f"{1e3 * product:.1f} ms",
@@ -223,7 +235,7 @@ def peer_table(rows: Sequence[Mapping[str, Any]]) -> str:
         others = [times.get(name) for name in (*MODES, *names)]
         fastest = min(times[name] for name in row["versions"]) / own
         lines.append(
-            [row["network"], row["operator"], f"{1e3 * own:.1f} ms"]
+            [label(row), row["operator"], f"{1e3 * own:.1f} ms"]
             + ["" if x is None else f"{1e3 * x:.1f} ms" for x in others]
             + [f"{fastest:.1f}"]
         )
@@ -241,20 +253,24 @@ def main() -> None:
         "--precisions", nargs="+", default=["highest"], help="of matrix products (default: %(default)s)"
     )
     options = parser.parse_args()
-    rate, rows = common.matmul_rate(), []
+    rate = common.matmul_rate()
     for precision in options.precisions:
         for name in options.networks:
             for operator in peers.OPERATORS:
-                rows.append({**measure(name, operator, precision), "matmul_rate": rate})
-                print(own_table(rows[-1:]) + peer_table(rows[-1:]), flush=True)
+                add({**measure(name, operator, precision), "matmul_rate": rate})
+
+
+def add(row: dict[str, Any]) -> None:
+    """Writes a row with those that are there, in the place of the one before."""
     path = common.RESULTS / f"{NAME}.json"
-    before = record.read_json(path)["rows"] if path.exists() else []
-    measured = {(row["network"], row["operator"], row["precision"]): row for row in (*before, *rows)}
+    rows = record.read_json(path)["rows"] if path.exists() else []
+    names = ("network", "operator", "precision", "huge_pages")
+    measured = {tuple(one[name] for name in names): one for one in (*rows, row)}
     order = list(networks.NETWORKS)
-    rows = sorted(measured.values(), key=lambda row: order.index(row["network"]))
-    document = {"command": f"python benchmarks/{NAME}.py", "rows": rows}
+    rows = sorted(measured.values(), key=lambda one: (order.index(one["network"]), one["huge_pages"]))
     record.write_atomic(common.RESULTS / f"{NAME}_peers.md", peer_table(rows))
-    common.write(NAME, document, own_table(rows))
+    print(peer_table([row]))
+    common.write(NAME, {"command": f"python benchmarks/{NAME}.py", "rows": rows}, own_table(rows))
 
 
 if __name__ == "__main__":

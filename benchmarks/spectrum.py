@@ -20,6 +20,7 @@ from typing import Any
 
 import common
 import jax
+import jax.numpy as jnp
 import networks
 import numpy as np
 import peers
@@ -71,7 +72,7 @@ def against_peers(name: str, num_examples: int) -> list[dict[str, Any]]:
 
 
 def overhead(num_examples: int, num_steps: int = STEPS[-1]) -> dict[str, Any]:
-    """Seconds of a run, and of as many products alone (one, timed repeatedly, times their number)."""
+    """Seconds of a run, of as many products (one, timed repeatedly, times their number), and of the rest."""
     preset = find_preset("cifar10-fc5")
     (images, labels), _ = load_arrays(preset, Options())
     predict, params = from_nnx(build_network(preset, seed=0))
@@ -80,23 +81,36 @@ def overhead(num_examples: int, num_steps: int = STEPS[-1]) -> dict[str, Any]:
     start, _ = starts(curvature)
     jax.block_until_ready(own_run(curvature, start, 2))
     product = common.in_turns({"product": lambda: curvature.matmat(start)})["product"]
-    functions: dict[str, Callable[[], Any]] = {
-        "run": partial(own_run, curvature, start, num_steps),
-        "run without reorthogonalisation": lambda: lanczos.run(
-            curvature.matmat, lanczos.init(start), num_steps, 0
-        ),
-    }
-    timed = {"products": num_steps * product, **common.once(functions)}
+    diagonal = jax.tree.map(lambda x: 1 + abs(x), curvature.weights)
+
+    def steps_alone(max_basis: int | None = None) -> lanczos.LanczosState:
+        """The same run with the matrix diag(1 + |w|), whose products are next to nothing."""
+        return lanczos.run(
+            partial(jax.tree.map, jnp.multiply, diagonal), lanczos.init(start), num_steps, max_basis
+        )
+
+    timed = {"products": num_steps * product} | common.once(
+        {
+            "run": partial(own_run, curvature, start, num_steps),
+            "steps alone": steps_alone,
+            "steps without reorthogonalisation": partial(steps_alone, 0),
+        }
+    )
     linear = curvature._linear
     assert linear is not None
     program = products._group_mean.lower(curvature._product, curvature.num_examples, linear[0], start)
     memory: Any = program.compile().memory_analysis()
+    panel_bytes = 4 * curvature.dim * lanczos.PANEL
+    panels = sum(j // lanczos.PANEL + 1 for j in range(num_steps))
     return {
         "network": "cifar10-fc5",
         "num_examples": num_examples,
         "num_weights": curvature.dim,
         "steps": num_steps,
         "seconds": timed,
+        # Once for the overlaps, once to subtract, of the panels so far in each step.
+        "basis_read": 2 * panels * panel_bytes,
+        "read_rate": common.read_rate(),
         "bytes": {
             "linearised batches": sum(x.nbytes for x in jax.tree.leaves(linear)),
             "basis": 4 * curvature.dim * num_steps,
@@ -126,18 +140,19 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def overhead_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """What a run costs beyond its products, and its memory."""
-    heads = ["examples", "products", "run", "beyond the products", "without reorthogonalisation"]
+    heads = ["examples", "products", "run", "steps alone", "of the products", "without reorthogonalisation"]
+    heads += ["share of memory's rate"]
     lines = []
     for row in rows:
         times, sizes = row["seconds"], row["bytes"]
-        low = times["run without reorthogonalisation"]
+        alone, low = times["steps alone"], times["steps without reorthogonalisation"]
         lines.append(
             [
                 f"{row['num_examples']:,}",
-                f"{times['products']:.1f} s",
-                f"{times['run']:.1f} s",
-                f"{times['run'] / times['products'] - 1:.1%}",
-                f"{low / times['products'] - 1:.1%}",
+                *(f"{times[name]:.1f} s" for name in ("products", "run", "steps alone")),
+                f"{alone / times['products']:.1%}",
+                f"{low / times['products']:.1%}",
+                f"{row['basis_read'] / (alone - low) / row['read_rate']:.0%}",
                 *(f"{size / 2**20:,.0f} MiB" for size in sizes.values()),
             ]
         )

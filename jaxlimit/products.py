@@ -89,10 +89,13 @@ Product = HessianProduct | GaussNewtonProduct
 
 
 def _each(linear: Callable[[PyTree], PyTree], vectors: PyTree) -> PyTree:
-    """A linear function of every vector along the leading axis; of a single one without that axis."""
-    if jax.tree.leaves(vectors)[0].shape[0] > 1:
-        return jax.vmap(linear)(vectors)
-    return jax.tree.map(lambda x: x[None], linear(jax.tree.map(lambda v: v[0], vectors)))
+    """A linear function of every vector along the leading axis.
+
+    Side by side, except on a CPU: there what the network computes from several would leave the cache, which
+    costs large networks more than small ones gain (benchmarks/products.py).
+    """
+    one_by_one = jax.default_backend() == "cpu" or jax.tree.leaves(vectors)[0].shape[0] == 1
+    return jax.lax.map(linear, vectors) if one_by_one else jax.vmap(linear)(vectors)
 
 
 @dataclass(frozen=True)
