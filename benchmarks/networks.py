@@ -43,7 +43,7 @@ class Attention(nnx.Module):
         batch, length, width = hidden.shape
         heads = (batch, length, self.num_heads, width // self.num_heads)
         query, key, value = (f(hidden).reshape(heads) for f in (self.query, self.key, self.value))
-        scores = jnp.einsum("bihd,bjhd->bhij", query, key) / np.sqrt(heads[-1])
+        scores = jnp.einsum("bihd,bjhd->bhij", query, key) / heads[-1] ** 0.5
         scores = jnp.where(np.tril(np.ones((length, length), bool)), scores, -jnp.inf)
         mixed = jnp.einsum("bhij,bjhd->bihd", nnx.softmax(scores), value)
         return self.out(mixed.reshape(hidden.shape))

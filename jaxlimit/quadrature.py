@@ -205,19 +205,20 @@ def rademacher(key: jax.Array, like: PyTree, num_probes: int) -> PyTree:
     """Random sign vectors along a leading axis, shaped and placed like the leaves of `like`."""
     leaves, structure = jax.tree.flatten(like)
     keys = jax.random.split(key, len(leaves))
-    return structure.unflatten([_signs(k, x, num_probes) for k, x in zip(keys, leaves, strict=True)])
+    signs = [
+        _signs(k, (num_probes, *x.shape), x.dtype, sharding_like(x, new_axes=1))
+        for k, x in zip(keys, leaves, strict=True)
+    ]
+    return structure.unflatten(signs)
 
 
-def _signs(key: jax.Array, like: jax.Array, num_probes: int) -> jax.Array:
-    sharding, shape = sharding_like(like, new_axes=1), (num_probes, *like.shape)
-
-    def make(key: jax.Array) -> jax.Array:
-        # The signs of jax.random.rademacher, which under x64 would draw them in float64.
-        return 1 - 2 * (jax.random.bits(key, shape, np.uint32) >> 31).astype(like.dtype)
-
-    if sharding is None:
-        return make(key)
-    return jax.jit(make, out_shardings=sharding)(key)  # made where it shall lie
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _signs(
+    key: jax.Array, shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding | None
+) -> jax.Array:
+    # The signs of jax.random.rademacher, which under x64 would draw them in float64.
+    signs = 1 - 2 * (jax.random.bits(key, shape, np.uint32) >> 31).astype(dtype)
+    return signs if sharding is None else jax.lax.with_sharding_constraint(signs, sharding)
 
 
 def spectral_measure(
