@@ -100,7 +100,7 @@ PAGES = {
     "accuracy": "numerics",
     "predicted_vs_measured": "limits",
     "real_runs": "runs",
-    "methods_digits": "methods",
+    **dict.fromkeys(("methods_digits", "methods_mnist-fc2"), "methods"),
     "basis": "large",
     "regularizer_digits": "experiments",
     "minilm": "transformer",
