@@ -3,9 +3,9 @@
 The presets on CIFAR and Tiny ImageNet are those of the paper: SGD with momentum .9 and without weight decay,
 batches of 128, 200 epochs, an L1 term on every parameter, random crops and flips. The settings of mnist-fc2
 are those of its code for MNIST. Its code steps the learning rate once a batch; here a schedule counts epochs,
-as the paper says. The dense control of each is the same with `l1` 0. Two are ours: `digits`, small enough that
+as the paper says. The dense control of each is the same with `l1` 0. Two are ours: `digits`, so small that
 every limit is exact and a whole run takes two minutes on two cores; and `cifar10-resnet18-8`, a ResNet18 of 8
-to 64 channels instead of 64 to 512, whose training takes half an hour there.
+to 64 channels instead of 64 to 512, which trains without an accelerator.
 """
 
 import math
