@@ -95,7 +95,18 @@ def test_every_public_name_is_documented(site):
         assert not public_names(module) - names
 
 
-ON_MNIST = ("crossing", "distance", "gems", "lambda", "order", "rows", "scaling", "tolerances", "training")
+ON_MNIST = (
+    "crossing",
+    "distance",
+    "gems",
+    "gradual",
+    "lambda",
+    "order",
+    "rows",
+    "scaling",
+    "tolerances",
+    "training",
+)
 PAGES = {
     "accuracy": "numerics",
     "predicted_vs_measured": "limits",
