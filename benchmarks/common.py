@@ -36,7 +36,7 @@ def huge_pages() -> bool:
 
 
 def page_faults(function: Callable[[], Any], calls: int = 3) -> float:
-    """Pages that the system clears and hands out in one call, after it was warmed up."""
+    """Pages that the system clears and hands out in one call of what was warmed up."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(calls):
         seconds(function)
@@ -61,8 +61,8 @@ def seconds(function: Callable[[], Any]) -> float:
 def in_turns(functions: Mapping[str, Callable[[], Any]], budget: float = 2.0) -> dict[str, float]:
     """Least seconds of each function, after it was warmed up.
 
-    They take turns in series of calls, so that whatever else the machine does meets them alike; what it adds
-    to the least is least. The first call of a series is not counted: it finds the caches full of another's
+    They take turns in series of calls, so that whatever else the machine does meets them alike; the least is
+    what it disturbed least. The first call of a series is not counted: it finds the caches full of another's
     data, and on a CPU the threads of another library still awake.
 
     Args:

@@ -172,6 +172,7 @@ def measure(name: str, operator: str, precision: str) -> dict[str, Any]:
     found = peers.load_peers(problem, operator)
     differences = {peer.name: peers.product_difference(peer, curvature) for peer in found}
     functions |= peer_functions(found, curvature.dim, blocks)
+    times = common.in_turns(functions)
     faults = {name: common.page_faults(functions[name]) for name in ("gradient", "jaxlimit")}
     return {
         "network": name,
@@ -180,7 +181,7 @@ def measure(name: str, operator: str, precision: str) -> dict[str, Any]:
         "huge_pages": common.huge_pages(),
         "num_weights": curvature.dim,
         "num_examples": len(problem.inputs),
-        "seconds": common.in_turns(functions),
+        "seconds": times,
         "page_faults": faults,
         "first_call": compilation,
         "operations": counted_operations(problem, curvature),
