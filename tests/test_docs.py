@@ -123,6 +123,7 @@ PAGES = {
         "experiments",
     ),
     **dict.fromkeys((f"{name}_mnist-fc2" for name in ON_MNIST), "experiments_mnist"),
+    "lambda_cifar10-lenet": "experiments_cifar10",
     **dict.fromkeys(
         (
             "products",
