@@ -102,6 +102,7 @@ ON_MNIST = (
     "gradual",
     "lambda",
     "order",
+    "regularizer",
     "rows",
     "scaling",
     "tolerances",
