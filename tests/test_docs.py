@@ -95,35 +95,22 @@ def test_every_public_name_is_documented(site):
         assert not public_names(module) - names
 
 
-ON_MNIST = (
-    "crossing",
-    "distance",
-    "gems",
-    "gradual",
-    "lambda",
-    "order",
-    "regularizer",
-    "rows",
-    "scaling",
-    "tolerances",
-    "training",
-)
 PAGES = {
     "accuracy": "numerics",
     "predicted_vs_measured": "limits",
     "real_runs": "runs",
     **dict.fromkeys(("methods_digits", "methods_mnist-fc2"), "methods"),
     "basis": "large",
-    "regularizer_digits": "experiments",
     "minilm": "transformer",
     "minilm_allocation": "transformer",
     "char_lm": "transformer",
     "layer_shares": "transformer",
-    **dict.fromkeys(
-        (f"{name}_digits" for name in experiments.EXPERIMENTS if name != "compare"),
-        "experiments",
-    ),
-    **dict.fromkeys((f"{name}_mnist-fc2" for name in ON_MNIST), "experiments_mnist"),
+    **{
+        f"{name}_{preset}": page
+        for preset, page in (("digits", "experiments"), ("mnist-fc2", "experiments_mnist"))
+        for name in experiments.EXPERIMENTS
+        if name != "compare"
+    },
     "lambda_cifar10-lenet": "experiments_cifar10",
     **dict.fromkeys(
         (
