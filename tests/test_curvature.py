@@ -167,6 +167,28 @@ def test_products(kind, dtype, oracle):
         assert_close(flat(row), found[i], dtype)
 
 
+@in_float32
+@kinds
+def test_a_block_is_multiplied_side_by_side_but_on_a_cpu(kind, dtype, oracle, monkeypatch):
+    curvature, matrix = standard(kind, dtype), getattr(oracle, kind)
+    curvature.matvec(curvature.weights)  # linearises
+    vectors = random_vectors(curvature.weights, 7)  # as many as in no other test: nothing is compiled yet
+
+    def loops():
+        products._group_mean.clear_cache()
+        found = subjaxprs(jax.make_jaxpr(curvature.matmat)(vectors).jaxpr)
+        return sum(e.primitive.name == "scan" for e in found)
+
+    one_by_one = loops()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert loops() < one_by_one
+    product = curvature.matmat(vectors)
+    for i in range(7):
+        row, found = (flat(jax.tree.map(lambda x, i=i: x[i], tree)) for tree in (vectors, product))
+        assert_close(found, row @ matrix, dtype)
+    products._group_mean.clear_cache()
+
+
 @kinds
 def test_products_are_symmetric(kind, dtype):
     curvature = standard(kind, dtype)
