@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from jaxlimit.batches import batch_length, example_sum, group_length, grouped
 from jaxlimit.magnitude import MagnitudeOrder, magnitude_order, num_removed, unflatten
+from jaxlimit.products import each
 from jaxlimit.prunable import Prunable, combine, is_kernel, partition
 
 PyTree = Any
@@ -202,7 +203,7 @@ class _PrunedMetrics:
     def __call__(
         self, weights: PyTree, rest: PyTree, ranks: PyTree, counts: jax.Array, batch: PyTree
     ) -> PyTree:
-        return jax.vmap(lambda n: self.metrics_fn(combine(_prune(weights, ranks, n), rest), batch))(counts)
+        return each(lambda n: self.metrics_fn(combine(_prune(weights, ranks, n), rest), batch), counts)
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ class _TunedMetrics:
     metrics_fn: Metrics
 
     def __call__(self, weights: PyTree, rest: PyTree, batch: PyTree) -> PyTree:
-        return jax.vmap(lambda w: self.metrics_fn(combine(w, rest), batch))(weights)
+        return each(lambda w: self.metrics_fn(combine(w, rest), batch), weights)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -48,7 +48,7 @@ class HessianProduct:
 
     def apply(self, linear: PyTree, vectors: PyTree) -> PyTree:
         """H V, from what `linearize` returned."""
-        return _each(linear, vectors)
+        return each(linear, vectors)
 
     def __call__(self, weights: PyTree, rest: PyTree, vectors: PyTree, batch: PyTree) -> PyTree:
         """H V."""
@@ -78,7 +78,7 @@ class GaussNewtonProduct:
         """G V, from what `linearize` returned."""
         push_forward, curve = linear
         pull_back = jax.linear_transpose(push_forward, jax.tree.map(lambda v: v[0], vectors))
-        return _each(lambda v: pull_back(curve(push_forward(v)))[0], vectors)
+        return each(lambda v: pull_back(curve(push_forward(v)))[0], vectors)
 
     def __call__(self, weights: PyTree, rest: PyTree, vectors: PyTree, batch: PyTree) -> PyTree:
         """G V."""
@@ -88,14 +88,14 @@ class GaussNewtonProduct:
 Product = HessianProduct | GaussNewtonProduct
 
 
-def _each(linear: Callable[[PyTree], PyTree], vectors: PyTree) -> PyTree:
-    """A linear function of every vector along the leading axis.
+def each(fn: Callable[[PyTree], PyTree], vectors: PyTree) -> PyTree:
+    """A function of every vector along the leading axis.
 
     Side by side, except on a CPU: there what the network computes from several would leave the cache, which
     costs large networks more than small ones gain (benchmarks/products.py).
     """
     one_by_one = jax.default_backend() == "cpu" or jax.tree.leaves(vectors)[0].shape[0] == 1
-    return jax.lax.map(linear, vectors) if one_by_one else jax.vmap(linear)(vectors)
+    return jax.lax.map(fn, vectors) if one_by_one else jax.vmap(fn)(vectors)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from jaxlimit.experiments import EXPERIMENTS
 from jaxlimit.experiments.anatomy import EDGES, row_norms, sampling_distance, shares, total_variation
 from jaxlimit.experiments.growth import scaled
 from jaxlimit.experiments.iterations import survivors
+from jaxlimit.experiments.study import SWEEP, Study
 from jaxlimit.losses import classification_loss
 from jaxlimit.magnitude import flatten, magnitude_mask, magnitude_order, unflatten
 from jaxlimit.measure import sparsity_sweep
@@ -203,3 +204,36 @@ def test_the_distance_of_two_samples_is_that_of_simulated_ones():
     assert sampling_distance(p, 500) == pytest.approx(
         distances.mean(), abs=3 * error + 0.02 * distances.mean()
     )
+
+
+def test_thresholds_are_those_of_the_whole_sweep():
+    task = Study(epochs=20).task()
+    subject = task.trained(0, None, lambda *_: None)
+    loss = subject.sweep(SWEEP, subject.batches)
+    bound = subject.statistics.mean + subject.statistics.batch_std
+    accuracy = subject.sweep(SWEEP, subject.test).metrics["accuracy"]
+    wanted = {
+        "loss": loss.first_crossing("loss", bound),
+        "accuracy": SWEEP[np.flatnonzero(accuracy[0] - accuracy < 0.0101)[-1]],
+    }
+    assert all(0 < s < 1 for s in wanted.values())
+    assert subject.thresholds() == wanted
+
+
+def test_experiments_that_share_networks_train_each_once(tmp_path, monkeypatch):
+    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+
+    def run(name, out, *options):
+        args = ["experiment", name, "tiny", *SMALL, "--out", str(tmp_path / out), *options]
+        assert main(args) == 0
+        pieces = json.loads((tmp_path / out / "results.json").read_text())["pieces"]
+        return {k: v for piece in pieces.values() for k, v in piece.items() if k != "seconds"}
+
+    shared = ["--networks", str(tmp_path / "networks")]
+    run("order", "order", *shared)
+    epochs = list((tmp_path / "networks").rglob("epoch.npz"))
+    assert [path.parent.name for path in epochs] == ["tiny-l1-0.0005-epoch-2-of-2-seed0"]
+    written = epochs[0].stat().st_mtime_ns
+    alone, again = run("crossing", "alone"), run("crossing", "again", *shared)
+    assert epochs[0].stat().st_mtime_ns == written  # nothing was trained
+    assert again == alone

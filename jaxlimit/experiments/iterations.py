@@ -46,13 +46,16 @@ def gradual(study: Annotated[Study, arg(name="")] = Study(), *, rounds: int = 8)
     limit is that of the survivors; with what was removed before, it is a share of all weights.
 
     Args:
-        study: see `Study`.
+        study: see `Study`; `--epochs` are those of both trainings.
         rounds: each removes a fifth of the survivors.
     """
     task = study.task()
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}.")
-    variants = {name: {"l1": name == "l1", "rounds": rounds} for name in ("recipe", "l1")}
+    variants = {
+        "recipe": {"l1": False, "rounds": rounds, "epochs": study.epochs},
+        "l1": {"l1": True, "rounds": rounds, "epochs": task.preset.epochs},
+    }
     return study.experiment(
         "gradual", task, variants, _gradual, table_gradual, {"gradual.png": figure_gradual}
     )
@@ -84,9 +87,7 @@ def survivors(
 
 
 def _gradual(task: Task, seed: int, variant: Any, checkpoint: Any, on_epoch: OnEpoch) -> dict[str, Any]:
-    settings = settings_of(
-        "imp", task.preset, len(task.train[1]), task.preset.epochs if variant["l1"] else None
-    )
+    settings = settings_of("imp", task.preset, len(task.train[1]), variant["epochs"])
     if variant["l1"]:
         settings = replace(settings, recipe=settings_of("lomp", task.preset, len(task.train[1])))
     networks = baselines.iterative_pruning(

@@ -10,7 +10,6 @@ from jaxlimit import plots
 from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.study import ACCURACY_LOSS, OnEpoch, Results, Study, Task, values
 from jaxlimit.experiments.tables import by_variant, cell, curve, is_less, limit, markdown, tally
-from jaxlimit.losses import classification_metrics
 from jaxlimit.measure import finetuned_sweep
 
 WHICH = ("one_shot", "width", "cone")
@@ -55,7 +54,7 @@ def _run(task: Task, seed: int, l1: float, checkpoint: Any, on_epoch: OnEpoch) -
             subject.params,
             subject.batches,
             [estimates["cone"].value],
-            metrics_fn=classification_metrics(subject.predict),
+            metrics_fn=subject.metrics,
             eval_batches=subject.test,
             num_steps=task.preset.finetune_steps,
         )

@@ -7,7 +7,7 @@ import numpy as np
 from tyro.conf import arg
 
 from jaxlimit import plots
-from jaxlimit.batches import loss_statistics
+from jaxlimit.batches import batched, loss_statistics
 from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.study import SWEEP, OnEpoch, Results, Study, Task, values
 from jaxlimit.experiments.tables import by_variant, cell, curve, is_less, limit, markdown, over_seeds, tally
@@ -167,7 +167,7 @@ def tolerances(study: Annotated[Study, arg(name="")] = Study()) -> Experiment:
     """Test loss against training loss: is the limit for one that for the other?
 
     The same network, with the loss over the training examples, its spread eps being the tolerance; with the
-    loss over the test examples and the same eps; and with the spread of the test batches as eps.
+    loss over as many test examples and the same eps; and with the spread of the test batches as eps.
 
     Args:
         study: see `Study`.
@@ -183,7 +183,8 @@ def tolerances(study: Annotated[Study, arg(name="")] = Study()) -> Experiment:
 
 def _tolerances(task: Task, seed: int, variant: Any, checkpoint: Any, on_epoch: OnEpoch) -> dict[str, Any]:
     subject = task.trained(seed, checkpoint, on_epoch)
-    data = {"train": subject.batches, "test": subject.test}
+    test = batched(tuple(array[: task.num_examples] for array in task.test), task.preset.batch_size)
+    data = {"train": subject.batches, "test": test}
     statistics = {name: loss_statistics(subject.loss, subject.params, found) for name, found in data.items()}
     loss, tolerance = statistics[variant[0]].mean, statistics[variant[1]].batch_std
     found = subject.limit(WHICH, batches=data[variant[0]], loss_tolerance=tolerance)

@@ -22,7 +22,7 @@ from jaxlimit.experiments.experiment import Compute, Experiment
 from jaxlimit.experiments.tables import unresolved
 from jaxlimit.limit import LEAST_MATVECS, MAX_MATVECS, pruning_limit
 from jaxlimit.losses import Loss, classification_curvature, classification_loss, classification_metrics
-from jaxlimit.measure import Sweep, sparsity_sweep
+from jaxlimit.measure import Metrics, Sweep, sparsity_sweep
 from jaxlimit.models import from_nnx
 from jaxlimit.presets import Arrays, Options, Preset, build_network, find_preset, load_arrays
 from jaxlimit.prunable import partition
@@ -55,6 +55,7 @@ class Study:
         probes: random probes of every limit, the same for all variants of a seed; 0: as `pruning_limit`
             chooses, which is exact up to 5,000 weights.
         max_matvecs: budget of every limit, in products; a table says when that did not resolve them.
+        networks: folder of trained networks, for experiments that share it: each is trained once.
         out: folder of the results.
         data: folder that holds mnist/ or cifar10/; not needed for digits.
 
@@ -70,6 +71,7 @@ class Study:
     # At digits' size the error of one probe, about .004, is below the spread over seeds.
     probes: int = 1
     max_matvecs: int = MAX_MATVECS
+    networks: Annotated[Path | None, _by("none", "DIR")] = None
     out: Annotated[Path | None, _by("results/NAME-PRESET", "DIR")] = None
     data: Annotated[str | None, _by("$JAXLIMIT_DATA", "DIR")] = None
 
@@ -92,7 +94,7 @@ class Study:
         preset = find_preset(self.preset, l1=self.l1, epochs=self.epochs)
         options = Options(num_examples=self.num_examples)
         arrays = load_arrays(preset, options, self.data)
-        return Task(preset, self.num_examples, self.probes or None, self.max_matvecs, *arrays)
+        return Task(preset, self.num_examples, self.probes or None, self.max_matvecs, *arrays, self.networks)
 
     def experiment(
         self,
@@ -145,6 +147,7 @@ class Task:
         max_matvecs: of every limit.
         train: (inputs, labels), all of them, for training.
         test: (inputs, labels).
+        networks: folder of trained networks, or None.
     """
 
     preset: Preset
@@ -153,6 +156,7 @@ class Task:
     max_matvecs: int
     train: Arrays
     test: Arrays
+    networks: Path | None = None
 
     def trained(
         self,
@@ -167,7 +171,7 @@ class Task:
 
         Args:
             seed: of the initial weights, of the order of the examples, and of the probes of its limits.
-            checkpoint: folder of finished epochs.
+            checkpoint: folder of finished epochs, where there is none of trained networks.
             on_epoch: as for `train_model`.
             l1: in place of the preset's.
             until: epochs after which the training is looked at, its schedule being that of all epochs; 0 is
@@ -175,12 +179,16 @@ class Task:
         """
         preset = self.preset if l1 is None else replace(self.preset, l1=l1)
         model = build_network(preset, seed)
-        if until != 0:
+        epochs = preset.epochs if until is None else until
+        if self.networks is not None:
+            name = f"{preset.name}-l1-{preset.l1:g}-epoch-{epochs}-of-{preset.epochs}-seed{seed}"
+            checkpoint = self.networks / name
+        if epochs:
             model = train_model(
                 model,
                 self.train,
                 jax.random.fold_in(jax.random.key(seed), 0),
-                epochs=until or preset.epochs,
+                epochs=epochs,
                 batch_size=preset.batch_size,
                 learning_rate=preset.rate(len(self.train[1])),
                 momentum=preset.momentum,
@@ -226,6 +234,11 @@ class Subject:
         return classification_loss(self.predict)
 
     @cached_property
+    def metrics(self) -> Metrics:
+        """Loss and accuracy of a batch; one function, so that it is compiled once for all sweeps."""
+        return classification_metrics(self.predict)
+
+    @cached_property
     def statistics(self) -> LossStatistics:
         """Mean loss L, and the spread of its batches, which is the tolerance eps."""
         return loss_statistics(self.loss, self.params, self.batches)
@@ -267,9 +280,7 @@ class Subject:
 
     def sweep(self, sparsities: Iterable[float], batches: Batches, **options: Any) -> Sweep:
         """Loss and accuracy of the network as it is pruned, without fine-tuning."""
-        return sparsity_sweep(
-            classification_metrics(self.predict), self.params, batches, list(sparsities), **options
-        )
+        return sparsity_sweep(self.metrics, self.params, batches, list(sparsities), **options)
 
     def test_accuracy(self, sparsities: Sequence[float]) -> list[float]:
         """Test accuracies of the pruned network, in the order of the sparsities."""
@@ -283,13 +294,23 @@ class Subject:
         that costs at most one point of test accuracy.
         """
         bound = self.statistics.mean + self.statistics.batch_std
-        test = self.sweep(SWEEP, self.test, **options)
-        lost = Sweep(SWEEP, {"lost": test.metrics["accuracy"][0] - test.metrics["accuracy"]})
-        return {
-            "loss": self.sweep(SWEEP, self.batches, **options).first_crossing("loss", bound),
+        dense = self.test_accuracy([0.0])[0]
+        loss = accuracy = 0.0
+        # A network as it is loses nothing. From either end up to the threshold: no pass over the data beyond.
+        grids = SWEEP[1:].reshape(-1, 8)
+        for grid in grids:
+            crossing = self.sweep(grid, self.batches, **options).first_crossing("loss", bound)
+            loss = crossing or loss
+            if crossing < grid[-1]:
+                break
+        for grid in grids[::-1]:
+            found = self.sweep(grid, self.test, **options)
             # A hair more than the point, which may be met exactly, up to rounding.
-            "accuracy": lost.largest_sparsity("lost", ACCURACY_LOSS + 1e-6),
-        }
+            lost = Sweep(grid, {"lost": dense - found.metrics["accuracy"]})
+            accuracy = lost.largest_sparsity("lost", ACCURACY_LOSS + 1e-6)
+            if accuracy:
+                break
+        return {"loss": loss, "accuracy": accuracy}
 
 
 def values(limit: PruningLimit) -> dict[str, Any]:
