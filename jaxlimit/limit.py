@@ -234,10 +234,8 @@ def _status(
     kind = "bracket" if semidefinite else "spread over step counts"
     sentences = [f"converged: {kind} {spread:.4f}, within the tolerance of {tolerance:g}."]
     if missing or max(spread, interval) > tolerance:
-        sentences = [
-            f"under-resolved: {kind} {spread:.4f} at a tolerance of {tolerance:g}, limited by max_matvecs = "
-            f"{max_matvecs:,}: raise it, or the tolerance."
-        ]
+        wide = f"{kind} {spread:.4f} at a tolerance of {tolerance:g}, " if spread > tolerance else ""
+        sentences = [f"under-resolved: {wide}limited by max_matvecs = {max_matvecs:,}: raise it."]
     if missing:
         sentences.append(f"No product was left for {', '.join(missing)}.")
     if interval > tolerance:

@@ -315,11 +315,14 @@ def test_without_width_and_cone_the_spectrum_is_only_glanced_at(kind, num_probes
 
 def test_status_says_what_is_missing_and_what_to_do():
     curvature = quadratic_network()
-    limit = jaxlimit.pruning_limit(
-        curvature, jax.random.key(0), loss_tolerance=0.05, max_matvecs=20, num_probes=1
+    solve = functools.partial(
+        jaxlimit.pruning_limit, curvature, jax.random.key(0), loss_tolerance=0.05, max_matvecs=20
     )
-    assert limit.status.startswith("under-resolved")
-    assert "raise it" in limit.status
+    limit = solve(num_probes=1)
+    assert limit.status.startswith("under-resolved: spread")
+    assert "max_matvecs = 20: raise it." in limit.status
+    only_missing = solve(num_probes=1, tolerance=0.2).status
+    assert only_missing.startswith("under-resolved: limited by max_matvecs = 20: raise it. No product")
     assert "No product was left for readjusted." in limit.status
     assert "The probe error" in limit.status
     assert limit.readjusted is None

@@ -4,6 +4,7 @@ The numbers of a network this small mean nothing; that the machinery is right is
 """
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,12 @@ from jaxlimit.experiments import EXPERIMENTS
 from jaxlimit.experiments.anatomy import EDGES, row_norms, sampling_distance, shares, total_variation
 from jaxlimit.experiments.growth import scaled
 from jaxlimit.experiments.iterations import survivors
-from jaxlimit.experiments.study import SWEEP, Study
+from jaxlimit.experiments.study import SWEEP, Study, Task
 from jaxlimit.losses import classification_loss
 from jaxlimit.magnitude import flatten, magnitude_mask, magnitude_order, unflatten
 from jaxlimit.measure import sparsity_sweep
-from jaxlimit.models import FullyConnected, from_nnx
+from jaxlimit.models import ConvolutionalNetwork, FullyConnected, from_nnx
+from jaxlimit.models.convolutional import Convolution, Pool
 from jaxlimit.prunable import partition
 
 TINY = presets.Preset(
@@ -128,9 +130,22 @@ def limits(predict, params, batches, eps=0.01):
     return {name: estimate.value for name, estimate in found.estimates().items()}
 
 
-def test_scaling_keeps_the_function_and_with_a_temperature_the_limits(network):
+@pytest.fixture(scope="module")
+def convolutional():
+    """As `network`, with two convolutions and two dense layers."""
+    layers = [Convolution(2, 3), Pool(), Convolution(3, 2)]
+    model = ConvolutionalNetwork(layers, [4], 3, image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
+    predict, params = from_nnx(model)
+    params = jax.tree.map(lambda x: x + 0.1, params)
+    inputs = jax.random.normal(jax.random.key(0), (40, 8, 8, 1))
+    labels = jax.random.randint(jax.random.key(1), (40,), 0, 3)
+    return predict, params, batched((inputs, labels), 20)
+
+
+@pytest.mark.parametrize("kind", ["network", "convolutional"])
+def test_scaling_keeps_the_function_and_with_a_temperature_the_limits(kind, request):
     """c^T H c and lambda R^2 stay as they are when all weights grow alike and the function is kept."""
-    predict, params, batches = network
+    predict, params, batches = request.getfixturevalue(kind)
     inputs = batches.arrays[0]
     outputs = predict(params, inputs)
     for way in ("temperature", "balance"):
@@ -142,6 +157,13 @@ def test_scaling_keeps_the_function_and_with_a_temperature_the_limits(network):
     plain, divisor = scaled(params, "plain", 3.0)
     assert divisor == 1
     assert not np.allclose(predict(plain, inputs), outputs, atol=0.1)
+
+
+def test_a_network_with_batch_norm_is_not_scaled(monkeypatch):
+    monkeypatch.setitem(presets.PRESETS, "tiny", replace(TINY, network="ResNet18-8", dataset="cifar10"))
+    monkeypatch.setattr(Study, "task", lambda self: Task(presets.PRESETS["tiny"], None, 1, 64, (), ()))
+    with pytest.raises(ValueError, match="without batch norm, got ResNet18-8"):
+        EXPERIMENTS["scaling"](Study("tiny"))
 
 
 def test_weights_go_in_the_order_of_scores(network):

@@ -13,17 +13,21 @@ held          as plain, with Hessian and tolerance as they were: the paper's arg
               formula, for which it is the same as eps / c^2.
 """
 
+import operator
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any
 
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from tyro.conf import arg
 
 from jaxlimit import plots
 from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.study import OnEpoch, Results, Study, Subject, Task, values
 from jaxlimit.experiments.tables import by_variant, cell, curve, is_less, limit, markdown, over_seeds, tally
-from jaxlimit.presets import NETWORKS
+from jaxlimit.models import from_nnx
+from jaxlimit.presets import build_network
 
 Params = Mapping[str, Any]
 WHICH = ("one_shot", "width")
@@ -36,13 +40,14 @@ def scaling(
     """The limits and tr H of a network whose weights are multiplied by 2 to 5, in four ways.
 
     Args:
-        study: see `Study`; the network must be a fully connected one of two layers or more.
+        study: see `Study`; the network must have two layers or more, and no batch norm.
         factors: by which the weights are multiplied.
     """
     task = study.task()
-    if task.preset.network in NETWORKS or task.preset.network.count("-") < 2:
+    params = from_nnx(build_network(task.preset, 0))[1]
+    if {path[-1] for path in flatten_dict(params)} != {"kernel", "bias"} or len(_layers(params)) < 2:
         raise ValueError(
-            f"preset must have a fully connected network of two layers or more, got {task.preset.network}."
+            f"preset must have a network of two layers or more without batch norm, got {task.preset.network}."
         )
     factors = tuple(sorted({*factors}))
     if not factors or not all(0 < factor < float("inf") for factor in factors):
@@ -53,19 +58,20 @@ def scaling(
 
 
 def scaled(params: Params, way: str, factor: float) -> tuple[dict[str, Any], float]:
-    """The parameters of a fully connected network, and what its logits are to be divided by.
+    """The parameters of a network of kernels and biases, and what its logits are to be divided by.
 
     Args:
-        params: {"layers": {"0": {"kernel": ..., "bias": ...}, ...}}, ReLU between the layers.
+        params: {..., "layers": {"0": {"kernel": ..., "bias": ...}, ...}} as of `models.FullyConnected` or
+            `models.ConvolutionalNetwork`: a chain of layers with ReLU, and pools, between them.
         way: "temperature", "balance" or "plain" (see the module), or "trained", which leaves them.
         factor: c.
 
     Examples:
         >>> layer = {"kernel": 1.0, "bias": 1.0}
         >>> scaled({"layers": {"0": layer, "1": layer}}, "temperature", 2.0)
-        ({'layers': {'0': {'kernel': 2.0, 'bias': 2.0}, '1': {'kernel': 2.0, 'bias': 4.0}}}, 4.0)
+        ({'layers': {'0': {'bias': 2.0, 'kernel': 2.0}, '1': {'bias': 4.0, 'kernel': 2.0}}}, 4.0)
     """
-    layers = params["layers"]
+    layers = _layers(params)
     last = len(layers) - 1
     kernels, biases, divisor = {}, {}, 1.0
     if way in ("temperature", "plain"):
@@ -75,15 +81,17 @@ def scaled(params: Params, way: str, factor: float) -> tuple[dict[str, Any], flo
     if way == "balance":
         # What the first layer puts out grows by c, and so must every bias up to the last layer.
         kernels, biases = {0: factor, last: 1 / factor}, dict.fromkeys(range(last), factor)
-    return {
-        "layers": {
-            name: {
-                "kernel": layer["kernel"] * kernels.get(int(name), 1.0),
-                "bias": layer["bias"] * biases.get(int(name), 1.0),
-            }
-            for name, layer in layers.items()
-        }
-    }, divisor
+    factors = {
+        (*layer, kind): of.get(i, 1.0)
+        for i, layer in enumerate(layers)
+        for kind, of in (("kernel", kernels), ("bias", biases))
+    }
+    return jax.tree.map(operator.mul, dict(params), unflatten_dict(factors)), divisor
+
+
+def _layers(params: Params) -> list[tuple[str, ...]]:
+    """Paths of the layers, the first one first; "convolutions" come before "dense" in the alphabet, too."""
+    return sorted({path[:-1] for path in flatten_dict(params)}, key=lambda path: (path[:-1], int(path[-1])))
 
 
 def _run(task: Task, seed: int, variant: Any, checkpoint: Any, on_epoch: OnEpoch) -> dict[str, Any]:
