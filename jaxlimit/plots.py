@@ -282,15 +282,17 @@ def plot_series(
     xlabel: str,
     logarithmic: Sequence[str] = (),
     ticks: Sequence[str] | None = None,
+    joined: bool = True,
 ) -> "Figure":
     """Means with their spreads against one variable, in panels one below the other.
 
     Args:
         panels: by the label of the vertical axis: by label, (x, means, spreads). A label keeps its colour in
-            all panels. The spreads are drawn as bands; a spread of nan leaves the band out.
+            all panels. A spread of nan is not drawn.
         xlabel: of the horizontal axis, which the panels share.
         logarithmic: labels of the axes that are.
         ticks: texts in the place of x = 0, 1, ...
+        joined: as lines with bands; otherwise, for what has no order, as points with bars.
     """
     figure, axes = _figure(6.4, 2.6 * len(panels) + 0.8, *[2.6] * len(panels))
     colours = (BLUE, ORANGE, GREEN, PURPLE, SKY, GREY, "#E69F00", "#000000")
@@ -300,8 +302,12 @@ def plot_series(
         for label, (x, means, spreads) in curves.items():
             colour, marker = style[label]
             marker = marker if len(x) < 30 else ""
-            row.plot(x, means, marker + "-", color=colour, label=label, markersize=4, linewidth=1.4)
-            row.fill_between(x, means - spreads, means + spreads, color=colour, alpha=0.15, linewidth=0)
+            shared = {"color": colour, "label": label, "markersize": 4, "linewidth": 1.4}
+            if joined:
+                row.plot(x, means, marker + "-", **shared)
+                row.fill_between(x, means - spreads, means + spreads, color=colour, alpha=0.15, linewidth=0)
+            else:
+                row.errorbar(x, means, spreads, fmt=marker, capsize=3, **shared)
         row.set_ylabel(ylabel)
         if ylabel in logarithmic:
             row.set_yscale("log")

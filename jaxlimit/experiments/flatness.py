@@ -151,4 +151,4 @@ def figure(results: Results) -> Any:
     }
     accuracy = {"unpruned": curve(groups, x, lambda p: 100 * p["accuracy"])}
     panels = {"sparsity": sparsities, "test accuracy (%)": accuracy}
-    return plots.plot_series(panels, xlabel="term and its weight", ticks=list(groups))
+    return plots.plot_series(panels, xlabel="term and its weight", ticks=list(groups), joined=False)
