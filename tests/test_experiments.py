@@ -101,6 +101,18 @@ def test_ctrl_c_and_the_same_command_goes_on(finished, tmp_path, monkeypatch, ca
     assert len(started) == 5
 
 
+def test_a_folder_of_fewer_seeds_goes_on_with_the_others(finished, tmp_path):
+    folder = tmp_path / "run"
+    one = [*COMPARE, "--methods", "dense", "--out", str(folder), "--seeds"]
+    assert main([*one, "1"]) == 0
+    first = folder / "pieces" / "dense-seed0.json"
+    written = first.stat().st_mtime_ns
+    assert main([*one, "2"]) == 0
+    assert first.stat().st_mtime_ns == written
+    assert json.loads((folder / "config.json").read_text())["seeds"] == 2
+    assert pieces(folder) == {k: v for k, v in pieces(finished).items() if k.startswith("dense")}
+
+
 def test_a_folder_with_other_options_or_other_files_is_refused(finished, tmp_path, capsys):
     assert main([*COMPARE, "--out", str(finished), "--l1", "0"]) == 2
     assert "holds an experiment with other options (preset, settings)" in capsys.readouterr().err

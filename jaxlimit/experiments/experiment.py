@@ -1,6 +1,6 @@
 """An experiment in pieces, its folder, and going on after an interruption.
 
-config.json      what decides the numbers; a folder with another one is refused
+config.json      what decides the numbers; a folder with another one is refused, but for more or fewer seeds
 pieces/*.json    one finished piece each
 results.json     all pieces, the command, versions and device
 table.md, figures/*.png
@@ -100,7 +100,7 @@ def _compute(
 
 
 def prepare(folder: Path, name: str, config: Mapping[str, Any]) -> None:
-    """Makes the folder, or finds it made by the same experiment with the same options.
+    """Makes the folder, or finds it made by the same experiment with the same options but for its seeds.
 
     Raises:
         ValueError: it is not, or holds files of something else.
@@ -109,11 +109,13 @@ def prepare(folder: Path, name: str, config: Mapping[str, Any]) -> None:
     path = folder / record.CONFIG
     if path.exists():
         stored = record.read_json(path)
-        keys = sorted(key for key in {*stored, *wanted} if stored.get(key) != wanted.get(key))
-        if keys:
+        keys = {key for key in {*stored, *wanted} if stored.get(key) != wanted.get(key)}
+        if keys == {"seeds"}:  # every piece has one of its own
+            record.write_json(path, wanted)
+        elif keys:
             raise ValueError(
-                f"{folder} holds an experiment with other options ({', '.join(keys)}): give the same ones to "
-                "go on with it, or name another --out."
+                f"{folder} holds an experiment with other options ({', '.join(sorted(keys))}): give the same "
+                "ones to go on with it, or name another --out."
             )
         return
     if folder.exists() and (not folder.is_dir() or any(item.suffix != ".tmp" for item in folder.iterdir())):

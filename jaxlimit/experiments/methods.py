@@ -65,7 +65,8 @@ def compare(
         preset: network and data, and how LOMP and the controls are trained: see `jaxlimit presets`.
         methods: dense, lomp, imp, rare-gems, hybrid, smart-ratio, random.
         sparsities: shares of the weights to remove, each from 0 to below 1.
-        seeds: how many independent runs, from other weights in another order; 3 or more give a spread.
+        seeds: how many independent runs, from other weights in another order; 3 or more give a spread. A
+            folder of fewer goes on with the others.
         epochs: of every training of every method; schedules are stretched.
         l1: lambda of LOMP.
         out: folder of the results.

@@ -48,7 +48,8 @@ class Study:
 
     Args:
         preset: network, data and training: see `jaxlimit presets`.
-        seeds: how many independent trainings, from other weights in another order; 3 or more give a spread.
+        seeds: how many independent trainings, from other weights in another order; 3 or more give a spread. A
+            folder of fewer goes on with the others.
         epochs: of the training; the schedule of the learning rate is stretched.
         l1: lambda, the weight of the L1 term in training.
         num_examples: how many of the training examples give the loss that is predicted and measured.
