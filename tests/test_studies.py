@@ -230,7 +230,7 @@ def test_the_distance_of_two_samples_is_that_of_simulated_ones():
 
 def test_thresholds_are_those_of_the_whole_sweep():
     task = Study(epochs=20).task()
-    subject = task.trained(0, None, lambda *_: None)
+    subject = task.trained(0)
     loss = subject.sweep(SWEEP, subject.batches)
     bound = subject.statistics.mean + subject.statistics.batch_std
     accuracy = subject.sweep(SWEEP, subject.test).metrics["accuracy"]

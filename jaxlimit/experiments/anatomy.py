@@ -17,7 +17,7 @@ from tyro.conf import arg
 from jaxlimit import plots
 from jaxlimit.compat import ROW_NORM, row_norms
 from jaxlimit.experiments.experiment import Experiment
-from jaxlimit.experiments.study import OnEpoch, Results, Study, Task, values
+from jaxlimit.experiments.study import Results, Study, Task, values
 from jaxlimit.experiments.tables import by_variant, cell, limit, markdown, mean_and_spread, over_seeds
 from jaxlimit.magnitude import flatten, magnitude_order
 
@@ -52,8 +52,8 @@ def crossing_point(sparsity: NDArray[np.float64], dimension: NDArray[np.float64]
     return float(np.interp(0.0, sparsity - dimension, sparsity))
 
 
-def _crossing(task: Task, seed: int, _: Any, checkpoint: Any, on_epoch: OnEpoch) -> dict[str, Any]:
-    subject = task.trained(seed, checkpoint, on_epoch)
+def _crossing(task: Task, seed: int, _: Any) -> dict[str, Any]:
+    subject = task.trained(seed)
     found = subject.limit(("width", "cone"))
     curve, h = found.curve(GRID), found.transition_halfwidth
     return {
@@ -112,8 +112,8 @@ def rows(study: Annotated[Study, arg(name="")] = Study(), *, num_rows: int = 500
     return study.experiment("rows", task, variants, _rows, table_rows, {"rows.png": figure_rows})
 
 
-def _rows(task: Task, seed: int, variant: Any, checkpoint: Any, on_epoch: OnEpoch) -> dict[str, Any]:
-    subject = task.trained(seed, checkpoint, on_epoch, l1=variant["l1"])
+def _rows(task: Task, seed: int, variant: Any) -> dict[str, Any]:
+    subject = task.trained(seed, l1=variant["l1"])
     found = subject.limit(("width",))
     ordered = magnitude_order(subject.weights)
     count = min(variant["num_rows"], ordered.dim)
@@ -207,8 +207,8 @@ def sampling_distance(probabilities: Sequence[float], size: int) -> float:
     return float(np.sum(np.sqrt(p * (1 - p) / (np.pi * size))))
 
 
-def _distance(task: Task, seed: int, l1: float, checkpoint: Any, on_epoch: OnEpoch) -> dict[str, Any]:
-    subject = task.trained(seed, checkpoint, on_epoch, l1=l1)
+def _distance(task: Task, seed: int, l1: float) -> dict[str, Any]:
+    subject = task.trained(seed, l1=l1)
     return {
         "limit": values(subject.limit(("width", "cone"))),
         "shares": shares(flatten(subject.weights)).tolist(),

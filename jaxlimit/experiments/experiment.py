@@ -18,8 +18,10 @@ from jaxlimit import record
 from jaxlimit.monitor import Monitor
 
 RESULTS, TABLE = "results.json", "table.md"
-# compute(checkpoint folder, on_epoch) -> what a piece found, as JSON values
-Compute = Callable[[Path, Callable[[int, float], None]], dict[str, Any]]
+# note(what a piece is at)
+Note = Callable[[str], None]
+# compute(checkpoint folder, note) -> what a piece found, as JSON values
+Compute = Callable[[Path, Note], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,16 @@ def execute(experiment: Experiment, command: str, monitor: Monitor) -> str:
 def _compute(
     path: Path, compute: Compute, checkpoint: Path, monitor: Monitor, number: int, name: str
 ) -> None:
-    def on_epoch(epoch: int, mean_loss: float) -> None:
-        monitor.update(number, f"{name}: epoch {epoch + 1}, loss {mean_loss:.4f}")
-
     start = time.perf_counter()
-    found = compute(checkpoint, on_epoch)
+    found = compute(checkpoint, lambda text: monitor.update(number, f"{name}: {text}"))
     seconds = round(time.perf_counter() - start, 1)
     record.write_json(path, {"format": record.FORMAT, **found, "seconds": seconds})
     shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def on_epoch(note: Note) -> Callable[[int, float], None]:
+    """Notes of the epochs of a training."""
+    return lambda epoch, mean_loss: note(f"epoch {epoch + 1}, loss {mean_loss:.4f}")
 
 
 def prepare(folder: Path, name: str, config: Mapping[str, Any]) -> None:

@@ -9,8 +9,8 @@ from tyro.conf import arg
 
 from jaxlimit import plots
 from jaxlimit.differentiable import width_dimension
-from jaxlimit.experiments.experiment import Experiment
-from jaxlimit.experiments.study import OnEpoch, Results, Study, Task, values
+from jaxlimit.experiments.experiment import Experiment, on_epoch
+from jaxlimit.experiments.study import Results, Study, Task, values
 from jaxlimit.experiments.tables import by_variant, cell, curve, limit, markdown
 from jaxlimit.losses import Loss, classification_loss, cross_entropy
 from jaxlimit.presets import build_network
@@ -91,9 +91,7 @@ def flat_loss(predict: Any, flatness: Flatness, key: jax.Array) -> Loss:
     return regularized
 
 
-def _run(
-    task: Task, seed: int, variant: float | list[float] | None, checkpoint: Any, on_epoch: OnEpoch
-) -> dict[str, Any]:
+def _run(task: Task, seed: int, variant: float | list[float] | None) -> dict[str, Any]:
     preset = task.preset
     start = task.subject(build_network(preset, seed), seed)
     loss = start.loss
@@ -109,8 +107,8 @@ def _run(
         learning_rate=preset.rate(len(task.train[1])),
         momentum=preset.momentum,
         l1=variant if isinstance(variant, float) else 0.0,
-        on_epoch=on_epoch,
-        checkpoint=checkpoint,
+        on_epoch=on_epoch(task.note),
+        checkpoint=task.checkpoint,
     )
     subject = replace(start, params=params)
     magnitudes = jnp.concatenate([jnp.abs(jnp.ravel(x)) for x in jax.tree.leaves(subject.weights)])

@@ -24,7 +24,7 @@ from tyro.conf import arg
 
 from jaxlimit import plots
 from jaxlimit.experiments.experiment import Experiment
-from jaxlimit.experiments.study import OnEpoch, Results, Study, Subject, Task, values
+from jaxlimit.experiments.study import Results, Study, Subject, Task, values
 from jaxlimit.experiments.tables import by_variant, cell, curve, is_less, limit, markdown, over_seeds, tally
 from jaxlimit.models import from_nnx
 from jaxlimit.presets import build_network
@@ -94,9 +94,9 @@ def _layers(params: Params) -> list[tuple[str, ...]]:
     return sorted({path[:-1] for path in flatten_dict(params)}, key=lambda path: (path[:-1], int(path[-1])))
 
 
-def _run(task: Task, seed: int, variant: Any, checkpoint: Any, on_epoch: OnEpoch) -> dict[str, Any]:
+def _run(task: Task, seed: int, variant: Any) -> dict[str, Any]:
     way, factor, held = variant
-    subject = _scaled(task.trained(seed, checkpoint, on_epoch), way, factor)
+    subject = _scaled(task.trained(seed), way, factor)
     found = subject.limit(WHICH)
     # lambda R^2 grows by c^2, which is as if eps fell by it.
     tolerances = [found.loss_tolerance / c**2 for c in (1.0, *held)]

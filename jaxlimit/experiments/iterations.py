@@ -15,9 +15,9 @@ from jaxlimit import baselines, plots
 from jaxlimit.baselines.gems import recipe_l2, search, signed_constants, straight_through
 from jaxlimit.baselines.masks import kept_counts
 from jaxlimit.baselines.network import SparseNetwork, bare, kernels, stage, with_params
-from jaxlimit.experiments.experiment import Experiment
+from jaxlimit.experiments.experiment import Experiment, on_epoch
 from jaxlimit.experiments.methods import CIFAR10, settings_of
-from jaxlimit.experiments.study import OnEpoch, Results, Study, Subject, Task, values
+from jaxlimit.experiments.study import Results, Study, Subject, Task, values
 from jaxlimit.experiments.tables import (
     by_variant,
     cell,
@@ -86,7 +86,7 @@ def survivors(
     return of, {"kept": flat[indices][:, None]}
 
 
-def _gradual(task: Task, seed: int, variant: Any, checkpoint: Any, on_epoch: OnEpoch) -> dict[str, Any]:
+def _gradual(task: Task, seed: int, variant: Any) -> dict[str, Any]:
     settings = settings_of("imp", task.preset, len(task.train[1]), variant["epochs"])
     if variant["l1"]:
         settings = replace(settings, recipe=settings_of("lomp", task.preset, len(task.train[1])))
@@ -96,9 +96,9 @@ def _gradual(task: Task, seed: int, variant: Any, checkpoint: Any, on_epoch: OnE
         jax.random.key(seed),
         [1 - (1 - settings.removed_share) ** number for number in range(variant["rounds"] + 1)],
         settings,
-        checkpoint=checkpoint,
+        checkpoint=task.checkpoint,
         augment=task.preset.augmentation(),
-        on_epoch=on_epoch,
+        on_epoch=on_epoch(task.note),
     )
     return {"rounds": [_round(task, network, seed) for network in networks]}
 
@@ -189,15 +189,22 @@ def gems(
     return study.experiment("gems", task, variants, _gems, table_gems, {"gems.png": figure_gems})
 
 
-def _gems(task: Task, seed: int, variant: Any, checkpoint: Any, on_epoch: OnEpoch) -> dict[str, Any]:
+def _gems(task: Task, seed: int, variant: Any) -> dict[str, Any]:
     model, sparsity = build_network(task.preset, seed), variant["sparsity"]
     settings = settings_of("rare-gems", task.preset, len(task.train[1]), variant["epochs"])
     settings = replace(settings, l2=variant["times"] * recipe_l2(1 - sparsity))
     key = jax.random.key(seed)
     (network,) = baselines.rare_gems(
-        model, task.train, key, [sparsity], settings, checkpoint=stage(checkpoint, "gems"), on_epoch=on_epoch
+        model,
+        task.train,
+        key,
+        [sparsity],
+        settings,
+        checkpoint=stage(task.checkpoint, "gems"),
+        augment=task.preset.augmentation(),
+        on_epoch=on_epoch(task.note),
     )
-    subject = _score_subject(task, model, seed, sparsity, settings, stage(checkpoint, "scores"), on_epoch)
+    subject = _score_subject(task, model, seed, sparsity, settings)
     found = subject.limit(("width",))
     flat = flatten(subject.weights)
     return {
@@ -212,9 +219,7 @@ def _gems(task: Task, seed: int, variant: Any, checkpoint: Any, on_epoch: OnEpoc
     }
 
 
-def _score_subject(
-    task: Task, model: Any, seed: int, sparsity: float, settings: Any, checkpoint: Any, on_epoch: OnEpoch
-) -> Subject:
+def _score_subject(task: Task, model: Any, seed: int, sparsity: float, settings: Any) -> Subject:
     """The loss as a function of the scores, at those that a search without drops has found."""
     model = bare(model, biases=False)
     weights = signed_constants(kernels(model))
@@ -223,7 +228,14 @@ def _score_subject(
     (kept,) = kept_counts(weights, [sparsity])
     settings = replace(settings, drop_every=settings.epochs)
     scores, _ = search(
-        model, task.train, jax.random.key(seed), kept, settings, checkpoint=checkpoint, on_epoch=on_epoch
+        model,
+        task.train,
+        jax.random.key(seed),
+        kept,
+        settings,
+        checkpoint=stage(task.checkpoint, "scores"),
+        augment=task.preset.augmentation(),
+        on_epoch=on_epoch(task.note),
     )
     rest = partition(params)[1]
 

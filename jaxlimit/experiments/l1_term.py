@@ -8,7 +8,7 @@ from tyro.conf import arg
 
 from jaxlimit import plots
 from jaxlimit.experiments.experiment import Experiment
-from jaxlimit.experiments.study import ACCURACY_LOSS, OnEpoch, Results, Study, Task, values
+from jaxlimit.experiments.study import ACCURACY_LOSS, Results, Study, Task, values
 from jaxlimit.experiments.tables import by_variant, cell, curve, is_less, limit, markdown, tally
 from jaxlimit.measure import finetuned_sweep
 
@@ -42,8 +42,8 @@ def penalty(
     return study.experiment("lambda", task, variants, _run, table, {"lambda.png": figure})
 
 
-def _run(task: Task, seed: int, l1: float, checkpoint: Any, on_epoch: OnEpoch) -> dict[str, Any]:
-    subject = task.trained(seed, checkpoint, on_epoch, l1=l1)
+def _run(task: Task, seed: int, l1: float) -> dict[str, Any]:
+    subject = task.trained(seed, l1=l1)
     found = subject.limit(WHICH)
     estimates = found.estimates()
     dense, *accuracies = subject.test_accuracy([0.0, *(estimate.value for estimate in estimates.values())])

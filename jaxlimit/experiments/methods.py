@@ -15,7 +15,7 @@ from jaxlimit.baselines.masks import kept_counts
 from jaxlimit.baselines.network import kernels
 from jaxlimit.baselines.ratios import layer_sizes
 from jaxlimit.batches import batched
-from jaxlimit.experiments.experiment import Experiment
+from jaxlimit.experiments.experiment import Experiment, Note, on_epoch
 from jaxlimit.losses import classification_metrics
 from jaxlimit.measure import sparsity_sweep
 from jaxlimit.presets import MILESTONES, Arrays, Options, Preset, build_network, find_preset, load_arrays
@@ -164,7 +164,7 @@ def _run(
     train: Arrays,
     test: Arrays,
     checkpoint: Path,
-    on_epoch: Callable[[int, float], None],
+    note: Note,
 ) -> dict[str, Any]:
     """A piece: one method with one seed, at all sparsities."""
     found: dict[str, Any] = {"method": name, "seed": seed}
@@ -178,7 +178,7 @@ def _run(
             settings,
             checkpoint=checkpoint,
             augment=preset.augmentation(),
-            on_epoch=on_epoch,
+            on_epoch=on_epoch(note),
         )
     except FloatingPointError as error:  # a result, too
         return found | {"diverged": str(error), "networks": []}

@@ -9,7 +9,7 @@ from tyro.conf import arg
 from jaxlimit import plots
 from jaxlimit.batches import batched, loss_statistics
 from jaxlimit.experiments.experiment import Experiment
-from jaxlimit.experiments.study import SWEEP, OnEpoch, Results, Study, Task, values
+from jaxlimit.experiments.study import SWEEP, Results, Study, Task, values
 from jaxlimit.experiments.tables import by_variant, cell, curve, is_less, limit, markdown, over_seeds, tally
 from jaxlimit.magnitude import flatten, unflatten
 
@@ -46,8 +46,8 @@ def during_training(
     )
 
 
-def _during(task: Task, seed: int, epoch: int, checkpoint: Any, on_epoch: OnEpoch) -> dict[str, Any]:
-    subject = task.trained(seed, checkpoint, on_epoch, until=epoch)
+def _during(task: Task, seed: int, epoch: int) -> dict[str, Any]:
+    subject = task.trained(seed, until=epoch)
     found = subject.limit(WHICH)
     return {
         "epoch": epoch,
@@ -122,8 +122,8 @@ def order(study: Annotated[Study, arg(name="")] = Study()) -> Experiment:
     return study.experiment("order", task, variants, _order, table_order, {"order.png": figure_order})
 
 
-def _order(task: Task, seed: int, random: bool, checkpoint: Any, on_epoch: OnEpoch) -> dict[str, Any]:
-    subject = task.trained(seed, checkpoint, on_epoch)
+def _order(task: Task, seed: int, random: bool) -> dict[str, Any]:
+    subject = task.trained(seed)
     scores = None
     if random:
         key = jax.random.fold_in(jax.random.key(seed), 2)
@@ -181,8 +181,8 @@ def tolerances(study: Annotated[Study, arg(name="")] = Study()) -> Experiment:
     )
 
 
-def _tolerances(task: Task, seed: int, variant: Any, checkpoint: Any, on_epoch: OnEpoch) -> dict[str, Any]:
-    subject = task.trained(seed, checkpoint, on_epoch)
+def _tolerances(task: Task, seed: int, variant: Any) -> dict[str, Any]:
+    subject = task.trained(seed)
     test = batched(tuple(array[: task.num_examples] for array in task.test), task.preset.batch_size)
     data = {"train": subject.batches, "test": test}
     statistics = {name: loss_statistics(subject.loss, subject.params, found) for name, found in data.items()}

@@ -18,7 +18,7 @@ from tyro.conf import Positional, arg
 
 from jaxlimit.batches import Batches, LossStatistics, batched, loss_statistics
 from jaxlimit.curvature import Curvature
-from jaxlimit.experiments.experiment import Compute, Experiment
+from jaxlimit.experiments.experiment import Compute, Experiment, Note, on_epoch
 from jaxlimit.experiments.tables import unresolved
 from jaxlimit.limit import LEAST_MATVECS, MAX_MATVECS, pruning_limit
 from jaxlimit.losses import Loss, classification_curvature, classification_loss, classification_metrics
@@ -31,7 +31,6 @@ from jaxlimit.training import train_model
 
 PyTree = Any
 Results = Mapping[str, dict[str, Any]]
-OnEpoch = Callable[[int, float], None]
 # Sparsities of the measured thresholds: steps of .0025, as in `jaxlimit run`.
 SWEEP = np.arange(401) / 400
 # The accuracy threshold: the largest sparsity that costs at most one point of test accuracy.
@@ -112,13 +111,14 @@ class Study:
             name: of the experiment.
             task: from `task`.
             variants: by name, what `run` is to vary, as JSON values.
-            run: `run(task, seed, value of the variant, checkpoint folder, on_epoch)`, what a piece found.
+            run: `run(task, seed, value of the variant)`, what a piece found.
             table: as for `Experiment`; every piece has its variant and its seed.
             figures: as for `Experiment`.
         """
 
-        def piece(variant: str, value: Any, seed: int, checkpoint: Path, on_epoch: OnEpoch) -> dict[str, Any]:
-            return {"variant": variant, "seed": seed, **run(task, seed, value, checkpoint, on_epoch)}
+        def piece(variant: str, value: Any, seed: int, checkpoint: Path, note: Note) -> dict[str, Any]:
+            at_work = replace(task, checkpoint=checkpoint, note=note)
+            return {"variant": variant, "seed": seed, **run(at_work, seed, value)}
 
         pieces: dict[str, Compute] = {
             f"{variant}-seed{seed}": partial(piece, variant, value, seed)
@@ -149,6 +149,8 @@ class Task:
         train: (inputs, labels), all of them, for training.
         test: (inputs, labels).
         networks: folder of trained networks, or None.
+        checkpoint: folder of finished epochs of what is not kept there.
+        note: told what is being done.
     """
 
     preset: Preset
@@ -158,22 +160,14 @@ class Task:
     train: Arrays
     test: Arrays
     networks: Path | None = None
+    checkpoint: Path | None = None
+    note: Note = lambda text: None
 
-    def trained(
-        self,
-        seed: int,
-        checkpoint: Path,
-        on_epoch: OnEpoch,
-        *,
-        l1: float | None = None,
-        until: int | None = None,
-    ) -> "Subject":
+    def trained(self, seed: int, *, l1: float | None = None, until: int | None = None) -> "Subject":
         """The network after its training.
 
         Args:
             seed: of the initial weights, of the order of the examples, and of the probes of its limits.
-            checkpoint: folder of finished epochs, where there is none of trained networks.
-            on_epoch: as for `train_model`.
             l1: in place of the preset's.
             until: epochs after which the training is looked at, its schedule being that of all epochs; 0 is
                 the random start.
@@ -181,6 +175,7 @@ class Task:
         preset = self.preset if l1 is None else replace(self.preset, l1=l1)
         model = build_network(preset, seed)
         epochs = preset.epochs if until is None else until
+        checkpoint = self.checkpoint
         if self.networks is not None:
             name = f"{preset.name}-l1-{preset.l1:g}-epoch-{epochs}-of-{preset.epochs}-seed{seed}"
             checkpoint = self.networks / name
@@ -195,7 +190,7 @@ class Task:
                 momentum=preset.momentum,
                 l1=preset.l1,
                 augment=preset.augmentation(),
-                on_epoch=on_epoch,
+                on_epoch=on_epoch(self.note),
                 checkpoint=checkpoint,
             )
         return self.subject(model, seed)
@@ -205,7 +200,8 @@ class Task:
         first = tuple(array[: self.num_examples] for array in self.train)
         size = self.preset.batch_size
         batches, test = batched(first, size), batched(self.test, size)
-        return Subject(*from_nnx(model), batches, test, seed, self.num_probes, self.max_matvecs)
+        numbers = seed, self.num_probes, self.max_matvecs
+        return Subject(*from_nnx(model), batches, test, *numbers, self.note)
 
 
 @dataclass(frozen=True)
@@ -219,6 +215,7 @@ class Subject:
         test: the test examples, in batches.
         seed: of the probes.
         num_probes, max_matvecs: of the limits, as for `pruning_limit`.
+        note: told what is being done.
     """
 
     predict: Callable[..., jax.Array]
@@ -228,6 +225,7 @@ class Subject:
     seed: int
     num_probes: int | None
     max_matvecs: int
+    note: Note
 
     @cached_property
     def loss(self) -> Loss:
@@ -277,6 +275,7 @@ class Subject:
             max_matvecs=self.max_matvecs,
             which=which,
             scores=scores,
+            progress=lambda at: self.note(f"{at.stage}, {at.num_matvecs} of {at.max_matvecs} products"),
         )
 
     def sweep(self, sparsities: Iterable[float], batches: Batches, **options: Any) -> Sweep:
@@ -300,11 +299,13 @@ class Subject:
         # A network as it is loses nothing. From either end up to the threshold: no pass over the data beyond.
         grids = SWEEP[1:].reshape(-1, 8)
         for grid in grids:
+            self.note(f"measured loss, s = {grid[0]:.2f}")
             crossing = self.sweep(grid, self.batches, **options).first_crossing("loss", bound)
             loss = crossing or loss
             if crossing < grid[-1]:
                 break
         for grid in grids[::-1]:
+            self.note(f"measured accuracy, s = {grid[-1]:.2f}")
             found = self.sweep(grid, self.test, **options)
             # A hair more than the point, which may be met exactly, up to rounding.
             lost = Sweep(grid, {"lost": dense - found.metrics["accuracy"]})
