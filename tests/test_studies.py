@@ -5,6 +5,7 @@ The numbers of a network this small mean nothing; that the machinery is right is
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from scipy.stats import rv_discrete
 from jaxlimit import batched, hessian, presets, pruning_limit
 from jaxlimit.baselines.network import cut
 from jaxlimit.cli import main
-from jaxlimit.experiments import EXPERIMENTS
+from jaxlimit.experiments import EXPERIMENTS, methods, study
 from jaxlimit.experiments.anatomy import EDGES, row_norms, sampling_distance, shares, total_variation
 from jaxlimit.experiments.growth import scaled
 from jaxlimit.experiments.iterations import survivors
@@ -226,6 +227,21 @@ def test_the_distance_of_two_samples_is_that_of_simulated_ones():
     assert sampling_distance(p, 500) == pytest.approx(
         distances.mean(), abs=3 * error + 0.02 * distances.mean()
     )
+
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+RECORDED = [path for path in sorted(RESULTS.glob("*.json")) if '"experiment"' in path.read_text()[:200]]
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
+def test_the_tables_of_the_docs_are_what_the_results_say(path, monkeypatch):
+    document = json.loads(path.read_text())
+    nothing = ((np.zeros(9), np.zeros(9)),) * 2
+    for module in (study, methods):
+        monkeypatch.setattr(module, "load_arrays", lambda *_: nothing)
+    name, preset = document["experiment"], document["config"]["preset"]["name"]
+    experiment = EXPERIMENTS[name](preset if name == "compare" else Study(preset))
+    assert path.with_suffix(".md").read_text() == experiment.table(document["pieces"])
 
 
 def test_thresholds_are_those_of_the_whole_sweep():

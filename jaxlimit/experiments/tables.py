@@ -35,16 +35,19 @@ def mean_and_spread(values: Iterable[float]) -> tuple[float, float]:
 
 
 def cell(pieces: Sequence[Piece], of: Callable[[Piece], float | None], form: str = ".3f") -> str:
-    """Mean and spread as text; a dash where a piece has none.
+    """Mean and spread as text, one value alone; a dash where a piece has none.
 
     Examples:
         >>> cell([{"x": 0.5}, {"x": 0.7}], lambda piece: piece["x"], ".0%")
         '60 ± 14'
+        >>> cell([{"x": 0.5}], lambda piece: piece["x"])
+        '0.500'
     """
     numbers = present(map(of, pieces))
     if len(numbers) < len(pieces):
         return "-"
-    return " ± ".join(format(x, form).removesuffix("%") for x in mean_and_spread(numbers))
+    shown = mean_and_spread(numbers) if len(numbers) > 1 else numbers
+    return " ± ".join(format(x, form).removesuffix("%") for x in shown)
 
 
 def present(values: Iterable[float | None]) -> list[float]:
