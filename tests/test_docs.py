@@ -111,7 +111,11 @@ PAGES = {
         for name in experiments.EXPERIMENTS
         if name != "compare"
     },
-    "lambda_cifar10-lenet": "experiments_cifar10",
+    **{
+        path.stem: "experiments_cifar10"
+        for path in (ROOT / "benchmarks" / "results").glob("*_cifar10-*.md")
+        if not path.stem.startswith("methods")
+    },
     **dict.fromkeys(
         (
             "products",
