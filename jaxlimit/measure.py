@@ -68,7 +68,8 @@ def sparsity_sweep(
     """Metrics of the one-shot magnitude-pruned network at each sparsity, without any retraining.
 
     One compiled function serves all sparsities: the number of removed weights is its argument. Cost: one
-    forward pass over the data for each sparsity; memory: `chunk_size` copies of weights and activations.
+    forward pass over the data for each sparsity; memory: `chunk_size` copies of weights and activations, on a
+    CPU one.
 
     Args:
         metrics_fn: `metrics_fn(params, batch) -> {name: scalar}`, means over the batch's examples.
@@ -77,7 +78,7 @@ def sparsity_sweep(
         sparsities: fractions of the prunable weights to remove, in [0, 1]; sorted on return.
         prunable: as for `hessian`.
         scores: as for `pruning_limit`: another order than that of the magnitudes.
-        chunk_size: sparsities evaluated side by side.
+        chunk_size: sparsities of a call, evaluated side by side; on a CPU one after the other.
 
     Raises:
         ValueError: a sparsity outside [0, 1], none at all, or what `hessian` refuses of params.
