@@ -299,7 +299,7 @@ def load_peers(
     operator: str,
     batch_size: int = networks.BATCH_SIZE,
     *,
-    device: str = "cpu",
+    precision: str = "highest",
     num_threads: int | None = None,
 ) -> list[Peer]:
     """Every peer that offers the operator ("hessian" or "gauss_newton"), on one twin of the problem.
@@ -308,12 +308,17 @@ def load_peers(
         problem: as `networks.load_problem` returns it.
         operator: which curvature.
         batch_size: examples a batch.
-        device: PyTorch's name of it.
+        precision: of matrix products on a GPU: "default" lets PyTorch use TF32.
         num_threads: of PyTorch, for the whole process; default: as it is.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    twin = make_twin(problem, batch_size, device)
+    formats = torch.backends.cuda.matmul, torch.backends.cudnn
+    for device_format in formats:
+        device_format.allow_tf32 = False
+    twin = make_twin(problem, batch_size, "cpu" if jax.default_backend() == "cpu" else "cuda")
+    for device_format in formats:
+        device_format.allow_tf32 = precision == "default"
     return [peer(twin, operator) for peer in PEERS if operator in peer.operators]
 
 

@@ -13,7 +13,8 @@ large matrix product on the same machine. Networks that are not measured anew ke
 memory comes in huge pages, and these networks get rows of their own. Each row is written when it is there.
 
 Results are in results/products.json, products.md (against the gradient and the hardware) and
-products_peers.md. Needs `pip install -e ".[cli,bench]"`, and MNIST and CIFAR-10 under $JAXLIMIT_DATA.
+products_peers.md; those of a GPU in files of their own, products_gpu. With --precisions default both sides
+use its faster formats. Needs `pip install -e ".[cli,bench]"`, and MNIST and CIFAR-10 under $JAXLIMIT_DATA.
 """
 
 import argparse
@@ -169,7 +170,7 @@ def measure(name: str, operator: str, precision: str) -> dict[str, Any]:
     jax.block_until_ready(curvature.matmat(one))
     blocks = common.seconds(lambda: curvature.matmat(one)) < BLOCKS_BELOW
     curvature, functions = own_functions(problem, operator, precision, blocks)
-    found = peers.load_peers(problem, operator)
+    found = peers.load_peers(problem, operator, precision=precision)
     differences = {peer.name: peers.product_difference(peer, curvature) for peer in found}
     functions |= peer_functions(found, curvature.dim, blocks)
     times = common.in_turns(functions)
@@ -193,8 +194,9 @@ def measure(name: str, operator: str, precision: str) -> dict[str, Any]:
 
 
 def label(row: Mapping[str, Any]) -> str:
-    """The network, and whether it was measured with huge pages."""
-    return row["network"] + (", huge pages" if row["huge_pages"] else "")
+    """The network, and what is unusual."""
+    precision = "" if row["precision"] == "highest" else f", precision {row['precision']}"
+    return row["network"] + (", huge pages" if row["huge_pages"] else "") + precision
 
 
 def own_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -254,8 +256,8 @@ def main() -> None:
         "--precisions", nargs="+", default=["highest"], help="of matrix products (default: %(default)s)"
     )
     options = parser.parse_args()
-    rate = common.matmul_rate()
     for precision in options.precisions:
+        rate = common.matmul_rate(precision)
         for name in options.networks:
             for operator in peers.OPERATORS:
                 add({**measure(name, operator, precision), "matmul_rate": rate})
@@ -263,15 +265,16 @@ def main() -> None:
 
 def add(row: dict[str, Any]) -> None:
     """Writes a row with those that are there, in the place of the one before."""
-    path = common.RESULTS / f"{NAME}.json"
+    name = NAME if common.on_cpu() else f"{NAME}_{jax.default_backend()}"
+    path = common.RESULTS / f"{name}.json"
     rows = record.read_json(path)["rows"] if path.exists() else []
-    names = ("network", "operator", "precision", "huge_pages")
-    measured = {tuple(one[name] for name in names): one for one in (*rows, row)}
+    keys = ("network", "operator", "precision", "huge_pages")
+    measured = {tuple(one[key] for key in keys): one for one in (*rows, row)}
     order = list(networks.NETWORKS)
     rows = sorted(measured.values(), key=lambda one: (order.index(one["network"]), one["huge_pages"]))
-    record.write_atomic(common.RESULTS / f"{NAME}_peers.md", peer_table(rows))
+    record.write_atomic(common.RESULTS / f"{name}_peers.md", peer_table(rows))
     print(peer_table([row]))
-    common.write(NAME, {"command": f"python benchmarks/{NAME}.py", "rows": rows}, own_table(rows))
+    common.write(name, {"command": f"python benchmarks/{NAME}.py", "rows": rows}, own_table(rows))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ RUNS = {
     "mnist-fc2-10": "run mnist-fc2 --epochs 10",
     "mnist-fc2-60": "run mnist-fc2 --epochs 60",
     "cifar10-lenet-30": "run cifar10-lenet --epochs 30 --num-examples 1024 --finetune-steps 0",
+    "cifar10-lenet-200": "run cifar10-lenet --num-examples 1024 --finetune-steps 0",
 }
 # Columns of the Markdown table, and where their values are in limit.json. Measured thresholds are bold, and
 # stand before their predictions.

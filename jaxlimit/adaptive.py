@@ -152,7 +152,7 @@ class AdaptiveCurvature:
         Several n are a first look, which leaves half of the products for the root itself.
         """
         self.products.stage = "cone"
-        starts = self._removed_vectors(counts)
+        starts = jax.tree.map(lambda *x: jnp.stack(x), *[self.order.removed_vector(n) for n in counts])
 
         def error(n: int, run: Tridiagonal) -> float:
             """Of the dimension, by d delta / d log a <= D - delta, and so of s."""
@@ -173,17 +173,13 @@ class AdaptiveCurvature:
         weights = flatten(self.order.like)[sorted_by]
         gradient = flatten(self.products.curvature.gradient)[sorted_by]
 
-        def path(counts: list[int]) -> list[PathPoint]:
+        def path(n: int) -> PathPoint:
             self.products.stage = "one_shot"
-            if self.products.left < len(counts):
+            if self.products.left < 1:
                 raise BudgetSpent
-            product = self.products.matmat(self._removed_vectors(counts))
-            points = []
-            for i, n in enumerate(counts):
-                hc = flatten(jax.tree.map(lambda x, i=i: x[i], product))[sorted_by]
-                loss = float(weights[:n] @ (hc / 2 - gradient)[:n])
-                points.append(PathPoint(n, loss, (hc - gradient) * weights))
-            return points
+            hc = flatten(self.products.matvec(self.order.removed_vector(n)))[sorted_by]
+            loss = float(weights[:n] @ (hc / 2 - gradient)[:n])
+            return PathPoint(n, loss, (hc - gradient) * weights)
 
         start = PathPoint(0, 0.0, -gradient * weights)
         return one_shot_limit(path, start, self.loss_tolerance, self.tolerance)
@@ -275,10 +271,6 @@ class AdaptiveCurvature:
                 return runs
             state = lanczos.run(self.products.matmat, state, extra, max_basis)
             self.store.save_state(name, state)
-
-    def _removed_vectors(self, counts: list[int]) -> PyTree:
-        """C after n removals for several n, along a leading axis."""
-        return jax.tree.map(lambda *x: jnp.stack(x), *[self.order.removed_vector(n) for n in counts])
 
     def _width(self, runs: Sequence[Tridiagonal]) -> Estimate:
         return width_limit(self._bracket(runs, self.order.dim), self.order, self.loss_tolerance)

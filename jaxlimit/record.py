@@ -27,6 +27,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
+import jaxlimit
 from jaxlimit.losses import CURVATURES
 from jaxlimit.quadrature import SpectralMeasure
 from jaxlimit.result import LimitCurve, PruningLimit, Sensitivity
@@ -110,8 +111,9 @@ def read_columns(path: Path) -> dict[str, NDArray[np.float64]]:
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that decide the numbers."""
-    packages = ("jaxlimit", "jax", "jaxlib", "numpy", "scipy", "flax", "optax")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+    # Not that of an installed package: a source tree need not be installed.
+    own = {"python": platform.python_version(), "jaxlimit": jaxlimit.__version__}
+    return own | {name: version(name) for name in ("jax", "jaxlib", "numpy", "scipy", "flax", "optax")}
 
 
 def device() -> dict[str, Any]:

@@ -29,9 +29,8 @@ from jaxlimit.quadrature import SIDES, Side, SpectralBracket
 LIMITS = ("one_shot", "width", "cone", "readjusted")
 # Standard errors by which the probe error widens [lower, upper]: 99.7 % if the error were normal.
 STANDARD_ERRORS = 3.0
-# The one-shot path: intervals of its first grid, pieces of an interval that is looked at again, and points
-# computed at once (few enough to fit in memory).
-INTERVALS, PIECES, BLOCK = 32, 8, 8
+# The one-shot path: intervals of its first grid, and pieces of an interval that is looked at again.
+INTERVALS, PIECES = 32, 8
 
 
 class BudgetSpent(Exception):
@@ -276,7 +275,7 @@ def loss_between(left: PathPoint, right: PathPoint) -> tuple[NDArray[np.float64]
 
 
 def one_shot_limit(
-    path: Callable[[list[int]], list[PathPoint]],
+    path: Callable[[int], PathPoint],
     start: PathPoint,
     loss_tolerance: float,
     tolerance: float,
@@ -288,7 +287,7 @@ def one_shot_limit(
     than the tolerance.
 
     Args:
-        path: points at several n at once (one product with H each).
+        path: the point at n (one product with H).
         start: the point n = 0.
         loss_tolerance: eps.
         tolerance: width at which an interval is not divided further, in units of s.
@@ -316,13 +315,11 @@ def one_shot_limit(
         return Estimate.between(value / dim, lower / dim, upper / dim, dim)
 
     def points(counts: NDArray[np.int64]) -> Iterator[PathPoint]:
-        for first in range(0, len(counts), BLOCK):
-            for point in path(counts[first : first + BLOCK].tolist()):
-                if not np.isfinite(point.loss):
-                    raise FloatingPointError(
-                        f"the predicted loss after {point.num_removed} removals is not finite."
-                    )
-                yield point
+        for count in counts.tolist():
+            point = path(count)
+            if not np.isfinite(point.loss):
+                raise FloatingPointError(f"the predicted loss after {count} removals is not finite.")
+            yield point
 
     def search(left: PathPoint, grid: Iterable[PathPoint]) -> Estimate | None:
         doubtful: list[tuple[PathPoint, PathPoint, NDArray[np.float64]]] = []

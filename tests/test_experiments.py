@@ -176,6 +176,11 @@ def test_recipes_are_those_of_the_papers_and_of_the_preset():
     assert settings_of("hybrid", digits, 1438).hybrid
     short = settings_of("rare-gems", digits, 1438, epochs=30)
     assert (short.epochs, short.drop_every, short.num_drops, short.finetune.epochs) == (30, 1, 29, 30)
+    slow = {name: settings_of(name, digits, 1438, learning_rate=0.02) for name in METHODS}
+    assert [slow[name].recipe.learning_rate for name in ("imp", "hybrid", "smart-ratio")] == [0.02] * 3
+    assert slow["imp"].recipe.epochs == 160
+    scores, weights = slow["rare-gems"].learning_rate, slow["rare-gems"].finetune.learning_rate
+    assert (scores, weights) == (0.1, 0.02)
 
 
 def piece(method, seed, accuracies, collapsed=()):

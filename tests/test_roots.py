@@ -102,9 +102,9 @@ class Quadratic:
         slope = (self.matrix @ c - self.gradient) * self.weights
         return PathPoint(n, float(-self.gradient @ c + c @ self.matrix @ c / 2), slope)
 
-    def path(self, counts):
-        self.evaluated += counts
-        return [self.point(n) for n in counts]
+    def path(self, n):
+        self.evaluated.append(n)
+        return self.point(n)
 
     def limit(self, eps, tolerance=0.0):
         self.evaluated = []
@@ -250,14 +250,14 @@ def test_a_one_shot_limit_out_of_products_is_the_interval_so_far(kind):
     eps = 0.3 * np.max(problem.losses)
     whole, truth = problem.limit(eps, narrow), problem.first(eps) / problem.dim
     needed, spreads = len(problem.evaluated), []
-    for budget in range(0, needed + 8, 8):
+    for budget in range(needed + 1):
         left = [budget]
 
-        def path(counts, left=left):
-            left[0] -= len(counts)
+        def path(n, left=left):
+            left[0] -= 1
             if left[0] < 0:
                 raise BudgetSpent
-            return problem.path(counts)
+            return problem.path(n)
 
         try:
             found = one_shot_limit(path, problem.point(0), eps, narrow)
@@ -276,18 +276,18 @@ def test_a_point_that_is_known_is_not_computed_again():
     """Its second value may differ by rounding, and lie on the other side of eps."""
     seen = set()
 
-    def path(counts):
-        assert not seen & {*counts}
-        seen.update(counts)
-        return [PathPoint(n, 1 + 1e-7 * (n - 499.5), np.full(1000, 1e-7)) for n in counts]
+    def path(n):
+        assert n not in seen
+        seen.add(n)
+        return PathPoint(n, 1 + 1e-7 * (n - 499.5), np.full(1000, 1e-7))
 
     found = one_shot_limit(path, PathPoint(0, 0.0, np.zeros(1000)), 1.0, 1e-3)
     assert found.lower <= 0.5 <= found.upper
 
 
 def test_a_predicted_loss_that_is_not_finite_is_no_answer():
-    def path(counts):
-        return [PathPoint(n, np.nan, np.full(100, np.nan)) for n in counts]
+    def path(n):
+        return PathPoint(n, np.nan, np.full(100, np.nan))
 
     with pytest.raises((FloatingPointError, ValueError)):
         one_shot_limit(path, PathPoint(0, 0.0, np.zeros(100)), 1.0, 1e-3)

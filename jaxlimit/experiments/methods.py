@@ -51,6 +51,9 @@ def compare(
     sparsities: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95, 0.98),
     seeds: int = 3,
     epochs: Annotated[int | None, arg(help_behavior_hint="(default: each recipe's)", metavar="INT")] = None,
+    learning_rate: Annotated[
+        float | None, arg(help_behavior_hint="(default: each recipe's)", metavar="FLOAT")
+    ] = None,
     l1: Annotated[float | None, arg(help_behavior_hint="(default: the preset's)", metavar="FLOAT")] = None,
     out: Annotated[
         Path | None, arg(help_behavior_hint="(default: results/compare-PRESET)", metavar="DIR")
@@ -68,6 +71,7 @@ def compare(
         seeds: how many independent runs, from other weights in another order; 3 or more give a spread. A
             folder of fewer goes on with the others.
         epochs: of every training of every method; schedules are stretched.
+        learning_rate: of every training of weights. The recipes' .1 is made for networks with batch norm.
         l1: lambda of LOMP.
         out: folder of the results.
         data: folder that holds mnist/ or cifar10/; not needed for digits.
@@ -80,9 +84,10 @@ def compare(
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}.")
     sparsities = tuple(sorted({*sparsities}))
-    chosen = find_preset(preset, l1=l1, epochs=epochs)
+    chosen = find_preset(preset, l1=l1, epochs=epochs, learning_rate=learning_rate)
     train, test = load_arrays(chosen, Options(), data)
-    settings = {name: settings_of(name, chosen, len(train[1]), epochs) for name in methods}
+    changes = {"epochs": epochs, "learning_rate": learning_rate}
+    settings = {name: settings_of(name, chosen, len(train[1]), **changes) for name in methods}
     _check(settings, sparsities, build_network(chosen, 0))
     return Experiment(
         "compare",
@@ -103,7 +108,13 @@ def compare(
     )
 
 
-def settings_of(name: str, preset: Preset, num_examples: int, epochs: int | None = None) -> Any:
+def settings_of(
+    name: str,
+    preset: Preset,
+    num_examples: int,
+    epochs: int | None = None,
+    learning_rate: float | None = None,
+) -> Any:
     """The recipe of a method for the network of a preset.
 
     LOMP, and dense and random as its controls, are trained as the preset says, the controls without L1 term.
@@ -116,6 +127,11 @@ def settings_of(name: str, preset: Preset, num_examples: int, epochs: int | None
         31
     """
     vgg = preset.network.startswith("VGG")
+
+    def changed(recipe: baselines.Recipe) -> baselines.Recipe:
+        given = {"epochs": epochs, "learning_rate": learning_rate}
+        return replace(recipe, **{key: value for key, value in given.items() if value is not None})
+
     if name in ("dense", "lomp", "random"):
         return baselines.Recipe(
             preset.epochs,
@@ -134,18 +150,16 @@ def settings_of(name: str, preset: Preset, num_examples: int, epochs: int | None
         if vgg:
             longer = replace(usual.recipe, epochs=200, milestones=(80 / 200, 120 / 200))
             usual = replace(usual, rewind_steps=2000, recipe=longer)
-        recipe = replace(usual.recipe, epochs=epochs or usual.recipe.epochs)
+        recipe = changed(usual.recipe)
         share = usual.rewind_steps / usual.recipe.updates(CIFAR10)
         return replace(usual, rewind_steps=round(share * recipe.updates(num_examples)), recipe=recipe)
     if name == "rare-gems":
         usual = baselines.RareGems()
-        if epochs is None:
-            return usual
-        every = max(1, round(usual.drop_every * epochs / usual.epochs))
-        finetune = replace(usual.finetune, epochs=epochs)
-        return replace(usual, epochs=epochs, drop_every=every, finetune=finetune)
+        search = epochs or usual.epochs
+        every = max(1, round(usual.drop_every * search / usual.epochs))
+        return replace(usual, epochs=search, drop_every=every, finetune=changed(usual.finetune))
     usual = baselines.SmartRatio(hybrid=name == "hybrid", vgg=vgg, fixed="last")
-    return replace(usual, recipe=replace(usual.recipe, epochs=epochs or usual.recipe.epochs))
+    return replace(usual, recipe=changed(usual.recipe))
 
 
 def _check(settings: Mapping[str, Any], sparsities: Sequence[float], model: Any) -> None:
