@@ -79,8 +79,8 @@ def train(
         params: pytree of floating arrays to start from; left as it is.
         arrays: pytree of arrays with a common leading example axis, such as (images, labels). A batch is the
             same tree with fewer examples.
-        key: random key for the order of the examples. The same key gives the same result on the same CPU; on a
-            GPU only with XLA's deterministic operations (docs/performance.md).
+        key: random key for the order of the examples. The same key gives the same result on the same CPU;
+            on a GPU only with XLA's deterministic operations (docs/performance.md).
         epochs: number of passes over the data, 1 or more.
         batch_size: examples per update, 1 or more; 128, as in all presets of the paper's code. All examples
             form one batch where there are fewer.
