@@ -37,7 +37,7 @@ OPTIONS = {
     "crossing": [],
     "distance": ["--seeds", "2", "--l1", "0"],
     "gems": ["--epochs", "2", "--sparsities", "0.9"],
-    "gradual": ["--rounds", "1"],
+    "gradual": ["--rounds", "1", "--learning-rate", "0.05"],
     "lambda": ["--lambdas", "5e-4"],
     "order": [],
     "regularizer": ["--weights", "1"],

@@ -39,7 +39,14 @@ SMALL = 2_000
 WHICH = ("one_shot", "width")
 
 
-def gradual(study: Annotated[Study, arg(name="")] = Study(), *, rounds: int = 8) -> Experiment:
+def gradual(
+    study: Annotated[Study, arg(name="")] = Study(),
+    *,
+    rounds: int = 8,
+    learning_rate: Annotated[
+        float | None, arg(help_behavior_hint="(default: the recipe's)", metavar="FLOAT")
+    ] = None,
+) -> Experiment:
     """The limit after each round of iterative pruning: does it rise?
 
     Two trainings: the recipe of iterative pruning, and the preset's with its L1 term. After each round the
@@ -48,12 +55,17 @@ def gradual(study: Annotated[Study, arg(name="")] = Study(), *, rounds: int = 8)
     Args:
         study: see `Study`; `--epochs` are those of both trainings.
         rounds: each removes a fifth of the survivors.
+        learning_rate: of the recipe's training. Its .1 is made for networks with batch norm.
     """
     task = study.task()
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}.")
+    changes = {} if learning_rate is None else {"learning_rate": learning_rate}
+    settings_of(
+        "imp", task.preset, len(task.train[1]), study.epochs, **changes
+    )  # refuses what is out of range
     variants = {
-        "recipe": {"l1": False, "rounds": rounds, "epochs": study.epochs},
+        "recipe": {"l1": False, "rounds": rounds, "epochs": study.epochs, **changes},
         "l1": {"l1": True, "rounds": rounds, "epochs": task.preset.epochs},
     }
     return study.experiment(
@@ -87,9 +99,10 @@ def survivors(
 
 
 def _gradual(task: Task, seed: int, variant: Any) -> dict[str, Any]:
-    settings = settings_of("imp", task.preset, len(task.train[1]), variant["epochs"])
+    num_examples, rate = len(task.train[1]), variant.get("learning_rate")
+    settings = settings_of("imp", task.preset, num_examples, variant["epochs"], rate)
     if variant["l1"]:
-        settings = replace(settings, recipe=settings_of("lomp", task.preset, len(task.train[1])))
+        settings = replace(settings, recipe=settings_of("lomp", task.preset, num_examples))
     networks = baselines.iterative_pruning(
         build_network(task.preset, seed),
         task.train,
