@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import common
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -218,7 +219,7 @@ def load_problem(name: str, num_examples: int | None = None, *, seed: int = 0) -
         raise ValueError(f"name must be one of {', '.join(NETWORKS)}, got {name!r}.")
     network = NETWORKS[name]
     inputs, labels = network.load()
-    usual = network.num_examples if jax.default_backend() == "cpu" else ACCELERATED * network.num_examples
+    usual = network.num_examples * (1 if common.on_cpu() else ACCELERATED)
     count = min(usual, len(inputs)) if num_examples is None else num_examples
     if not 1 <= count <= len(inputs):
         raise ValueError(f"num_examples must be between 1 and {len(inputs)} for {name}, got {count}.")

@@ -17,6 +17,7 @@ from functools import lru_cache
 from importlib.metadata import version
 from typing import Any, ClassVar
 
+import common
 import curvlinops  # pyright: ignore[reportMissingImports]
 import hessian_eigenthings as eigenthings  # pyright: ignore[reportMissingImports]
 import jax
@@ -313,13 +314,14 @@ def load_peers(
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    formats = torch.backends.cuda.matmul, torch.backends.cudnn
-    for device_format in formats:
-        device_format.allow_tf32 = False
-    twin = make_twin(problem, batch_size, "cpu" if jax.default_backend() == "cpu" else "cuda")
-    for device_format in formats:
-        device_format.allow_tf32 = precision == "default"
+    _allow_tf32(False)  # the twin's outputs are checked to float32 rounding
+    twin = make_twin(problem, batch_size, "cpu" if common.on_cpu() else "cuda")
+    _allow_tf32(precision == "default")
     return [peer(twin, operator) for peer in PEERS if operator in peer.operators]
+
+
+def _allow_tf32(allowed: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
 def product_difference(

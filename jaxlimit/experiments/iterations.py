@@ -61,9 +61,8 @@ def gradual(
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}.")
     changes = {} if learning_rate is None else {"learning_rate": learning_rate}
-    settings_of(
-        "imp", task.preset, len(task.train[1]), study.epochs, **changes
-    )  # refuses what is out of range
+    # Refuses what is out of range.
+    settings_of("imp", task.preset, len(task.train[1]), study.epochs, learning_rate)
     variants = {
         "recipe": {"l1": False, "rounds": rounds, "epochs": study.epochs, **changes},
         "l1": {"l1": True, "rounds": rounds, "epochs": task.preset.epochs},

@@ -86,8 +86,7 @@ def compare(
     sparsities = tuple(sorted({*sparsities}))
     chosen = find_preset(preset, l1=l1, epochs=epochs, learning_rate=learning_rate)
     train, test = load_arrays(chosen, Options(), data)
-    changes = {"epochs": epochs, "learning_rate": learning_rate}
-    settings = {name: settings_of(name, chosen, len(train[1]), **changes) for name in methods}
+    settings = {name: settings_of(name, chosen, len(train[1]), epochs, learning_rate) for name in methods}
     _check(settings, sparsities, build_network(chosen, 0))
     return Experiment(
         "compare",
