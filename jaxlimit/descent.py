@@ -5,7 +5,7 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,7 @@ def minimise(
     after_epoch: Callable[[int, PyTree, PyTree], tuple[PyTree, PyTree]] | None = None,
     on_epoch: Callable[[int, float], None] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    identity: Mapping[str, Any] | None = None,
 ) -> tuple[PyTree, PyTree]:
     """Parameters and state after training as `jaxlimit.training.train` describes it.
 
@@ -59,6 +60,8 @@ def minimise(
             and dtypes; momentum and learning rate go on. It must depend on its arguments alone.
         on_epoch: as for `train`.
         checkpoint: as for `train`.
+        identity: what else decides the result, as JSON values, so that a checkpoint with others is refused:
+            the settings of objective, project and after_epoch.
 
     Raises:
         ValueError: as for `train`.
@@ -131,7 +134,8 @@ def minimise(
         "l1": l1,
     }
     if checkpoint is not None:  # a pass over all data
-        problem |= _fingerprint(params, arrays, key, learning_rate)
+        updates = epochs * -(-num_examples // batch_size)
+        problem |= _fingerprint(params, arrays, key, learning_rate, updates) | dict(identity or {})
     store = Checkpoint(checkpoint, problem)
     stored = store.load_tree("epoch", (0, carry))
     done, carry = (0, carry) if stored is None else (int(stored[0]), jax.tree.map(jnp.asarray, stored[1]))
@@ -154,10 +158,14 @@ def minimise(
 
 
 def _fingerprint(
-    params: PyTree, arrays: PyTree, key: jax.Array, learning_rate: float | optax.Schedule
+    params: PyTree, arrays: PyTree, key: jax.Array, learning_rate: float | optax.Schedule, updates: int
 ) -> dict[str, Any]:
-    """What tells one training from another."""
-    rates = [learning_rate(step) for step in (0, 1000)] if callable(learning_rate) else [learning_rate]
+    """What tells one training from another; of a schedule the first rate and the sum of all."""
+    rates = [learning_rate]
+    if callable(learning_rate):
+        each = np.asarray(jax.vmap(learning_rate)(jnp.arange(updates)), np.float64)
+        # Devices round a cosine differently.
+        rates = [float(f"{rate:.6g}") for rate in (each[0], each.sum())]
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(arrays)]
     return {
         "learning_rate": np.asarray(rates, np.float64).tolist(),

@@ -1,5 +1,6 @@
 """Learning rates that count epochs, as optax schedules over updates."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import optax
@@ -52,7 +53,8 @@ def learning_rate_schedule(
         epochs: of the training, the warm-up included.
         updates_per_epoch: see `steps_per_epoch`.
         warmup_epochs: in which the rate grows linearly from 0.
-        milestones: of "steps": after these shares of the epochs the rate is multiplied by `factor`.
+        milestones: of "steps": after these shares of the epochs, rounded to whole epochs, the rate is
+            multiplied by `factor`.
         factor: of "steps".
 
     Returns:
@@ -78,7 +80,8 @@ def learning_rate_schedule(
     if kind == "cosine":
         schedule = optax.cosine_decay_schedule(learning_rate, max(1, updates - warmup))
     elif kind == "steps":
-        steps = {round(share * epochs) * updates_per_epoch - warmup: factor for share in milestones}
+        passed = Counter(round(share * epochs) * updates_per_epoch - warmup for share in milestones)
+        steps = {step: factor**times for step, times in passed.items()}
         schedule = optax.piecewise_constant_schedule(learning_rate, steps)
     if not warmup:
         return schedule

@@ -170,7 +170,8 @@ def train_model(
         weight_decay: as for `train`, on every `nnx.Param`.
         l1: as for `train`, on every `nnx.Param`.
         mask: as for `train`, like the parameters that `models.from_nnx` gives.
-        augment: `augment(key, inputs) -> inputs`, applied to every batch (`data.random_crop_and_flip`).
+        augment: `augment(key, inputs) -> inputs`, applied to every batch (`data.random_crop_and_flip`). A
+            checkpoint knows it by its name.
         on_epoch: as for `train`.
         checkpoint: as for `train`.
 
@@ -213,6 +214,7 @@ def train_model(
         l1=l1,
         on_epoch=on_epoch,
         checkpoint=checkpoint,
+        identity=network.identity,
     )
     return network.rebuild(params, state)
 
@@ -225,12 +227,14 @@ class PureClassifier(NamedTuple):
         params: every `nnx.Param`, named as by `models.from_nnx`.
         state: everything else that training changes: running statistics.
         rebuild: `rebuild(params, state) -> model`.
+        identity: of the augmentation, for a checkpoint.
     """
 
     objective: Objective
     params: dict[str, Any]
     state: PyTree
     rebuild: Callable[[dict[str, Any], PyTree], Any]
+    identity: dict[str, str]
 
 
 def pure_classifier(
@@ -263,4 +267,5 @@ def pure_classifier(
         logits = model(inputs if augment is None else augment(key, inputs))
         return cross_entropy(logits, labels), nnx.state(model, nnx.Not(nnx.Any(nnx.Param, nnx.RngKey)))
 
-    return PureClassifier(objective, params, state, rebuild)
+    identity = {} if augment is None else {"augment": getattr(augment, "__qualname__", repr(type(augment)))}
+    return PureClassifier(objective, params, state, rebuild, identity)

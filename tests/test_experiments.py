@@ -8,7 +8,7 @@ import pytest
 
 from jaxlimit import presets
 from jaxlimit.cli import main
-from jaxlimit.experiments.methods import METHODS, settings_of, summarise, table
+from jaxlimit.experiments.methods import METHODS, figure, settings_of, table
 
 TINY = presets.Preset("tiny", "digits", "64-8-10", epochs=2, learning_rate=0.1, schedule="cosine", l1=5e-4)
 COMPARE = ["experiment", "compare", "tiny", "--methods", "dense", "lomp", "--seeds", "2"]
@@ -133,6 +133,10 @@ def test_a_folder_with_other_options_or_other_files_is_refused(finished, tmp_pat
         (["compare", "--sparsities", "0.99"], "Smart-Ratio cannot keep 45 of 4,464 weights"),
         (["compare", "--seeds", "0"], "seeds must be at least 1, got 0"),
         (["compare", "--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["compare", "--methods", "imp", "--l1", "1"], "l1 is of lomp, which is not among the methods"),
+        (["gems", "--l1", "1"], "l1 has no effect on this experiment"),
+        (["gems", "--networks", "nets"], "networks has no effect on this experiment"),
+        (["gradual", "--networks", "nets"], "networks has no effect on this experiment"),
         (["compare", "--l1", "-1"], "l1 must be finite and at least 0, got -1.0"),
         (["compare", "mnist-fc2", "--data", "nowhere"], "There is no folder nowhere/mnist."),
         (["crossing", "--seeds", "0"], "seeds must be at least 1, got 0"),
@@ -199,11 +203,25 @@ def test_divergence_and_collapse_are_in_the_table():
         "c": piece("imp", 0, [0.9, 0.8]),
         "d": {"method": "imp", "seed": 1, "diverged": "in epoch 3", "networks": []},
     }
-    assert summarise(results).keys() == {"lomp"}
-    text = table(results)
+    assert [line.get_label() for line in figure(results).axes[0].lines] == ["LOMP"]
+    text = table(results, [0.5, 0.9])
     assert "| LOMP | one for all s | 85.0 ± 7.1 † | 30.0 ± 28.3 † |" in text
-    assert "| iterative, rewound | one a round | diverged | diverged |" in text
+    assert "| iterative, rewound | one a round | diverged in 1 of 2 | diverged in 1 of 2 |" in text
     assert "† a layer kept nothing in at least one run" in text
+
+
+def test_the_table_has_a_column_for_every_sparsity():
+    """Of the control alone, at sparsity 0, and where every run diverged; one run has no spread."""
+    dense = {"a": piece("dense", 0, [0.9])}
+    dense["a"]["networks"][0]["sparsity"] = 0.0
+    assert table(dense, [0.0, 0.5]).splitlines() == [
+        "| method | trainings | 0 | 0.5 |",
+        "| --- | --- | ---: | ---: |",
+        "| dense | one | 90.0 | 90.0 |",
+    ]
+    assert figure(dense).axes[0].lines
+    nothing = {"a": {"method": "lomp", "seed": 0, "diverged": "in epoch 0", "networks": []}}
+    assert "| LOMP | one for all s | diverged in 1 of 1 | diverged in 1 of 1 |" in table(nothing, [0.5, 0.9])
 
 
 def test_a_divergence_is_a_result(tmp_path, monkeypatch):

@@ -40,6 +40,12 @@ def test_the_largest_scores_of_those_alive_are_kept(values, data):
     assert {*np.flatnonzero(np.concatenate(mask)).tolist()} == expected
 
 
+def test_a_sparsity_that_leaves_nothing_is_refused():
+    assert kept_counts({"kernel": np.ones(3)}, [0.99]) == [1]
+    with pytest.raises(ValueError, match=r"must leave one of the 3 weights, got 0\.9999999999"):
+        kept_counts({"kernel": np.ones(3)}, [0, 1 - 1e-10])
+
+
 def test_more_than_are_alive_cannot_be_kept():
     with pytest.raises(ValueError, match="num_kept must lie between 0 and the 1 weights alive, got 2"):
         keep_largest(np.ones(3), 2, alive=np.array([False, True, False]))

@@ -1,6 +1,7 @@
 """Rare Gems against the recipe as loops in NumPy, and its gradient against differences of a surrogate."""
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -155,3 +156,15 @@ def test_everything_is_kept_at_sparsity_zero():
 def test_settings_outside_their_range_are_refused(changed, message):
     with pytest.raises(ValueError, match=message):
         RareGems(**changed)
+
+
+@pytest.mark.parametrize(
+    ("change", "num_kept", "name"),
+    [({"l2": 1e-2}, 9, "l2"), ({"drop_every": 2}, 9, "drop_every"), ({}, 8, "num_kept")],
+)
+def test_a_checkpoint_of_another_search_is_refused(tmp_path, change, num_kept, name):
+    model, settings = FullyConnected([4, 5, 3], rngs=nnx.Rngs(0)), RareGems(epochs=3, drop_every=1, l2=0.0)
+    search(model, examples(), jax.random.key(0), 9, settings, checkpoint=tmp_path)
+    other = replace(settings, **change)
+    with pytest.raises(ValueError, match=f"of another problem: {name} differ"):
+        search(model, examples(), jax.random.key(0), num_kept, other, checkpoint=tmp_path)

@@ -17,7 +17,7 @@ from scipy.stats import rv_discrete
 from jaxlimit import batched, hessian, presets, pruning_limit
 from jaxlimit.baselines.network import cut
 from jaxlimit.cli import main
-from jaxlimit.experiments import EXPERIMENTS, methods, study
+from jaxlimit.experiments import EXPERIMENTS, iterations, methods, study
 from jaxlimit.experiments.anatomy import EDGES, row_norms, sampling_distance, shares, total_variation
 from jaxlimit.experiments.growth import scaled
 from jaxlimit.experiments.iterations import survivors
@@ -71,6 +71,24 @@ def test_an_experiment_writes_results_table_and_figures(name, options, tmp_path,
     capsys.readouterr()
     assert main(args) == 0  # nothing is left to do
     assert table in capsys.readouterr().out
+
+
+def test_scores_that_are_all_off_have_no_limit(tmp_path, monkeypatch):
+    """The accuracy is measured all the same."""
+    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+    monkeypatch.setattr(iterations, "recipe_l2", lambda density: 1e3)
+    folder = tmp_path / "gems"
+    assert main(["experiment", "gems", "tiny", *SMALL, *OPTIONS["gems"], "--out", str(folder)]) == 0
+    found = json.loads((folder / "results.json").read_text())["pieces"]
+    assert {name: piece["off"] == 1 for name, piece in found.items()} == {
+        "without-0.9-seed0": False,
+        "recipe-0.9-seed0": True,
+        "matched-0.9-seed0": True,
+    }
+    for line in (folder / "table.md").read_text().splitlines()[3:5]:
+        accuracy, width, trace = line.split(" | ")[3:6]
+        assert 0 < float(accuracy) < 100
+        assert (width, trace) == ("-", "-")
 
 
 def test_too_few_products_are_mentioned_below_the_table(tmp_path, monkeypatch):

@@ -1,14 +1,18 @@
 """Training of whole models: batch norm by hand, augmentation against all crops, and interruption."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from jaxlimit import data, magnitude_mask
 from jaxlimit.models import FullyConnected, from_nnx
 from jaxlimit.prunable import partition
+from jaxlimit.schedule import steps_per_epoch
 from jaxlimit.training import classification_loss, train, train_model
 
 SETTINGS = {"epochs": 4, "batch_size": 8, "learning_rate": 0.1, "l1": 1e-3}
@@ -136,6 +140,7 @@ def test_interrupted_training_goes_on_to_the_same_bits(tmp_path, epoch):
     ("change", "name"),
     [
         ({"learning_rate": 0.2}, "learning_rate"),
+        ({"augment": data.random_crop_and_flip}, "augment"),
         ({"epochs": 5}, "epochs"),
         ({"l1": 0.0}, "l1"),
         ({"key": jax.random.key(2)}, "key"),
@@ -147,3 +152,16 @@ def test_a_checkpoint_of_other_training_is_refused(tmp_path, change, name):
     train_model(FullyConnected([4, 3], rngs=nnx.Rngs(0)), checkpoint=tmp_path, **usual)
     with pytest.raises(ValueError, match=f"of another problem: {name} differ"):
         train_model(FullyConnected([4, 3], rngs=nnx.Rngs(0)), checkpoint=tmp_path, **(usual | change))
+
+
+def test_a_checkpoint_of_another_schedule_is_refused(tmp_path):
+    """That differs from the first in its last update only."""
+    train, rates = partial(train_model, FullyConnected([4, 3], rngs=nnx.Rngs(0))), []
+    usual = {"arrays": examples(), "key": jax.random.key(1), **SETTINGS, "epochs": 2}
+    updates = 2 * steps_per_epoch(len(usual["arrays"][1]), SETTINGS["batch_size"])
+    for last in (updates, updates - 1):
+        rates.append(optax.piecewise_constant_schedule(0.1, {last: 0.5}))
+    train(checkpoint=tmp_path, **(usual | {"learning_rate": rates[0]}))
+    train(checkpoint=tmp_path, **(usual | {"learning_rate": rates[0]}))
+    with pytest.raises(ValueError, match="of another problem: learning_rate differ"):
+        train(checkpoint=tmp_path, **(usual | {"learning_rate": rates[1]}))

@@ -147,10 +147,11 @@ def search(
     settings: RareGems,
     *,
     checkpoint: Folder = None,
-    **options: Unpack[TrainingOptions],
+    augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    on_epoch: Callable[[int, float], None] | None = None,
 ) -> tuple[PyTree, PyTree]:
     """The scores and the flags at the end of the search; these keep exactly `num_kept` weights."""
-    network = pure_classifier(model, options.get("augment"))
+    network = pure_classifier(model, augment)
     weights, rest = partition(network.params)
     dim, per_epoch = size(weights), steps_per_epoch(len(arrays[1]), settings.batch_size)
     l2 = recipe_l2(num_kept / dim) if settings.l2 is None else settings.l2
@@ -178,8 +179,9 @@ def search(
         momentum=settings.momentum,
         project=lambda scores: jax.tree.map(lambda p: jnp.clip(p, 0, 1), scores),
         after_epoch=drop,
-        on_epoch=options.get("on_epoch"),
+        on_epoch=on_epoch,
         checkpoint=checkpoint,
+        identity={**network.identity, "l2": l2, "num_kept": num_kept, "drop_every": settings.drop_every},
     )
     return scores, keep_largest(scores, num_kept, alive=flags)
 

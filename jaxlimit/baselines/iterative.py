@@ -85,6 +85,9 @@ def iterative_pruning(
     The network has batch norm without scale and shift, as in the recipe. The running statistics of batch norm
     are put back, too, to those at the end of the epoch of w*.
 
+    Every training draws an order of the examples of its own: what is found at one sparsity depends on the
+    others asked for as it does on the key.
+
     Cost: a training for each of the log(1 - s) / log .8 rounds to the largest s, one more for each sparsity
     that is not that of a round, and the epochs up to w* a second time.
 

@@ -16,7 +16,7 @@ def kept_counts(weights: PyTree, sparsities: Sequence[float]) -> list[int]:
     """How many of the D weights stay at each sparsity s: D - floor(s D), as in magnitude pruning.
 
     Raises:
-        ValueError: no sparsity, or one outside [0, 1).
+        ValueError: no sparsity, or one outside [0, 1), or so close to 1 that no weight stays.
 
     Examples:
         >>> kept_counts({"kernel": np.ones((3, 3))}, [0, 0.5])
@@ -25,7 +25,10 @@ def kept_counts(weights: PyTree, sparsities: Sequence[float]) -> list[int]:
     if len(sparsities) == 0 or not all(0 <= sparsity < 1 for sparsity in sparsities):
         raise ValueError(f"sparsities must be one or more numbers from 0 to below 1, got {list(sparsities)}.")
     dim = size(weights)
-    return [dim - int(num_removed(dim, sparsity)) for sparsity in sparsities]
+    counts = [dim - int(num_removed(dim, sparsity)) for sparsity in sparsities]
+    if not min(counts):
+        raise ValueError(f"sparsities must leave one of the {dim} weights, got {max(sparsities)}.")
+    return counts
 
 
 def size(tree: PyTree) -> int:

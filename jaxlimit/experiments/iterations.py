@@ -57,6 +57,7 @@ def gradual(
         rounds: each removes a fifth of the survivors.
         learning_rate: of the recipe's training. Its .1 is made for networks with batch norm.
     """
+    study.refuse("networks")
     task = study.task()
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}.")
@@ -131,22 +132,19 @@ def _round(task: Task, network: SparseNetwork, seed: int) -> dict[str, Any]:
     }
 
 
-def _by_round(pieces: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    return {
-        f"{found[0]['sparsity']:.3f}": list(found)
-        for found in zip(*(p["rounds"] for p in pieces), strict=True)
-    }
+def _by_round(pieces: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+    return dict(enumerate(map(list, zip(*(p["rounds"] for p in pieces), strict=True))))
 
 
 def table_gradual(results: Results) -> str:
     """Markdown: a row for each training and round."""
     lines, verdicts = [], []
     for name, pieces in by_variant(results).items():
-        for sparsity, found in _by_round(pieces).items():
+        for found in _by_round(pieces).values():
             numbers = [cell(found, lambda p, w=which: p["of_all"].get(w)) for which in WHICH]
             own = cell(found, limit("width"))
             accuracy = cell(found, lambda p: p["test_accuracy"], ".1%")
-            lines.append([name, sparsity, *numbers, own, accuracy])
+            lines.append([name, f"{found[0]['sparsity']:.3f}", *numbers, own, accuracy])
         rises = [
             after["of_all"]["width"] > before["of_all"]["width"]
             for piece in pieces
@@ -164,7 +162,7 @@ def figure_gradual(results: Results) -> Any:
     for name, pieces in by_variant(results).items():
         groups = _by_round(pieces)
         for which in WHICH:
-            x = [float(sparsity) for sparsity in groups]
+            x = [found[0]["sparsity"] for found in groups.values()]
             curves[f"{which}, {name}"] = curve(groups, x, lambda p, w=which: p["of_all"].get(w))
     figure = plots.plot_series({"limit (sparsity)": curves}, xlabel="pruned so far (sparsity)")
     (axes,) = figure.axes
@@ -180,12 +178,14 @@ def gems(
 
     The test accuracy of the recipe; and, after a search without drops, the width limit of the scores: the
     loss as a function of the scores, with the straight-through derivative, pruned in the order of the scores.
-    It is about the search's model of the loss, not about what its cut does.
+    It is about the search's model of the loss, not about what its cut does. There is none where the search
+    turns so many scores off that all outputs, and with them the losses of all batches, are equal.
 
     Args:
         study: see `Study`; `--epochs` are those of search and training.
         sparsities: shares of the weights to remove, each from 0 to below 1.
     """
+    study.refuse("networks", "l1")
     task = study.task()
     sparsities = tuple(sorted({*sparsities}))
     kept_counts(kernels(build_network(task.preset, 0)), sparsities)
@@ -217,14 +217,15 @@ def _gems(task: Task, seed: int, variant: Any) -> dict[str, Any]:
         on_epoch=on_epoch(task.note),
     )
     subject = _score_subject(task, model, seed, sparsity, settings)
-    found = subject.limit(("width",))
+    resolution = np.finfo(np.float32).eps * subject.statistics.mean
+    found = subject.limit(("width",)) if subject.statistics.batch_std > resolution else None
     flat = flatten(subject.weights)
     return {
         **variant,
         "l2": settings.l2,
         "test_accuracy": task.subject(network.model, seed).test_accuracy([0.0])[0],
-        "limit": values(found),
-        "trace": found.dim * found.measure.integrate(lambda x: x)[0],
+        "limit": values(found) if found else {},
+        "trace": found.dim * found.measure.integrate(lambda x: x)[0] if found else None,
         "off": float(np.mean(flat <= 0.5)),
         "norm": float(np.linalg.norm(flat)),
         "loss": subject.statistics.mean,

@@ -1,6 +1,6 @@
 """The weight lambda of the L1 term: which lambda buys which sparsity, and what LOMP at the limit keeps."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import numpy as np
@@ -25,10 +25,12 @@ def penalty(
         arg(help_behavior_hint="(default: 0, .2, 1 and 4 times the preset's)", metavar="[FLOAT ...]"),
     ] = None,
 ) -> Experiment:
-    """LOMP at the sparsity that pruning_limit chooses, over lambda: what is kept of the dense accuracy.
+    """LOMP at the sparsity that pruning_limit chooses, over lambda: what is kept of the test accuracy.
 
     Nothing is tuned: the network is trained with lambda, its limits are computed from the training data, and
-    it is cut once at each of them. Cut at the cone limit it is also fine-tuned, as `jaxlimit run` does.
+    it is cut once at each of them. It is compared with itself before the cut and, where lambda = 0 is among
+    the lambdas, with the network of the same seed that was trained without L1 term. Cut at the cone limit it
+    is also fine-tuned, as `jaxlimit run` does.
 
     Args:
         study: see `Study`.
@@ -73,10 +75,14 @@ def _accuracy(name: str) -> Callable[[Mapping[str, Any]], float]:
     return lambda piece: piece["accuracy"].get(name, np.nan)
 
 
-def _kept(name: str, pieces: Sequence[dict[str, Any]]) -> list[bool | None]:
-    """Of each piece, whether the cut at this limit costs at most one point of test accuracy."""
-    least = ACCURACY_LOSS + 1e-6
-    return [is_less(p["dense_accuracy"] - _accuracy(name)(p), least) for p in pieces]
+def _kept(results: Results, before: Callable[[Mapping[str, Any]], float]) -> str:
+    """For each limit, how many runs are cut there at most one point of test accuracy below `before`."""
+    most = ACCURACY_LOSS + 1e-6
+    found = {
+        name: [is_less(before(piece) - _accuracy(name)(piece), most) for piece in results.values()]
+        for name in WHICH
+    }
+    return ", ".join(f"{name} {tally(kept)}" for name, kept in found.items())
 
 
 def table(results: Results) -> str:
@@ -88,12 +94,14 @@ def table(results: Results) -> str:
             row += [cell(pieces, limit(which)), cell(pieces, _accuracy(which), ".1%")]
         row += [cell(pieces, lambda p: p["finetuned_accuracy"], ".1%")]
         rows.append([*row, *(cell(pieces, lambda p, w=w: p["measured"][w]) for w in ("loss", "accuracy"))])
-    heads = ["lambda", "dense", "one_shot", "kept there", "width", "kept there", "cone", "kept there"]
+    heads = ["lambda", "uncut", "one_shot", "kept there", "width", "kept there", "cone", "kept there"]
     text = markdown([*heads, "fine-tuned there", "measured loss", "1 point less"], rows)
-    pieces = list(results.values())
-    counts = [f"{name} {tally(_kept(name, pieces))}" for name in WHICH]
-    verdict = "Runs that lose at most one point of test accuracy when cut at the limit"
-    return f"{text}\n{verdict}: {', '.join(counts)}.\n"
+    kept = _kept(results, lambda p: p["dense_accuracy"])
+    text += f"\nRuns that lose at most one point of test accuracy when cut at the limit: {kept}."
+    dense = {p["seed"]: p["dense_accuracy"] for p in results.values() if p["variant"] == "0"}
+    if dense:
+        text += f" Against the network without L1 term: {_kept(results, lambda p: dense[p['seed']])}."
+    return f"{text}\n"
 
 
 def figure(results: Results) -> Any:
@@ -102,7 +110,7 @@ def figure(results: Results) -> Any:
     x = range(len(groups))
     limits = {name: curve(groups, x, limit(name)) for name in WHICH}
     accuracies = {name: curve(groups, x, lambda p, name=name: 100 * _accuracy(name)(p)) for name in limits}
-    dense = {"dense": curve(groups, x, lambda p: 100 * p["dense_accuracy"])}
+    uncut = {"uncut": curve(groups, x, lambda p: 100 * p["dense_accuracy"])}
     measured = {"measured, 1 point less": curve(groups, x, lambda p: p["measured"]["accuracy"])}
-    panels = {"limit (sparsity)": limits | measured, "test accuracy there (%)": accuracies | dense}
+    panels = {"limit (sparsity)": limits | measured, "test accuracy there (%)": accuracies | uncut}
     return plots.plot_series(panels, xlabel="λ of the L1 term", ticks=list(groups))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import jax
-import numpy as np
 from tyro.conf import Positional, arg
 
 from jaxlimit import baselines, plots
@@ -16,11 +15,11 @@ from jaxlimit.baselines.network import kernels
 from jaxlimit.baselines.ratios import layer_sizes
 from jaxlimit.batches import batched
 from jaxlimit.experiments.experiment import Experiment, Note, on_epoch
+from jaxlimit.experiments.tables import Results, by_variant, cell, markdown, over_seeds
 from jaxlimit.losses import classification_metrics
 from jaxlimit.measure import sparsity_sweep
 from jaxlimit.presets import MILESTONES, Arrays, Options, Preset, build_network, find_preset, load_arrays
 
-Results = Mapping[str, dict[str, Any]]
 # Training examples of CIFAR-10, for which the recipes were made.
 CIFAR10 = 50_000
 
@@ -38,7 +37,7 @@ METHODS = {
     "lomp": Method("LOMP", baselines.lomp, "one for all s"),
     "imp": Method("iterative, rewound", baselines.iterative_pruning, "one a round"),
     "rare-gems": Method("Rare Gems", baselines.rare_gems, "two an s"),
-    "hybrid": Method("Smart-Ratio, hybrid", baselines.smart_ratio, "two an s"),
+    "hybrid": Method("Smart-Ratio, hybrid", baselines.smart_ratio, "one, and one an s"),
     "smart-ratio": Method("Smart-Ratio, random", baselines.smart_ratio, "one an s"),
     "random": Method("random", baselines.random_pruning, "one an s"),
 }
@@ -84,6 +83,8 @@ def compare(
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}.")
     sparsities = tuple(sorted({*sparsities}))
+    if l1 is not None and "lomp" not in methods:
+        raise ValueError("l1 is of lomp, which is not among the methods: leave it out.")
     chosen = find_preset(preset, l1=l1, epochs=epochs, learning_rate=learning_rate)
     train, test = load_arrays(chosen, Options(), data)
     settings = {name: settings_of(name, chosen, len(train[1]), epochs, learning_rate) for name in methods}
@@ -102,7 +103,7 @@ def compare(
             for name in methods
             for seed in range(seeds)
         },
-        table,
+        partial(table, sparsities=sparsities),
         {"accuracy.png": figure},
     )
 
@@ -117,9 +118,10 @@ def settings_of(
     """The recipe of a method for the network of a preset.
 
     LOMP, and dense and random as its controls, are trained as the preset says, the controls without L1 term.
-    The others follow their papers, with what these change for VGG. Rewinding keeps its share of the training
-    instead of its number of updates, and Rare Gems its number of drops when `epochs` is given. Smart-Ratio
-    fixes the last dense layer only (see `baselines.SmartRatio`).
+    The others follow their papers, with what these change for VGG. When `epochs` is given, rewinding keeps
+    its share of the training instead of its number of updates, and Rare Gems drops about as often, 29 times,
+    but with one epoch at least between two drops. Smart-Ratio fixes the last dense layer only (see
+    `baselines.SmartRatio`).
 
     Examples:
         >>> settings_of("imp", find_preset("digits"), 1438).rewind_steps
@@ -212,66 +214,42 @@ def _measure(network: baselines.SparseNetwork, test: Arrays) -> dict[str, Any]:
     }
 
 
-class Summary(NamedTuple):
-    """Of one method, over its seeds.
-
-    Attributes:
-        sparsities: ascending.
-        mean: of the test accuracy.
-        spread: its standard deviation over seeds, 0 for one.
-        collapsed: whether a layer kept nothing in any of the runs.
-    """
-
-    sparsities: np.ndarray
-    mean: np.ndarray
-    spread: np.ndarray
-    collapsed: np.ndarray
+def by_method(results: Results) -> dict[str, list[dict[str, Any]]]:
+    """The pieces of each method, a piece for each seed."""
+    return by_variant({name: {"variant": piece["method"]} | piece for name, piece in results.items()})
 
 
-def summarise(results: Results) -> dict[str, Summary]:
-    """Means and spreads by method; without the methods of which a run diverged."""
-    runs: dict[str, list[list[dict[str, Any]]]] = {}
-    for piece in results.values():
-        runs.setdefault(piece["method"], []).append(piece["networks"])
-    summaries = {}
-    for name, networks in runs.items():
-        if not all(networks):
-            continue
-        accuracy = np.array([[row["test_accuracy"] for row in rows] for rows in networks])
-        collapsed = np.array([[bool(row["collapsed"]) for row in rows] for rows in networks])
-        summaries[name] = Summary(
-            np.array([row["sparsity"] for row in networks[0]]),
-            accuracy.mean(0),
-            accuracy.std(0, ddof=1) if len(accuracy) > 1 else np.zeros(accuracy.shape[1]),
-            np.asarray(collapsed.any(0)),
-        )
-    return summaries
-
-
-def table(results: Results) -> str:
+def table(results: Results, sparsities: Sequence[float]) -> str:
     """Markdown: test accuracy in per cent, mean and standard deviation over the seeds."""
-    summaries = summarise(results)
-    sparsities = sorted({float(s) for summary in summaries.values() for s in summary.sparsities if s > 0})
-    heads = ["method", "trainings", *(f"{s:g}" for s in sparsities)]
-    lines = [heads, ["---", "---", *["---:"] * len(sparsities)]]
-    for name in dict.fromkeys(piece["method"] for piece in results.values()):
-        method, summary = METHODS[name], summaries.get(name)
-        cells = dict.fromkeys(sparsities, "-" if summary is not None else "diverged")
-        if summary is not None:
-            at = sparsities if name == "dense" else summary.sparsities
-            texts = [
-                f"{100 * mean:.1f} ± {100 * spread:.1f}{' †' if collapsed else ''}"
-                for _, mean, spread, collapsed in zip(*summary, strict=True)
-            ]
-            cells |= dict(zip(at, texts * len(at) if name == "dense" else texts, strict=False))
-        lines.append([method.title, method.trainings, *(cells[s] for s in sparsities)])
-    text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
-    if any(summary.collapsed.any() for summary in summaries.values()):
+    rows = []
+    for name, pieces in by_method(results).items():
+        cells = [_cell(pieces, None if name == "dense" else sparsity) for sparsity in sparsities]
+        rows.append([METHODS[name].title, METHODS[name].trainings, *cells])
+    heads = ["method", "trainings", *(f"{sparsity:g}" for sparsity in sparsities)]
+    text = markdown(heads, rows, texts=2)
+    if "†" in text:
         text += "\n† a layer kept nothing in at least one run\n"
     return text
 
 
+def _cell(pieces: Sequence[dict[str, Any]], sparsity: float | None) -> str:
+    """Of one method at one sparsity; None: the dense network, which is the same at all."""
+    diverged = sum("diverged" in piece for piece in pieces)
+    if diverged:
+        return f"diverged in {diverged} of {len(pieces)}"
+    rows = [row for piece in pieces for row in piece["networks"] if sparsity in (None, row["sparsity"])]
+    text = cell(rows, lambda row: row["test_accuracy"], ".1%")
+    return f"{text} †" if any(row["collapsed"] for row in rows) else text
+
+
 def figure(results: Results) -> Any:
-    """Accuracy against sparsity, a line for each method."""
-    curves = {METHODS[name].title: summary[:3] for name, summary in summarise(results).items()}
+    """Accuracy against sparsity, a line for each method of which no run diverged."""
+    curves = {}
+    for name, pieces in by_method(results).items():
+        rows = [piece["networks"] for piece in pieces]
+        if all(rows):
+            x = [row["sparsity"] for row in rows[0]]
+            curves[METHODS[name].title] = over_seeds(
+                x, [[row["test_accuracy"] for row in row_of] for row_of in rows]
+            )
     return plots.plot_methods(curves)

@@ -84,6 +84,12 @@ class Study:
         if self.max_matvecs < least:
             raise ValueError(f"max_matvecs must be at least {least}, got {self.max_matvecs}.")
 
+    def refuse(self, *names: str) -> None:
+        """Raises ValueError if one of these options is given, which have no effect on an experiment."""
+        for name in names:
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} has no effect on this experiment: leave it out.")
+
     def task(self) -> "Task":
         """The preset with these options, and its data.
 

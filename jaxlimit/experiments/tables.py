@@ -82,7 +82,7 @@ def over_seeds(x: ArrayLike, values: ArrayLike) -> tuple[np.ndarray, np.ndarray,
 
 
 def curve(
-    groups: Mapping[str, Sequence[Piece]], x: Sequence[float], of: Callable[[Piece], float | None]
+    groups: Mapping[Any, Sequence[Piece]], x: Sequence[float], of: Callable[[Piece], float | None]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(x, means, spreads), a point for each group; groups that lack the value are left out."""
     points = []
@@ -94,9 +94,9 @@ def curve(
     return array[:, 0], array[:, 1], array[:, 2]
 
 
-def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers."""
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> str:
+    """A Markdown table, the first columns of texts, the others of numbers."""
+    lines = [heads, ["---"] * texts + ["---:"] * (len(heads) - texts), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
