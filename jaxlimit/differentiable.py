@@ -88,7 +88,9 @@ def width_dimension(
     removed = int(num_removed(magnitudes.size, sparsity))
     if removed == 0:
         raise ValueError(f"sparsity {sparsity} removes none of {magnitudes.size} weights.")
-    ridge = 2 * loss_tolerance / jnp.sum(jnp.sort(magnitudes)[:removed] ** 2)
+    removed_norm_squared = jnp.sum(jnp.sort(magnitudes)[:removed] ** 2)
+    anything = removed_norm_squared > 0
+    ridge = 2 * loss_tolerance / jnp.where(anything, removed_norm_squared, 1.0)
     product = GaussNewtonProduct(predict_fn, loss_fn, precision)
 
     def shifted(vector: PyTree) -> PyTree:
@@ -104,4 +106,6 @@ def width_dimension(
         solution, _ = cg(shifted, probe, **tolerances, maxiter=max_matvecs)
         return ridge * sum(jax.tree.leaves(jax.tree.map(jnp.vdot, probe, solution)))
 
-    return jnp.mean(jax.lax.map(quadratic_form, probes)) / magnitudes.size
+    delta = jnp.mean(jax.lax.map(quadratic_form, probes)) / magnitudes.size
+    # Weights that are 0 can go: every direction is flat.
+    return jnp.where(anything, delta, jnp.ones_like(delta))

@@ -10,8 +10,12 @@ import pytest
 
 import jaxlimit
 from jaxlimit import differentiable, geometry, quadrature
+from jaxlimit.experiments import flatness
 from jaxlimit.experiments.flatness import Flatness, flat_loss
+from jaxlimit.experiments.study import Study
 from jaxlimit.losses import classification_loss
+from jaxlimit.magnitude import flatten
+from jaxlimit.prunable import partition
 
 
 def predict(params, batch):
@@ -95,8 +99,8 @@ def test_the_regularised_loss_is_the_loss_and_the_term(problem):
     def logits(params, inputs):
         return predict(params, (inputs,))
 
-    flatness = Flatness(weight=2.0, sparsity=0.8, loss_tolerance=1e-2)
-    total = flat_loss(logits, flatness, jax.random.key(0))
+    term = Flatness(weight=2.0, sparsity=0.8, loss_tolerance=1e-2)
+    total = flat_loss(logits, term, jax.random.key(0))
     plain = classification_loss(logits)
     terms = [
         (float(total(params, batch)) - float(plain(params, batch))) / 2
@@ -138,6 +142,38 @@ def test_a_step_along_the_gradient_makes_more_directions_flat(problem):
     gradient = jax.grad(dimension)(params)
     moved = jax.tree.map(lambda p, g: p + 0.1 * g, params, gradient)
     assert dense(moved, batch, 0.8, 1e-2) > dense(params, batch, 0.8, 1e-2)
+
+
+def test_the_gradient_of_a_training_step_is_that_of_an_exact_solve(monkeypatch):
+    """On digits, where a solve that ends early has a gradient several times too large."""
+    task = Study(seeds=1, epochs=5).task()
+    subject = task.trained(0)
+    batch = tuple(array[:128] for array in task.train)
+
+    def gradient():
+        loss = flat_loss(subject.predict, Flatness(1.0, 0.8, 0.01), jax.random.key(0))
+        return flatten(partition(jax.grad(loss)(subject.params, batch))[0])
+
+    used = gradient()
+    monkeypatch.setattr(flatness, "ACCURACY", 1e-5)
+    monkeypatch.setattr(flatness, "MAX_MATVECS", 5000)
+    exact = gradient()
+    assert np.linalg.norm(used - exact) < 0.1 * np.linalg.norm(exact)
+
+
+def test_weights_that_are_zero_can_go(problem):
+    """All directions are flat where R(s) = 0, and no step changes that."""
+    params, batch = problem
+    params = params | {"a": 0 * params["a"]}  # 30 of 48
+
+    def dimension(params):
+        return differentiable.width_dimension(
+            predict, cross_entropy, params, batch, all_probes(params), sparsity=0.5, loss_tolerance=0.1
+        )
+
+    value, gradient = jax.value_and_grad(dimension)(params)
+    assert value == dense(params, batch, 0.5, 0.1) == 1
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
 
 
 @pytest.mark.parametrize(

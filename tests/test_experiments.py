@@ -140,6 +140,16 @@ def test_a_folder_with_other_options_or_other_files_is_refused(finished, tmp_pat
         (["compare", "--l1", "-1"], "l1 must be finite and at least 0, got -1.0"),
         (["compare", "mnist-fc2", "--data", "nowhere"], "There is no folder nowhere/mnist."),
         (["crossing", "--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["regularizer", "--sparsity", "1e-5"], "sparsity must remove one of the 4,464 weights"),
+        (
+            ["regularizer", "--sparsity", "1.5"],
+            "sparsity must remove one of the 4,464 weights and be at most 1",
+        ),
+        (["regularizer", "--loss-tolerance", "inf"], "loss_tolerance must be positive and finite, got inf"),
+        (["regularizer", "--networks", "nets"], "networks has no effect on this experiment"),
+        (["lambda", "--l1", "1", "--lambdas", "0.1"], "l1 has no effect on this experiment"),
+        (["crossing", "--num-examples", "128"], "num_examples must be above the batch size, 128, got 128"),
+        (["scaling", "--factors", "1"], "factors must be one or more positive numbers other than 1, got []"),
         (["regularizer", "--weights", "0"], "weights must be one or more positive finite numbers"),
         (["crossing", "--probes", "-1"], "probes must be at least 0, got -1"),
         (["crossing", "--max-matvecs", "15"], "max_matvecs must be at least 16, got 15"),
@@ -151,7 +161,10 @@ def test_a_folder_with_other_options_or_other_files_is_refused(finished, tmp_pat
         (["gradual", "--learning-rate", "0"], "learning_rate must be finite and above 0, got 0.0"),
         (["lambda", "--lambdas", "-1"], "lambdas must be one or more finite numbers of at least 0"),
         (["rows", "--num-rows", "3"], "num_rows must be at least 20, got 3"),
-        (["scaling", "--factors", "0"], "factors must be one or more positive numbers, got [0.0]"),
+        (
+            ["scaling", "--factors", "0"],
+            "factors must be one or more positive numbers other than 1, got [0.0]",
+        ),
         (["training", "--at", "401"], "at must hold epochs from 0 to 400, got [401]"),
     ],
 )

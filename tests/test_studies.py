@@ -73,6 +73,24 @@ def test_an_experiment_writes_results_table_and_figures(name, options, tmp_path,
     assert table in capsys.readouterr().out
 
 
+def test_a_factor_of_one_is_the_trained_network(tmp_path, monkeypatch):
+    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+    folder = tmp_path / "scaling"
+    args = ["experiment", "scaling", "tiny", *SMALL, "--factors", "1", "2", "--out", str(folder)]
+    assert main(args) == 0
+    found = json.loads((folder / "results.json").read_text())["pieces"]
+    assert len(found) == 4
+    held = found["trained-1-seed0"]["held"]
+    assert f"| held times 2 | - | {held[1]:.3f} |" in (folder / "table.md").read_text()
+
+
+def test_a_limit_that_was_not_computed_is_not_predicted(tmp_path, monkeypatch):
+    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+    args = ["experiment", "training", "tiny", *SMALL, "--max-matvecs", "16", "--at", "0"]
+    assert main([*args, "--out", str(tmp_path / "training")]) == 0
+    assert "one_shot - of 2," in (tmp_path / "training" / "table.md").read_text()
+
+
 def test_scores_that_are_all_off_have_no_limit(tmp_path, monkeypatch):
     """The accuracy is measured all the same."""
     monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
@@ -254,7 +272,7 @@ RECORDED = [path for path in sorted(RESULTS.glob("*.json")) if '"experiment"' in
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
 def test_the_tables_of_the_docs_are_what_the_results_say(path, monkeypatch):
     document = json.loads(path.read_text())
-    nothing = ((np.zeros(9), np.zeros(9)),) * 2
+    nothing = ((np.zeros(1000), np.zeros(1000)),) * 2
     for module in (study, methods):
         monkeypatch.setattr(module, "load_arrays", lambda *_: nothing)
     name, preset = document["experiment"], document["config"]["preset"]["name"]

@@ -18,7 +18,7 @@ from jaxlimit import plots
 from jaxlimit.compat import ROW_NORM, row_norms
 from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.study import Results, Study, Task, values
-from jaxlimit.experiments.tables import by_variant, cell, limit, markdown, mean_and_spread, over_seeds
+from jaxlimit.experiments.tables import as_text, by_variant, cell, limit, markdown, over_seeds
 from jaxlimit.magnitude import flatten, magnitude_order
 
 # Bins of weights: |w| in tenths of a decade from 1e-7 to 10, for either sign; one for all that are smaller.
@@ -76,7 +76,7 @@ def table_crossing(results: Results) -> str:
         apart.append(high - low)
         rows.append([str(piece["seed"]), f"{found['dim']:,}", f"{at:.3f}", *ends, f"{h:.3f}"])
     text = markdown(["seed", "D", "R at the crossing", "lower", "width", "upper", "cone", "h"], rows)
-    return f"{text}\nUpper minus lower bound: {' ± '.join(f'{x:.3f}' for x in mean_and_spread(apart))}.\n"
+    return f"{text}\nUpper minus lower bound: {as_text(apart)}.\n"
 
 
 def figure_crossing(results: Results) -> Any:
@@ -84,8 +84,10 @@ def figure_crossing(results: Results) -> Any:
     pieces = list(results.values())
     x = np.array(pieces[0]["sparsity"])
     norms = np.array([piece["removed_norm"] for piece in pieces])
-    # delta falls with R: read backwards it rises, as np.interp wants it.
-    allowed = np.array([np.interp(x, p["width_dimension"][::-1], p["removed_norm"][::-1]) for p in pieces])
+    # delta falls with R: read backwards it rises, as np.interp wants it. Below its last value any R will do.
+    allowed = np.array(
+        [np.interp(x, p["width_dimension"][::-1], p["removed_norm"][::-1], left=np.nan) for p in pieces]
+    )
     curves = {
         "R(s) of the weights that go": over_seeds(x, norms),
         "R at which δ / D = s (width formula)": over_seeds(x, allowed),
@@ -220,8 +222,7 @@ def table_distance(results: Results) -> str:
     groups = by_variant(results)
 
     def apart(pairs: Any) -> str:
-        found = mean_and_spread(total_variation(a["shares"], b["shares"]) for a, b in pairs)
-        return " ± ".join(f"{x:.3f}" for x in found)
+        return as_text([total_variation(a["shares"], b["shares"]) for a, b in pairs])
 
     found = []
     for name, pieces in groups.items():

@@ -49,9 +49,9 @@ def scaling(
         raise ValueError(
             f"preset must have a network of two layers or more without batch norm, got {task.preset.network}."
         )
-    factors = tuple(sorted({*factors}))
+    factors = tuple(sorted({*factors} - {1.0}))
     if not factors or not all(0 < factor < float("inf") for factor in factors):
-        raise ValueError(f"factors must be one or more positive numbers, got {list(factors)}.")
+        raise ValueError(f"factors must be one or more positive numbers other than 1, got {list(factors)}.")
     variants: dict[str, Any] = {"trained-1": ["trained", 1.0, factors]}
     variants |= {f"{way}-{factor:g}": [way, factor, ()] for way in WAYS for factor in factors}
     return study.experiment("scaling", task, variants, _run, table, {"scaling.png": figure})

@@ -36,6 +36,8 @@ def penalty(
         study: see `Study`.
         lambdas: weights of the L1 term.
     """
+    if lambdas is not None:
+        study.refuse("l1")
     task = study.task()
     chosen = [m * task.preset.l1 for m in MULTIPLES] if lambdas is None else sorted({*lambdas})
     if not chosen or not all(0 <= value < float("inf") for value in chosen):

@@ -81,10 +81,10 @@ def table_during(results: Results) -> str:
     return f"{text}\n{verdict}: {', '.join(first)}.\n"
 
 
-def _first_close(results: Results, name: str) -> int:
-    """The first epoch from which on all limits of all seeds are close to the seed's last one."""
+def _first_close(results: Results, name: str) -> int | str:
+    """The first epoch from which on all limits of all seeds are close to the seed's last one; - for none."""
     last = {p["seed"]: limit(name)(p) for p in sorted(results.values(), key=lambda p: p["epoch"])}
-    first = 0
+    first = "-"
     for epoch in sorted({p["epoch"] for p in results.values()}, reverse=True):
         first_of = [p for p in results.values() if p["epoch"] == epoch]
         if not all(abs(limit(name)(p) - last[p["seed"]]) <= CLOSE for p in first_of):
@@ -167,7 +167,8 @@ def tolerances(study: Annotated[Study, arg(name="")] = Study()) -> Experiment:
     """Test loss against training loss: is the limit for one that for the other?
 
     The same network, with the loss over the training examples, its spread eps being the tolerance; with the
-    loss over as many test examples and the same eps; and with the spread of the test batches as eps.
+    loss over as many test examples, or all where there are fewer, and the same eps; and with the spread of
+    the test batches as eps.
 
     Args:
         study: see `Study`.

@@ -1,8 +1,9 @@
 """What the experiments on trained networks share: their options, the network, its limits and its accuracy.
 
-A study trains the network of a preset once a seed, as the preset says, and asks for its limits. The loss that
-is predicted and measured is the mean over the first training examples, in batches of the preset's size; the
-tolerance is the standard deviation of these batches' losses, as in the paper.
+Each piece of a study trains the network of a preset as the preset says, unless a folder of `networks` has it
+already, and asks for its limits. The loss that is predicted and measured is the mean over the first training
+examples, in batches of the preset's size; the tolerance is the standard deviation of these batches' losses,
+as in the paper.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -53,7 +54,7 @@ class Study:
         l1: lambda, the weight of the L1 term in training.
         num_examples: how many of the training examples give the loss that is predicted and measured.
         probes: random probes of every limit, the same for all variants of a seed; 0: as `pruning_limit`
-            chooses, which is exact up to 5,000 weights.
+            chooses, which is exact up to 5,000 weights with as many products.
         max_matvecs: budget of every limit, in products; a table says when that did not resolve them.
         networks: folder of trained networks, for experiments that share it: each is trained once.
         out: folder of the results.
@@ -94,12 +95,18 @@ class Study:
         """The preset with these options, and its data.
 
         Raises:
-            ValueError: as `find_preset` and `load_arrays`.
+            ValueError: as `find_preset` and `load_arrays`; examples for one batch only.
             FileNotFoundError: as `load_arrays`.
         """
         preset = find_preset(self.preset, l1=self.l1, epochs=self.epochs)
         options = Options(num_examples=self.num_examples)
         arrays = load_arrays(preset, options, self.data)
+        available = self.num_examples or len(arrays[0][1])
+        if available <= preset.batch_size:
+            raise ValueError(
+                f"num_examples must be above the batch size, {preset.batch_size}, got {available}: "
+                "the tolerance is the spread of the batches' losses."
+            )
         return Task(preset, self.num_examples, self.probes or None, self.max_matvecs, *arrays, self.networks)
 
     def experiment(
@@ -276,7 +283,7 @@ class Subject:
         return pruning_limit(
             self.curvature(batches),
             jax.random.fold_in(jax.random.key(self.seed), 1),
-            loss_tolerance=loss_tolerance or self.statistics.batch_std,
+            loss_tolerance=self.statistics.batch_std if loss_tolerance is None else loss_tolerance,
             num_probes=self.num_probes,
             max_matvecs=self.max_matvecs,
             which=which,

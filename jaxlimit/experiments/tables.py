@@ -44,8 +44,11 @@ def cell(pieces: Sequence[Piece], of: Callable[[Piece], float | None], form: str
         '0.500'
     """
     numbers = present(map(of, pieces))
-    if len(numbers) < len(pieces):
-        return "-"
+    return "-" if len(numbers) < len(pieces) else as_text(numbers, form)
+
+
+def as_text(numbers: Sequence[float], form: str = ".3f") -> str:
+    """Mean and spread; one value alone, which has no spread."""
     shown = mean_and_spread(numbers) if len(numbers) > 1 else numbers
     return " ± ".join(format(x, form).removesuffix("%") for x in shown)
 
@@ -101,12 +104,14 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1
 
 
 def unresolved(results: Any) -> str:
-    """How many answers in the pieces their products did not resolve, and by how much; empty if none.
+    """How many answers in the pieces their products did not resolve, and how far; empty if none.
 
     Examples:
-        >>> print(unresolved({"a": {"limit": {"cone": {"spread": 0.02}, "status": "under-resolved: ..."}}}))
+        >>> cone = {"value": 0.8, "lower": 0.7, "upper": 0.85, "spread": 0.02}
+        >>> print(unresolved({"a": {"limit": {"cone": cone, "status": "under-resolved: ..."}}}))
         <BLANKLINE>
-        Under-resolved, or without a product left: 1 of 1. The limits there may still change by up to 0.020.
+        Under-resolved, or without a product left: 1 of 1. The limits there moved by up to 0.020 of late;
+        their certified intervals are up to 0.150 wide.
         <BLANKLINE>
     """
 
@@ -124,10 +129,12 @@ def unresolved(results: Any) -> str:
     left = [limit for limit in found if limit["status"].startswith("under-resolved")]
     if not left:
         return ""
-    spreads = [part["spread"] for limit in left for part in limit.values() if isinstance(part, Mapping)]
+    parts = [part for limit in left for part in limit.values() if isinstance(part, Mapping)]
+    spread = max(part["spread"] for part in parts)
+    width = max(part["upper"] - part["lower"] for part in parts)
     return (
-        f"\nUnder-resolved, or without a product left: {len(left)} of {len(found)}. The limits there may "
-        f"still change by up to {max(spreads):.3f}.\n"
+        f"\nUnder-resolved, or without a product left: {len(left)} of {len(found)}. The limits there moved "
+        f"by up to {spread:.3f} of late;\ntheir certified intervals are up to {width:.3f} wide.\n"
     )
 
 
