@@ -12,7 +12,7 @@ from jaxlimit.baselines.masks import size
 from jaxlimit.baselines.network import kernels
 from jaxlimit.differentiable import width_dimension
 from jaxlimit.experiments.experiment import Experiment, on_epoch
-from jaxlimit.experiments.study import Results, Study, Task, values
+from jaxlimit.experiments.study import Results, Study, Task, trace, values
 from jaxlimit.experiments.tables import by_variant, cell, curve, limit, markdown
 from jaxlimit.losses import Loss, classification_loss, cross_entropy
 from jaxlimit.presets import build_network
@@ -124,7 +124,7 @@ def _run(task: Task, seed: int, variant: float | list[float] | None) -> dict[str
     magnitudes = jnp.concatenate([jnp.abs(jnp.ravel(x)) for x in jax.tree.leaves(subject.weights)])
     return {
         "limit": values(found),
-        "trace": found.dim * found.measure.integrate(lambda x: x)[0],
+        "trace": trace(found),
         "accuracy": subject.test_accuracy([0.0])[0],
         "loss_tolerance": subject.statistics.batch_std,
         "measured": subject.thresholds(),

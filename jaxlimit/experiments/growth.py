@@ -24,7 +24,7 @@ from tyro.conf import arg
 
 from jaxlimit import plots
 from jaxlimit.experiments.experiment import Experiment
-from jaxlimit.experiments.study import Results, Study, Subject, Task, values
+from jaxlimit.experiments.study import Results, Study, Subject, Task, trace, values
 from jaxlimit.experiments.tables import by_variant, cell, curve, is_less, limit, markdown, over_seeds, tally
 from jaxlimit.models import from_nnx
 from jaxlimit.presets import build_network
@@ -105,7 +105,7 @@ def _run(task: Task, seed: int, variant: Any) -> dict[str, Any]:
         "factor": factor,
         "limit": values(found),
         "held": found.sensitivity(tolerances).width.tolist(),
-        "trace": found.dim * found.measure.integrate(lambda x: x)[0],
+        "trace": trace(found),
         "train_loss": subject.statistics.mean,
         "test_accuracy": subject.test_accuracy([0.0])[0],
     }

@@ -17,7 +17,7 @@ from jaxlimit.baselines.masks import kept_counts
 from jaxlimit.baselines.network import SparseNetwork, bare, kernels, stage, with_params
 from jaxlimit.experiments.experiment import Experiment, on_epoch
 from jaxlimit.experiments.methods import CIFAR10, settings_of
-from jaxlimit.experiments.study import Results, Study, Subject, Task, values
+from jaxlimit.experiments.study import Results, Study, Subject, Task, trace, values
 from jaxlimit.experiments.tables import (
     by_variant,
     cell,
@@ -225,7 +225,7 @@ def _gems(task: Task, seed: int, variant: Any) -> dict[str, Any]:
         "l2": settings.l2,
         "test_accuracy": task.subject(network.model, seed).test_accuracy([0.0])[0],
         "limit": values(found) if found else {},
-        "trace": found.dim * found.measure.integrate(lambda x: x)[0] if found else None,
+        "trace": trace(found) if found else None,
         "off": float(np.mean(flat <= 0.5)),
         "norm": float(np.linalg.norm(flat)),
         "loss": subject.statistics.mean,

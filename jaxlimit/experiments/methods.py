@@ -214,15 +214,10 @@ def _measure(network: baselines.SparseNetwork, test: Arrays) -> dict[str, Any]:
     }
 
 
-def by_method(results: Results) -> dict[str, list[dict[str, Any]]]:
-    """The pieces of each method, a piece for each seed."""
-    return by_variant({name: {"variant": piece["method"]} | piece for name, piece in results.items()})
-
-
 def table(results: Results, sparsities: Sequence[float]) -> str:
     """Markdown: test accuracy in per cent, mean and standard deviation over the seeds."""
     rows = []
-    for name, pieces in by_method(results).items():
+    for name, pieces in by_variant(results, "method").items():
         cells = [_cell(pieces, None if name == "dense" else sparsity) for sparsity in sparsities]
         rows.append([METHODS[name].title, METHODS[name].trainings, *cells])
     heads = ["method", "trainings", *(f"{sparsity:g}" for sparsity in sparsities)]
@@ -245,7 +240,7 @@ def _cell(pieces: Sequence[dict[str, Any]], sparsity: float | None) -> str:
 def figure(results: Results) -> Any:
     """Accuracy against sparsity, a line for each method of which no run diverged."""
     curves = {}
-    for name, pieces in by_method(results).items():
+    for name, pieces in by_variant(results, "method").items():
         rows = [piece["networks"] for piece in pieces]
         if all(rows):
             x = [row["sparsity"] for row in rows[0]]

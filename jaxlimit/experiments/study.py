@@ -328,6 +328,11 @@ class Subject:
         return {"loss": loss, "accuracy": accuracy}
 
 
+def trace(limit: PruningLimit) -> float:
+    """The trace of H, from the spectral measure of a limit."""
+    return limit.dim * limit.measure.integrate(lambda x: x)[0]
+
+
 def values(limit: PruningLimit) -> dict[str, Any]:
     """What the pieces keep of a limit: JSON values."""
     left_out = {"num_examples", "method", "tolerance", "positive_semidefinite"}

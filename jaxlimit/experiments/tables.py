@@ -10,8 +10,8 @@ Results = Mapping[str, dict[str, Any]]
 Piece = Mapping[str, Any]
 
 
-def by_variant(results: Results) -> dict[str, list[dict[str, Any]]]:
-    """The pieces of each variant, a piece for each seed.
+def by_variant(results: Results, name: str = "variant") -> dict[str, list[dict[str, Any]]]:
+    """The pieces of each variant, which they hold by that name; a piece for each seed.
 
     Examples:
         >>> by_variant({"a": {"variant": "x", "seed": 0}, "b": {"variant": "x", "seed": 1}}).keys()
@@ -19,7 +19,7 @@ def by_variant(results: Results) -> dict[str, list[dict[str, Any]]]:
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for piece in results.values():
-        found.setdefault(piece["variant"], []).append(piece)
+        found.setdefault(piece[name], []).append(piece)
     return found
 
 
