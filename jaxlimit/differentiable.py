@@ -90,7 +90,7 @@ def width_dimension(
         raise ValueError(f"sparsity {sparsity} removes none of {magnitudes.size} weights.")
     removed_norm_squared = jnp.sum(jnp.sort(magnitudes)[:removed] ** 2)
     anything = removed_norm_squared > 0
-    ridge = 2 * loss_tolerance / jnp.where(anything, removed_norm_squared, 1.0)
+    ridge = 2 * loss_tolerance / jnp.where(anything, removed_norm_squared, jnp.ones_like(removed_norm_squared))
     product = GaussNewtonProduct(predict_fn, loss_fn, precision)
 
     def shifted(vector: PyTree) -> PyTree:
