@@ -88,9 +88,9 @@ def width_dimension(
     removed = int(num_removed(magnitudes.size, sparsity))
     if removed == 0:
         raise ValueError(f"sparsity {sparsity} removes none of {magnitudes.size} weights.")
-    removed_norm_squared = jnp.sum(jnp.sort(magnitudes)[:removed] ** 2)
-    anything = removed_norm_squared > 0
-    ridge = 2 * loss_tolerance / jnp.where(anything, removed_norm_squared, jnp.ones_like(removed_norm_squared))
+    squared_norm = jnp.sum(jnp.sort(magnitudes)[:removed] ** 2)
+    anything = squared_norm > 0
+    ridge = 2 * loss_tolerance / jnp.where(anything, squared_norm, jnp.ones_like(squared_norm))
     product = GaussNewtonProduct(predict_fn, loss_fn, precision)
 
     def shifted(vector: PyTree) -> PyTree:

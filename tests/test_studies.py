@@ -280,7 +280,8 @@ def test_the_tables_of_the_docs_are_what_the_results_say(path, monkeypatch):
     assert path.with_suffix(".md").read_text() == experiment.table(document["pieces"])
 
 
-def test_thresholds_are_those_of_the_whole_sweep():
+def test_thresholds_are_those_of_the_whole_sweep(monkeypatch):
+    monkeypatch.setattr(study, "PART", 100)
     task = Study(epochs=20).task()
     subject = task.trained(0)
     loss = subject.sweep(SWEEP, subject.batches)
@@ -311,3 +312,35 @@ def test_experiments_that_share_networks_train_each_once(tmp_path, monkeypatch):
     alone, again = run("crossing", "alone"), run("crossing", "again", *shared)
     assert epochs[0].stat().st_mtime_ns == written  # nothing was trained
     assert again == alone
+
+
+def test_a_limit_that_was_interrupted_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+
+    def found(folder, last):
+        at = []
+
+        def note(text):
+            if "products" in text:
+                at.append(int(text.split(", ")[1].split()[0]))
+                if at[-1] >= last:
+                    raise KeyboardInterrupt
+
+        task = replace(Study("tiny", max_matvecs=200).task(), checkpoint=folder, note=note)
+        return task.trained(0).limit(("width",)).to_json(), at[0]
+
+    whole, _ = found(None, 1000)
+    with pytest.raises(KeyboardInterrupt):
+        found(tmp_path / "piece", 40)
+    gone_on, first = found(tmp_path / "piece", 1000)
+    assert first > 16
+    assert gone_on == whole
+
+
+def test_networks_are_kept_with_the_results(tmp_path, monkeypatch):
+    """The two orders of weights ask about one network: it is trained once."""
+    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+    assert main(["experiment", "order", "tiny", *SMALL, "--out", str(tmp_path / "out")]) == 0
+    assert [path.name for path in (tmp_path / "out" / "networks").iterdir()] == [
+        "tiny-l1-0.0005-epoch-2-of-2-seed0"
+    ]

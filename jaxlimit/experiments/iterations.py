@@ -113,14 +113,15 @@ def _gradual(task: Task, seed: int, variant: Any) -> dict[str, Any]:
         augment=task.preset.augmentation(),
         on_epoch=on_epoch(task.note),
     )
-    return {"rounds": [_round(task, network, seed) for network in networks]}
+    return {"rounds": [_round(task, network, seed, number) for number, network in enumerate(networks)]}
 
 
-def _round(task: Task, network: SparseNetwork, seed: int) -> dict[str, Any]:
+def _round(task: Task, network: SparseNetwork, seed: int, number: int) -> dict[str, Any]:
     whole = task.subject(network.model, seed)
     predict, kept = survivors(network.predict, network.params, network.mask)
     probes = None if network.num_kept <= SMALL else whole.num_probes
-    subject = replace(whole, predict=predict, params=kept, num_probes=probes)
+    checkpoint = stage(task.checkpoint, f"limit-{number}")
+    subject = replace(whole, predict=predict, params=kept, num_probes=probes, checkpoint=checkpoint)
     found = values(subject.limit(WHICH))
     density = 1 - network.sparsity
     return {

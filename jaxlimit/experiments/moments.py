@@ -54,7 +54,7 @@ def _during(task: Task, seed: int, epoch: int) -> dict[str, Any]:
         "limit": values(found),
         "train_loss": subject.statistics.mean,
         "test_accuracy": subject.test_accuracy([0.0])[0],
-        "measured": subject.thresholds(),
+        "measured": {"loss": subject.loss_threshold()},
     }
 
 
@@ -196,7 +196,7 @@ def _tolerances(task: Task, seed: int, variant: Any) -> dict[str, Any]:
         "loss": loss,
         "measured": {
             "loss": sweep.first_crossing("loss", loss + tolerance),
-            "accuracy": subject.thresholds()["accuracy"],
+            "accuracy": subject.accuracy_threshold(),
         },
         "rise": rise[::4].tolist(),
     }

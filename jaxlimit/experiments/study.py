@@ -1,11 +1,12 @@
 """What the experiments on trained networks share: their options, the network, its limits and its accuracy.
 
-Each piece of a study trains the network of a preset as the preset says, unless a folder of `networks` has it
-already, and asks for its limits. The loss that is predicted and measured is the mean over the first training
-examples, in batches of the preset's size; the tolerance is the standard deviation of these batches' losses,
-as in the paper.
+Each piece of a study trains the network of a preset as the preset says, unless the folder of networks has
+it already, and asks for its limits. The loss that is predicted and measured is the mean over the first
+training examples, in batches of the preset's size; the tolerance is the standard deviation of these batches'
+losses, as in the paper.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -17,6 +18,7 @@ import numpy as np
 from flax import nnx
 from tyro.conf import Positional, arg
 
+from jaxlimit.baselines.network import stage
 from jaxlimit.batches import Batches, LossStatistics, batched, loss_statistics
 from jaxlimit.curvature import Curvature
 from jaxlimit.experiments.experiment import Compute, Experiment, Note, on_epoch
@@ -36,6 +38,8 @@ Results = Mapping[str, dict[str, Any]]
 SWEEP = np.arange(401) / 400
 # The accuracy threshold: the largest sparsity that costs at most one point of test accuracy.
 ACCURACY_LOSS = 0.01
+# Test examples of a step of its search: a tenth of those of CIFAR-10 and MNIST.
+PART = 1000
 
 
 def _by(default: str, metavar: str) -> Any:
@@ -56,7 +60,7 @@ class Study:
         probes: random probes of every limit, the same for all variants of a seed; 0: as `pruning_limit`
             chooses, which is exact up to 5,000 weights with as many products.
         max_matvecs: budget of every limit, in products; a table says when that did not resolve them.
-        networks: folder of trained networks, for experiments that share it: each is trained once.
+        networks: folder of trained networks: each is trained once for all experiments that share it.
         out: folder of the results.
         data: folder that holds mnist/ or cifar10/; not needed for digits.
 
@@ -72,7 +76,7 @@ class Study:
     # At digits' size the error of one probe, about .004, is below the spread over seeds.
     probes: int = 1
     max_matvecs: int = MAX_MATVECS
-    networks: Annotated[Path | None, _by("none", "DIR")] = None
+    networks: Annotated[Path | None, _by("OUT/networks", "DIR")] = None
     out: Annotated[Path | None, _by("results/NAME-PRESET", "DIR")] = None
     data: Annotated[str | None, _by("$JAXLIMIT_DATA", "DIR")] = None
 
@@ -107,7 +111,7 @@ class Study:
                 f"num_examples must be above the batch size, {preset.batch_size}, got {available}: "
                 "the tolerance is the spread of the batches' losses."
             )
-        return Task(preset, self.num_examples, self.probes or None, self.max_matvecs, *arrays, self.networks)
+        return Task(preset, self.num_examples, self.probes or None, self.max_matvecs, *arrays)
 
     def experiment(
         self,
@@ -128,9 +132,11 @@ class Study:
             table: as for `Experiment`; every piece has its variant and its seed.
             figures: as for `Experiment`.
         """
+        out = self.out or Path("results") / f"{name}-{self.preset}"
+        networks = self.networks or out / "networks"
 
         def piece(variant: str, value: Any, seed: int, checkpoint: Path, note: Note) -> dict[str, Any]:
-            at_work = replace(task, checkpoint=checkpoint, note=note)
+            at_work = replace(task, networks=networks, checkpoint=checkpoint, note=note)
             return {"variant": variant, "seed": seed, **run(at_work, seed, value)}
 
         pieces: dict[str, Compute] = {
@@ -146,7 +152,6 @@ class Study:
             "max_matvecs": self.max_matvecs,
             "variants": dict(variants),
         }
-        out = self.out or Path("results") / f"{name}-{self.preset}"
         return Experiment(name, out, config, pieces, lambda found: table(found) + unresolved(found), figures)
 
 
@@ -161,8 +166,8 @@ class Task:
         max_matvecs: of every limit.
         train: (inputs, labels), all of them, for training.
         test: (inputs, labels).
-        networks: folder of trained networks, or None.
-        checkpoint: folder of finished epochs of what is not kept there.
+        networks: folder of trained networks.
+        checkpoint: folder of the piece at work, for what it has finished so far; None: nothing is kept.
         note: told what is being done.
     """
 
@@ -188,10 +193,7 @@ class Task:
         preset = self.preset if l1 is None else replace(self.preset, l1=l1)
         model = build_network(preset, seed)
         epochs = preset.epochs if until is None else until
-        checkpoint = self.checkpoint
-        if self.networks is not None:
-            name = f"{preset.name}-l1-{preset.l1:g}-epoch-{epochs}-of-{preset.epochs}-seed{seed}"
-            checkpoint = self.networks / name
+        name = f"{preset.name}-l1-{preset.l1:g}-epoch-{epochs}-of-{preset.epochs}-seed{seed}"
         if epochs:
             model = train_model(
                 model,
@@ -204,7 +206,7 @@ class Task:
                 l1=preset.l1,
                 augment=preset.augmentation(),
                 on_epoch=on_epoch(self.note),
-                checkpoint=checkpoint,
+                checkpoint=stage(self.networks, name),
             )
         return self.subject(model, seed)
 
@@ -214,7 +216,7 @@ class Task:
         size = self.preset.batch_size
         batches, test = batched(first, size), batched(self.test, size)
         numbers = seed, self.num_probes, self.max_matvecs
-        return Subject(*from_nnx(model), batches, test, *numbers, self.note)
+        return Subject(*from_nnx(model), batches, test, *numbers, self.note, stage(self.checkpoint, "limit"))
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,7 @@ class Subject:
         seed: of the probes.
         num_probes, max_matvecs: of the limits, as for `pruning_limit`.
         note: told what is being done.
+        checkpoint: folder of the products of its limit, or None. Another limit needs another one.
     """
 
     predict: Callable[..., jax.Array]
@@ -239,6 +242,7 @@ class Subject:
     num_probes: int | None
     max_matvecs: int
     note: Note
+    checkpoint: Path | None = None
 
     @cached_property
     def loss(self) -> Loss:
@@ -288,6 +292,7 @@ class Subject:
             max_matvecs=self.max_matvecs,
             which=which,
             scores=scores,
+            checkpoint=self.checkpoint,
             progress=lambda at: self.note(f"{at.stage}, {at.num_matvecs} of {at.max_matvecs} products"),
         )
 
@@ -301,31 +306,47 @@ class Subject:
         return [float(x) for x in found.metrics["accuracy"][np.searchsorted(found.sparsities, sparsities)]]
 
     def thresholds(self, **options: Any) -> dict[str, float]:
-        """How sparse it can really be pruned, without fine-tuning.
+        """How sparse it can really be pruned, without fine-tuning, for the loss and for the accuracy."""
+        return {
+            "loss": self.loss_threshold(**options),
+            "accuracy": self.accuracy_threshold(**options),
+        }
 
-        loss: the last sparsity before the training loss first exceeds L + eps; accuracy: the largest sparsity
-        that costs at most one point of test accuracy.
-        """
+    def loss_threshold(self, **options: Any) -> float:
+        """The last sparsity before the training loss first exceeds L + eps."""
         bound = self.statistics.mean + self.statistics.batch_std
-        dense = self.test_accuracy([0.0])[0]
-        loss = accuracy = 0.0
-        # A network as it is loses nothing. From either end up to the threshold: no pass over the data beyond.
-        grids = SWEEP[1:].reshape(-1, 8)
-        for grid in grids:
+        threshold = 0.0  # a network as it is loses nothing
+        for grid in SWEEP[1:].reshape(-1, 8):
             self.note(f"measured loss, s = {grid[0]:.2f}")
             crossing = self.sweep(grid, self.batches, **options).first_crossing("loss", bound)
-            loss = crossing or loss
+            threshold = crossing or threshold
             if crossing < grid[-1]:
                 break
-        for grid in grids[::-1]:
-            self.note(f"measured accuracy, s = {grid[-1]:.2f}")
-            found = self.sweep(grid, self.test, **options)
-            # A hair more than the point, which may be met exactly, up to rounding.
-            lost = Sweep(grid, {"lost": dense - found.metrics["accuracy"]})
-            accuracy = lost.largest_sparsity("lost", ACCURACY_LOSS + 1e-6)
-            if accuracy:
-                break
-        return {"loss": loss, "accuracy": accuracy}
+        return threshold
+
+    def accuracy_threshold(self, **options: Any) -> float:
+        """The largest sparsity that costs at most one point of test accuracy.
+
+        From above, and of each network no more of the test examples than it takes to see that it costs more.
+        """
+        size = self.test.num_examples
+        parts = [
+            batched(jax.tree.map(lambda x, i=start: x[i : i + PART], self.test.arrays), self.test.batch_size)
+            for start in range(0, size, PART)
+        ]
+
+        def errors(sparsity: float, part: Batches) -> int:
+            accuracy = self.sweep([sparsity], part, chunk_size=1, **options).metrics["accuracy"][0]
+            return round(part.num_examples * (1 - accuracy))
+
+        # A hair more than the point, which may be met exactly, up to rounding.
+        allowed = sum(errors(0.0, part) for part in parts) + ACCURACY_LOSS * size + 1e-6
+        for sparsity in SWEEP[:0:-1]:
+            self.note(f"measured accuracy, s = {sparsity:.2f}")
+            found = itertools.accumulate(errors(sparsity, part) for part in parts)
+            if all(so_far <= allowed for so_far in found):
+                return float(sparsity)
+        return 0.0
 
 
 def trace(limit: PruningLimit) -> float:
