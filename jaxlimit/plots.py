@@ -290,7 +290,7 @@ def plot_series(
         panels: by the label of the vertical axis: by label, (x, means, spreads). A label keeps its colour in
             all panels. A spread of nan is not drawn.
         xlabel: of the horizontal axis, which the panels share.
-        logarithmic: labels of the axes that are.
+        logarithmic: labels of the axes that are; a vertical one only where its values span a decade.
         ticks: texts in the place of x = 0, 1, ...
         joined: as lines with bands; otherwise, for what has no order, as points with bars.
     """
@@ -309,7 +309,8 @@ def plot_series(
             else:
                 row.errorbar(x, means, spreads, fmt=marker, capsize=3, **shared)
         row.set_ylabel(ylabel)
-        if ylabel in logarithmic:
+        drawn = np.concatenate([means for _, means, _ in curves.values()])
+        if ylabel in logarithmic and np.nanmax(drawn) >= 10 * np.nanmin(drawn):
             row.set_yscale("log")
         if xlabel in logarithmic:
             row.set_xscale("log")

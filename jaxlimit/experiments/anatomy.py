@@ -149,10 +149,13 @@ def table_rows(results: Results) -> str:
 
 
 def figure_rows(results: Results) -> Any:
-    """Medians of the row norms of twentieths of the weights, in order of magnitude."""
+    """Medians of the row norms of twentieths of the weights, in order of magnitude.
+
+    One below the norm of a row of zeros is drawn there.
+    """
     curves = {}
     for name, pieces in by_variant(results).items():
-        medians = np.log10(np.maximum([[q[1] for q in piece["quantiles"]] for piece in pieces], 1e-12))
+        medians = np.log10(np.maximum([[q[1] for q in piece["quantiles"]] for piece in pieces], ROW_NORM))
         curves[f"λ = {name}"] = over_seeds((np.arange(20) + 0.5) / 20, medians)
     return plots.plot_series(
         {"log₁₀ of the median row norm of H": curves}, xlabel="share of the weights that are smaller"

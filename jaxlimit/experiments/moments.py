@@ -241,5 +241,5 @@ def figure_tolerances(results: Results) -> Any:
     figure = plots.plot_series({"rise of the loss / ε": curves}, xlabel="sparsity s")
     (axes,) = figure.axes
     axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
-    axes.set_ylim(-1, 4)
+    axes.set_ylim(top=min(4, axes.get_ylim()[1]))
     return figure
