@@ -17,11 +17,12 @@ from scipy.stats import rv_discrete
 from jaxlimit import batched, hessian, presets, pruning_limit
 from jaxlimit.baselines.network import cut
 from jaxlimit.cli import main
-from jaxlimit.experiments import EXPERIMENTS, iterations, methods, study
+from jaxlimit.experiments import EXPERIMENTS, iterations, methods, study, subject
 from jaxlimit.experiments.anatomy import EDGES, row_norms, sampling_distance, shares, total_variation
 from jaxlimit.experiments.growth import scaled
 from jaxlimit.experiments.iterations import survivors
-from jaxlimit.experiments.study import SWEEP, Study, Task
+from jaxlimit.experiments.study import Study
+from jaxlimit.experiments.subject import SWEEP, Task
 from jaxlimit.losses import classification_loss
 from jaxlimit.magnitude import flatten, magnitude_mask, magnitude_order, unflatten
 from jaxlimit.measure import sparsity_sweep
@@ -281,18 +282,17 @@ def test_the_tables_of_the_docs_are_what_the_results_say(path, monkeypatch):
 
 
 def test_thresholds_are_those_of_the_whole_sweep(monkeypatch):
-    monkeypatch.setattr(study, "PART", 100)
-    task = Study(epochs=20).task()
-    subject = task.trained(0)
-    loss = subject.sweep(SWEEP, subject.batches)
-    bound = subject.statistics.mean + subject.statistics.batch_std
-    accuracy = subject.sweep(SWEEP, subject.test).metrics["accuracy"]
+    monkeypatch.setattr(subject, "PART", 100)
+    network = Study(epochs=20).task().trained(0)
+    loss = network.sweep(SWEEP, network.batches)
+    bound = network.statistics.mean + network.statistics.batch_std
+    accuracy = network.sweep(SWEEP, network.test).metrics["accuracy"]
     wanted = {
         "loss": loss.first_crossing("loss", bound),
         "accuracy": SWEEP[np.flatnonzero(accuracy[0] - accuracy < 0.0101)[-1]],
     }
     assert all(0 < s < 1 for s in wanted.values())
-    assert subject.thresholds() == wanted
+    assert network.thresholds() == wanted
 
 
 def test_experiments_that_share_networks_train_each_once(tmp_path, monkeypatch):

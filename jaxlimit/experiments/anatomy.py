@@ -17,7 +17,8 @@ from tyro.conf import arg
 from jaxlimit import plots
 from jaxlimit.compat import ROW_NORM, row_norms
 from jaxlimit.experiments.experiment import Experiment
-from jaxlimit.experiments.study import Results, Study, Task, values
+from jaxlimit.experiments.study import Results, Study
+from jaxlimit.experiments.subject import Task, values
 from jaxlimit.experiments.tables import as_text, by_variant, cell, limit, markdown, over_seeds
 from jaxlimit.magnitude import flatten, magnitude_order
 

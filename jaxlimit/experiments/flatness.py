@@ -12,7 +12,8 @@ from jaxlimit.baselines.masks import size
 from jaxlimit.baselines.network import kernels
 from jaxlimit.differentiable import width_dimension
 from jaxlimit.experiments.experiment import Experiment, on_epoch
-from jaxlimit.experiments.study import Results, Study, Task, trace, values
+from jaxlimit.experiments.study import Results, Study
+from jaxlimit.experiments.subject import Task, trace, values
 from jaxlimit.experiments.tables import by_variant, cell, curve, limit, markdown
 from jaxlimit.losses import Loss, classification_loss, cross_entropy
 from jaxlimit.presets import build_network

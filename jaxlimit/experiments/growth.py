@@ -24,7 +24,8 @@ from tyro.conf import arg
 
 from jaxlimit import plots
 from jaxlimit.experiments.experiment import Experiment
-from jaxlimit.experiments.study import Results, Study, Subject, Task, trace, values
+from jaxlimit.experiments.study import Results, Study
+from jaxlimit.experiments.subject import Subject, Task, trace, values
 from jaxlimit.experiments.tables import by_variant, cell, curve, is_less, limit, markdown, over_seeds, tally
 from jaxlimit.models import from_nnx
 from jaxlimit.presets import build_network

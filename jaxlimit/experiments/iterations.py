@@ -17,7 +17,8 @@ from jaxlimit.baselines.masks import kept_counts
 from jaxlimit.baselines.network import SparseNetwork, bare, kernels, stage, with_params
 from jaxlimit.experiments.experiment import Experiment, on_epoch
 from jaxlimit.experiments.methods import CIFAR10, settings_of
-from jaxlimit.experiments.study import Results, Study, Subject, Task, trace, values
+from jaxlimit.experiments.study import Results, Study
+from jaxlimit.experiments.subject import Subject, Task, trace, values
 from jaxlimit.experiments.tables import (
     by_variant,
     cell,

@@ -8,7 +8,8 @@ from tyro.conf import arg
 
 from jaxlimit import plots
 from jaxlimit.experiments.experiment import Experiment
-from jaxlimit.experiments.study import ACCURACY_LOSS, Results, Study, Task, values
+from jaxlimit.experiments.study import Results, Study
+from jaxlimit.experiments.subject import ACCURACY_LOSS, Task, values
 from jaxlimit.experiments.tables import by_variant, cell, curve, is_less, limit, markdown, tally
 from jaxlimit.measure import finetuned_sweep
 

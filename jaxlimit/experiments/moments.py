@@ -9,7 +9,8 @@ from tyro.conf import arg
 from jaxlimit import plots
 from jaxlimit.batches import batched, loss_statistics
 from jaxlimit.experiments.experiment import Experiment
-from jaxlimit.experiments.study import SWEEP, Results, Study, Task, values
+from jaxlimit.experiments.study import Results, Study
+from jaxlimit.experiments.subject import SWEEP, Task, values
 from jaxlimit.experiments.tables import by_variant, cell, curve, is_less, limit, markdown, over_seeds, tally
 from jaxlimit.magnitude import flatten, unflatten
 

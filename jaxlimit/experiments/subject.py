@@ -1,0 +1,242 @@
+"""A network at work in an experiment: trained as its preset says, and asked for its limits and its accuracy.
+
+The loss that is predicted and measured is the mean over the first training examples, in batches of the
+preset's size; the tolerance is the standard deviation of these batches' losses, as in the paper.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxlimit.baselines.network import stage
+from jaxlimit.batches import Batches, LossStatistics, batched, loss_statistics
+from jaxlimit.curvature import Curvature
+from jaxlimit.experiments.experiment import Note, on_epoch
+from jaxlimit.limit import pruning_limit
+from jaxlimit.losses import Loss, classification_curvature, classification_loss, classification_metrics
+from jaxlimit.measure import Metrics, Sweep, sparsity_sweep
+from jaxlimit.models import from_nnx
+from jaxlimit.presets import Arrays, Preset, build_network
+from jaxlimit.prunable import partition
+from jaxlimit.result import PruningLimit
+from jaxlimit.training import train_model
+
+PyTree = Any
+# Sparsities of the measured thresholds: steps of .0025, as in `jaxlimit run`.
+SWEEP = np.arange(401) / 400
+# The accuracy threshold: the largest sparsity that costs at most one point of test accuracy.
+ACCURACY_LOSS = 0.01
+# Test examples of a step of its search: a tenth of those of CIFAR-10 and MNIST.
+PART = 1000
+
+
+@dataclass(frozen=True)
+class Task:
+    """A preset with its data.
+
+    Attributes:
+        preset: network and training.
+        num_examples: the first so many training examples are predicted and measured; None: all.
+        num_probes: of the limits; None: as `pruning_limit` chooses.
+        max_matvecs: of every limit.
+        train: (inputs, labels), all of them, for training.
+        test: (inputs, labels).
+        networks: folder of trained networks.
+        checkpoint: folder of the piece at work, for what it has finished so far; None: nothing is kept.
+        note: told what is being done.
+    """
+
+    preset: Preset
+    num_examples: int | None
+    num_probes: int | None
+    max_matvecs: int
+    train: Arrays
+    test: Arrays
+    networks: Path | None = None
+    checkpoint: Path | None = None
+    note: Note = lambda text: None
+
+    def trained(self, seed: int, *, l1: float | None = None, until: int | None = None) -> "Subject":
+        """The network after its training.
+
+        Args:
+            seed: of the initial weights, of the order of the examples, and of the probes of its limits.
+            l1: in place of the preset's.
+            until: epochs after which the training is looked at, its schedule being that of all epochs; 0 is
+                the random start.
+        """
+        preset = self.preset if l1 is None else replace(self.preset, l1=l1)
+        model = build_network(preset, seed)
+        epochs = preset.epochs if until is None else until
+        name = f"{preset.name}-l1-{preset.l1:g}-epoch-{epochs}-of-{preset.epochs}-seed{seed}"
+        if epochs:
+            model = train_model(
+                model,
+                self.train,
+                jax.random.fold_in(jax.random.key(seed), 0),
+                epochs=epochs,
+                batch_size=preset.batch_size,
+                learning_rate=preset.rate(len(self.train[1])),
+                momentum=preset.momentum,
+                l1=preset.l1,
+                augment=preset.augmentation(),
+                on_epoch=on_epoch(self.note),
+                checkpoint=stage(self.networks, name),
+            )
+        return self.subject(model, seed)
+
+    def subject(self, model: nnx.Module, seed: int) -> "Subject":
+        """A network with what is asked about it."""
+        first = tuple(array[: self.num_examples] for array in self.train)
+        size = self.preset.batch_size
+        batches, test = batched(first, size), batched(self.test, size)
+        numbers = seed, self.num_probes, self.max_matvecs
+        return Subject(*from_nnx(model), batches, test, *numbers, self.note, stage(self.checkpoint, "limit"))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network whose limits are asked for.
+
+    Attributes:
+        predict: `predict(params, inputs) -> logits`.
+        params: its parameters.
+        batches: the examples whose loss is predicted and measured.
+        test: the test examples, in batches.
+        seed: of the probes.
+        num_probes, max_matvecs: of the limits, as for `pruning_limit`.
+        note: told what is being done.
+        checkpoint: folder of the products of its limit, or None. Another limit needs another one.
+    """
+
+    predict: Callable[..., jax.Array]
+    params: PyTree
+    batches: Batches
+    test: Batches
+    seed: int
+    num_probes: int | None
+    max_matvecs: int
+    note: Note
+    checkpoint: Path | None = None
+
+    @cached_property
+    def loss(self) -> Loss:
+        """Mean cross entropy of a batch."""
+        return classification_loss(self.predict)
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        """Loss and accuracy of a batch; one function, so that it is compiled once for all sweeps."""
+        return classification_metrics(self.predict)
+
+    @cached_property
+    def statistics(self) -> LossStatistics:
+        """Mean loss L, and the spread of its batches, which is the tolerance eps."""
+        return loss_statistics(self.loss, self.params, self.batches)
+
+    @property
+    def weights(self) -> PyTree:
+        """The prunable weights."""
+        return partition(self.params)[0]
+
+    def curvature(self, batches: Batches | None = None) -> Curvature:
+        """The Hessian of the loss over these batches; None: over its own."""
+        return classification_curvature("hessian", self.predict, self.params, batches or self.batches)
+
+    def limit(
+        self,
+        which: Sequence[str] = ("one_shot", "width", "cone"),
+        *,
+        batches: Batches | None = None,
+        loss_tolerance: float | None = None,
+        scores: PyTree | None = None,
+    ) -> PruningLimit:
+        """`pruning_limit` with the Hessian.
+
+        Args:
+            which: as for `pruning_limit`.
+            batches: in place of its own.
+            loss_tolerance: in place of the spread of its batches.
+            scores: as for `pruning_limit`.
+        """
+        return pruning_limit(
+            self.curvature(batches),
+            jax.random.fold_in(jax.random.key(self.seed), 1),
+            loss_tolerance=self.statistics.batch_std if loss_tolerance is None else loss_tolerance,
+            num_probes=self.num_probes,
+            max_matvecs=self.max_matvecs,
+            which=which,
+            scores=scores,
+            checkpoint=self.checkpoint,
+            progress=lambda at: self.note(f"{at.stage}, {at.num_matvecs} of {at.max_matvecs} products"),
+        )
+
+    def sweep(self, sparsities: Iterable[float], batches: Batches, **options: Any) -> Sweep:
+        """Loss and accuracy of the network as it is pruned, without fine-tuning."""
+        return sparsity_sweep(self.metrics, self.params, batches, list(sparsities), **options)
+
+    def test_accuracy(self, sparsities: Sequence[float]) -> list[float]:
+        """Test accuracies of the pruned network, in the order of the sparsities."""
+        found = self.sweep(sparsities, self.test)
+        return [float(x) for x in found.metrics["accuracy"][np.searchsorted(found.sparsities, sparsities)]]
+
+    def thresholds(self, **options: Any) -> dict[str, float]:
+        """How sparse it can really be pruned, without fine-tuning, for the loss and for the accuracy."""
+        return {
+            "loss": self.loss_threshold(**options),
+            "accuracy": self.accuracy_threshold(**options),
+        }
+
+    def loss_threshold(self, **options: Any) -> float:
+        """The last sparsity before the training loss first exceeds L + eps."""
+        bound = self.statistics.mean + self.statistics.batch_std
+        threshold = 0.0  # a network as it is loses nothing
+        for grid in SWEEP[1:].reshape(-1, 8):
+            self.note(f"measured loss, s = {grid[0]:.2f}")
+            crossing = self.sweep(grid, self.batches, **options).first_crossing("loss", bound)
+            threshold = crossing or threshold
+            if crossing < grid[-1]:
+                break
+        return threshold
+
+    def accuracy_threshold(self, **options: Any) -> float:
+        """The largest sparsity that costs at most one point of test accuracy.
+
+        From above, and of each network no more of the test examples than it takes to see that it costs more.
+        """
+        size = self.test.num_examples
+        parts = [
+            batched(jax.tree.map(lambda x, i=start: x[i : i + PART], self.test.arrays), self.test.batch_size)
+            for start in range(0, size, PART)
+        ]
+
+        def errors(sparsity: float, part: Batches) -> int:
+            accuracy = self.sweep([sparsity], part, chunk_size=1, **options).metrics["accuracy"][0]
+            return round(part.num_examples * (1 - accuracy))
+
+        # A hair more than the point, which may be met exactly, up to rounding.
+        allowed = sum(errors(0.0, part) for part in parts) + ACCURACY_LOSS * size + 1e-6
+        for sparsity in SWEEP[:0:-1]:
+            self.note(f"measured accuracy, s = {sparsity:.2f}")
+            found = itertools.accumulate(errors(sparsity, part) for part in parts)
+            if all(so_far <= allowed for so_far in found):
+                return float(sparsity)
+        return 0.0
+
+
+def trace(limit: PruningLimit) -> float:
+    """The trace of H, from the spectral measure of a limit."""
+    return limit.dim * limit.measure.integrate(lambda x: x)[0]
+
+
+def values(limit: PruningLimit) -> dict[str, Any]:
+    """What the pieces keep of a limit: JSON values."""
+    left_out = {"num_examples", "method", "tolerance", "positive_semidefinite"}
+    return {key: value for key, value in limit.to_json().items() if key not in left_out}
