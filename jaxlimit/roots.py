@@ -51,9 +51,9 @@ class Estimate:
         lower, upper: the certified quadrature bracket, widened by three probe errors and by 2/D: the step
             of R(s) to either side, where rules (floor or ceiling, last within or first beyond) differ.
         probe_error: standard error due to the finite number of probes (a bound; 0 if no probe is used).
-        spread: how far it is from resolved (`SpectralBracket.spread`): the bracket of a semidefinite matrix,
-            which no further Lanczos step leaves; how far the value moved of late for an indefinite one, which
-            bounds nothing. Of one_shot, the interval in which it was left for lack of products.
+        spread: how far it is from resolved (`SpectralBracket.spread`): half the bracket of a semidefinite
+            matrix, which no further Lanczos step leaves; how far the value moved of late for an indefinite
+            one, which bounds nothing. Of one_shot, the interval in which it was left for lack of products.
     """
 
     value: float
