@@ -120,6 +120,7 @@ class AdaptiveCurvature:
         resolve: whether a limit rests on the spectrum; else GLANCE steps of it are enough.
         runs: the Lanczos runs from random probes, once `spectrum` was called.
         reorthogonalized: whether all of them have fitted so far, in every run.
+        cone_steps: of the last look at the cone.
     """
 
     products: Products
@@ -133,6 +134,7 @@ class AdaptiveCurvature:
     resolve: bool = True
     runs: list[Tridiagonal] = field(default_factory=list)
     reorthogonalized: bool = True
+    cone_steps: int = 0
 
     @property
     def measure(self) -> SpectralMeasure:
@@ -149,8 +151,14 @@ class AdaptiveCurvature:
     def removed(self, counts: list[int]) -> list[SpectralBracket]:
         """Brackets of the spectral measure seen from c after n removals, for several n side by side.
 
-        Several n are a first look, which leaves half of the products for the root itself.
+        Several n are a first look, which leaves half of the products for the root itself. Later ones take as
+        many steps as the one before at least, for fewer would see less than is known already.
+
+        Raises:
+            BudgetSpent: the products that are left do not do.
         """
+        if self.products.left < self.cone_steps:
+            raise BudgetSpent
         self.products.stage = "cone"
         starts = jax.tree.map(lambda *x: jnp.stack(x), *[self.order.removed_vector(n) for n in counts])
 
@@ -165,6 +173,7 @@ class AdaptiveCurvature:
 
         with self.products.half(len(counts)) if len(counts) > 1 else nullcontext():
             runs = self._run_until(starts, resolved, "cone-" + "-".join(map(str, counts)))
+        self.cone_steps = max(run.num_steps for run in runs)
         return [self._bracket([run], None, n) for n, run in zip(counts, runs, strict=True)]
 
     def one_shot(self) -> Estimate:

@@ -19,6 +19,7 @@ from jax.flatten_util import ravel_pytree
 
 import jaxlimit
 from jaxlimit import data, models, prunable, roots, training
+from jaxlimit.adaptive import AdaptiveCurvature
 from jaxlimit.curvature import dense_matrix
 from jaxlimit.dense import dense_curvature
 from jaxlimit.magnitude import magnitude_order
@@ -424,3 +425,32 @@ def test_curve_and_sensitivity_agree_with_the_limits():
         assert cone == pytest.approx(own.cone.value, abs=0.02)
     with pytest.raises(ValueError, match="loss_tolerances must be positive"):
         limit.sensitivity([0.0])
+
+
+def test_no_look_at_the_cone_is_shallower_than_the_one_before(monkeypatch):
+    """The products that are left may not do for another one, which then would make the limit worse."""
+    H = curvature_of(digits_network(0), "hessian")
+    looked, errors = [], []
+    whole = AdaptiveCurvature.removed
+
+    def removed(source, counts):
+        before = source.products.count
+        found = whole(source, counts)
+        looked.append((source.products.count - before) / len(counts))
+        return found
+
+    monkeypatch.setattr(AdaptiveCurvature, "removed", removed)
+
+    def cone(budget):
+        looked.clear()
+        found = jaxlimit.pruning_limit(
+            H, jax.random.key(0), loss_tolerance=0.02, num_probes=1, max_matvecs=budget, which=["cone"]
+        )
+        return found.cone
+
+    truth = cone(2000).value
+    for budget in range(100, 500, 40):
+        found = cone(budget)
+        assert looked == sorted(looked)
+        errors.append(abs(found.value - truth) / found.spread)
+    assert max(errors) < 3

@@ -336,11 +336,25 @@ def test_the_spread_covers_what_the_value_was_after_three_quarters_of_the_steps(
         assert bracket.spread(lambda side, b=bracket: b.dimension(side, ridge)) >= moved
 
 
+def test_the_value_does_not_leave_the_bounds():
+    """What is extrapolated from a few steps would: here the differences hardly shrink."""
+    terms = 0.9 - 0.4 * (1 - 0.99 ** (np.array(SIXTEENTHS) - 4))
+    rules = tuple(SpectralMeasure([[1 / term - 1]], [[1.0]]) for term in terms)
+    free = SpectralBracket((FAR,), rules[0], rules)
+    assert free.dimension("value", 1.0) == pytest.approx(0.5)
+    bracket = SpectralBracket((SpectralMeasure([[0.25]], [[1.0]]),), rules[0], rules)
+    assert bracket.dimension("value", 1.0) == bracket.dimension("lower", 1.0) == 0.8
+
+
+# Of no dimension: bounds nothing from below.
+FAR = SpectralMeasure([[1e300]], [[1.0]])
+
+
 def test_geometric_convergence_is_extrapolated_to_its_limit():
     """delta(a) / D of one eigenvalue x is a / (a + x): rules are made so that it is 0.5 + 0.3 r^j."""
     terms = 0.5 + 0.3 * 0.7 ** np.array(SIXTEENTHS)
     rules = tuple(SpectralMeasure([[1 / term - 1]], [[1.0]]) for term in terms)
-    bracket = SpectralBracket((rules[0],), rules[-1], rules)
+    bracket = SpectralBracket((FAR,), rules[-1], rules)
     for side in ("value", 1, 2, 3):
         assert bracket.dimension(side, 1.0) == pytest.approx(0.5, abs=1e-12)
     assert bracket.dimension(4, 1.0) == pytest.approx(0.5 + 0.25 * 0.3 * 0.7**16, abs=1e-12)
@@ -350,7 +364,7 @@ def test_geometric_convergence_is_extrapolated_to_its_limit():
 def test_what_does_not_converge_geometrically_is_not_extrapolated():
     terms = 0.9 - 0.025 * (np.array(SIXTEENTHS) - 4)
     rules = tuple(SpectralMeasure([[1 / term - 1]], [[1.0]]) for term in terms)
-    bracket = SpectralBracket((rules[0],), rules[-1], rules)
+    bracket = SpectralBracket((FAR,), rules[-1], rules)
     assert bracket.dimension("value", 1.0) == pytest.approx(terms[-1], abs=1e-12)
     assert bracket.spread(lambda side: bracket.dimension(side, 1.0)) == pytest.approx(0.1)
 

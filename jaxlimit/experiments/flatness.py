@@ -142,7 +142,7 @@ def table(results: Results) -> str:
             cell(pieces, lambda p: p["accuracy"], ".1%"),
             *(cell(pieces, limit(which)) for which in WHICH),
             *(cell(pieces, lambda p, w=w: p["measured"][w]) for w in ("loss", "accuracy")),
-            cell(pieces, lambda p: p.get("trace"), ".3g"),
+            cell(pieces, lambda p: p["trace"], ".3g"),
             cell(pieces, lambda p: p["median"], ".4f"),
             cell(pieces, lambda p: p["norm"], ".1f"),
         ]
