@@ -9,6 +9,14 @@ import pytest
 from jaxlimit.monitor import Interrupt
 
 
+@pytest.fixture(autouse=True)
+def listening():
+    """Ctrl-C is heard, which a shell's background processes do not inherit."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def in_the_collector():
     """Sends Ctrl-C while garbage is collected."""
