@@ -16,6 +16,7 @@ Its prediction is the width limit, from one random probe, but on its way there
 Source: the code published with arXiv 2306.05857; `tests/test_compat.py` has its outputs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,13 +180,19 @@ def percentile_rows(everything: Curvature, kernels: MagnitudeOrder) -> NDArray[n
     return inside[kernels.order[_places(np.arange(NUM_ROWS) / NUM_ROWS, kernels.dim)]]
 
 
-def row_norms(curvature: Curvature, indices: ArrayLike, block_size: int = 8) -> NDArray[np.float64]:
+def row_norms(
+    curvature: Curvature,
+    indices: ArrayLike,
+    block_size: int = 8,
+    progress: Callable[[int], None] | None = None,
+) -> NDArray[np.float64]:
     """sum_j |H_ij| for rows i of the curvature. Cost: a product each.
 
     Args:
         curvature: H.
         indices: i, in the order of the flattened weights.
         block_size: products side by side.
+        progress: called with the number of rows done, before every block.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -199,6 +206,8 @@ def row_norms(curvature: Curvature, indices: ArrayLike, block_size: int = 8) -> 
     padded = np.pad(wanted, (0, -len(wanted) % block_size), mode="edge")  # one shape, compiled once
     found = []
     for start in range(0, len(padded), block_size):
+        if progress is not None:
+            progress(start)
         units = unit_vectors(padded[start : start + block_size], curvature.weights)
         product = jax.tree.leaves(curvature.matmat(units))
         found.append(sum(np.abs(np.asarray(x, float)).reshape(block_size, -1).sum(1) for x in product))

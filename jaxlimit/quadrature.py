@@ -291,17 +291,15 @@ class SpectralBracket:
         """1 - delta(a) / D = int |lambda| / (a + |lambda|) dmu, its bounds named after those of delta."""
         if np.isinf(ridge):
             return 0.0
-        least = float(np.mean(_ranks(self.upper, ridge)))
-        if side == "upper":
-            return least
-        most = float(np.mean(np.max([_ranks(measure, ridge) for measure in self.lower], axis=0)))
         if side == "lower":
-            return most
-        estimates = _estimates([float(np.mean(_ranks(rule, ridge))) for rule in self.rules])
+            return float(np.mean(np.max([_ranks(measure, ridge) for measure in self.lower], axis=0)))
+        if side == "upper":
+            return float(np.mean(_ranks(self.upper, ridge)))
+        value, *others = _estimates([float(np.mean(_ranks(rule, ridge))) for rule in self.rules])
+        if side != "value" and side <= len(others):
+            return others[side - 1]
         # What is extrapolated from few steps may leave the bounds (which are in order but for rounding).
-        estimates[0] = sorted((least, estimates[0], most))[1]
-        number = 0 if side == "value" else side
-        return estimates[number if number < len(estimates) else 0]
+        return sorted((self.rank("lower", ridge), value, self.rank("upper", ridge)))[1]
 
     def dimension(self, side: Side, ridge: float) -> float:
         """delta(a) / D: its "lower" or "upper" bound, its "value", or another estimate of it."""

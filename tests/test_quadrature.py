@@ -37,6 +37,8 @@ from jaxlimit.quadrature import (
 )
 
 quick = settings(max_examples=60)
+# A measure of no dimension: it bounds nothing from below.
+FAR = SpectralMeasure([[1e300]], [[1.0]])
 
 
 def jacobi(nodes, weights, steps):
@@ -344,10 +346,6 @@ def test_the_value_does_not_leave_the_bounds():
     assert free.dimension("value", 1.0) == pytest.approx(0.5)
     bracket = SpectralBracket((SpectralMeasure([[0.25]], [[1.0]]),), rules[0], rules)
     assert bracket.dimension("value", 1.0) == bracket.dimension("lower", 1.0) == 0.8
-
-
-# Of no dimension: bounds nothing from below.
-FAR = SpectralMeasure([[1e300]], [[1.0]])
 
 
 def test_geometric_convergence_is_extrapolated_to_its_limit():

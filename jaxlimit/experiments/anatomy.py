@@ -26,8 +26,6 @@ from jaxlimit.magnitude import flatten, magnitude_order
 _MAGNITUDES = np.geomspace(1e-7, 10, 81)
 EDGES = np.concatenate([[-np.inf], -_MAGNITUDES[::-1], _MAGNITUDES, [np.inf]])
 GRID = np.arange(2001) / 2000
-# Rows of H between two notes of the progress.
-NOTED_ROWS = 40
 
 
 def crossing(study: Annotated[Study, arg(name="")] = Study()) -> Experiment:
@@ -123,12 +121,12 @@ def _rows(task: Task, seed: int, variant: Any) -> dict[str, Any]:
     ordered = magnitude_order(subject.weights)
     count = min(variant["num_rows"], ordered.dim)
     ranks = np.linspace(0, ordered.dim - 1, count).round().astype(int)
-    weights, curvature, parts = ordered.order[ranks], subject.curvature(), []
-    for start in range(0, count, NOTED_ROWS):
-        task.note(f"rows, {start} of {count}")
-        parts.append(row_norms(curvature, weights[start : start + NOTED_ROWS]))
-    norms = np.concatenate(parts)
-    magnitudes = np.abs(flatten(subject.weights))[weights]
+    norms = row_norms(
+        subject.curvature(),
+        ordered.order[ranks],
+        progress=lambda done: task.note(f"rows, {done} of {count}"),
+    )
+    magnitudes = np.abs(flatten(subject.weights))[ordered.order[ranks]]
     return {
         "limit": values(found),
         "zero_rows": float(np.mean(norms < ROW_NORM)),

@@ -211,18 +211,14 @@ class Subject:
 
         From above, and of each network no more of the test examples than it takes to see that it costs more.
         """
-        size = self.test.num_examples
-        parts = [
-            batched(jax.tree.map(lambda x, i=start: x[i : i + PART], self.test.arrays), self.test.batch_size)
-            for start in range(0, size, PART)
-        ]
+        parts = [batched(part, self.test.batch_size) for part in batched(self.test.arrays, PART)]
 
         def errors(sparsity: float, part: Batches) -> int:
             accuracy = self.sweep([sparsity], part, chunk_size=1, **options).metrics["accuracy"][0]
             return round(part.num_examples * (1 - accuracy))
 
         # A hair more than the point, which may be met exactly, up to rounding.
-        allowed = sum(errors(0.0, part) for part in parts) + ACCURACY_LOSS * size + 1e-6
+        allowed = sum(errors(0.0, part) for part in parts) + ACCURACY_LOSS * self.test.num_examples + 1e-6
         for sparsity in SWEEP[:0:-1]:
             self.note(f"measured accuracy, s = {sparsity:.2f}")
             found = itertools.accumulate(errors(sparsity, part) for part in parts)
