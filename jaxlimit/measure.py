@@ -17,7 +17,7 @@ import optax
 from numpy.typing import ArrayLike, NDArray
 
 from jaxlimit.batches import batch_length, example_sum, group_length, grouped
-from jaxlimit.magnitude import MagnitudeOrder, magnitude_order, num_removed, unflatten
+from jaxlimit.magnitude import magnitude_order, num_removed, unflatten
 from jaxlimit.products import each
 from jaxlimit.prunable import Prunable, combine, is_kernel, partition
 
@@ -90,13 +90,52 @@ def sparsity_sweep(
         >>> sweep.metrics["output"].tolist()
         [4.0, 3.0, 0.0]
     """
-    grid, weights, rest, order = _prepare(params, prunable, sparsities, scores)
-    groups, fn = grouped(batches), _PrunedMetrics(metrics_fn)
-    parts = []
-    for counts, used in _chunks(num_removed(order.dim, grid), chunk_size):
-        total, num_examples = example_sum(fn, groups, weights, rest, _ranks(order), counts)
-        parts.append({name: np.asarray(x, np.float64)[:used] / num_examples for name, x in total.items()})
-    return Sweep(grid, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    network = PrunedNetwork(params, prunable=prunable, scores=scores)
+    return network.sweep(metrics_fn, batches, sparsities, chunk_size=chunk_size)
+
+
+class PrunedNetwork:
+    """A network sorted once, for metrics at one sparsity after the other.
+
+    Args:
+        params: as for `sparsity_sweep`.
+        prunable: as for `sparsity_sweep`.
+        scores: as for `sparsity_sweep`.
+
+    Raises:
+        ValueError: what `hessian` refuses of params.
+    """
+
+    def __init__(
+        self, params: PyTree, *, prunable: Prunable = is_kernel, scores: PyTree | None = None
+    ) -> None:
+        self.weights, self.rest = partition(params, prunable)
+        order = magnitude_order(self.weights, scores)
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.int32), order.like)
+        self.dim, self.ranks = order.dim, unflatten(order.rank, like)
+
+    def grid(self, sparsities: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """The sparsities, ascending, and how many weights each removes.
+
+        Raises:
+            ValueError: none at all, or one outside [0, 1].
+        """
+        grid = np.unique(np.asarray(sparsities, np.float64))
+        if grid.size == 0:
+            raise ValueError("sparsities is empty.")
+        return grid, num_removed(self.dim, grid)
+
+    def sweep(
+        self, metrics_fn: Metrics, batches: Iterable[PyTree], sparsities: ArrayLike, *, chunk_size: int = 8
+    ) -> Sweep:
+        """As `sparsity_sweep`."""
+        grid, counts = self.grid(sparsities)
+        groups, fn = grouped(batches), _PrunedMetrics(metrics_fn)
+        parts = []
+        for chunk, used in _chunks(counts, chunk_size):
+            total, num_examples = example_sum(fn, groups, self.weights, self.rest, self.ranks, chunk)
+            parts.append({name: np.asarray(x, np.float64)[:used] / num_examples for name, x in total.items()})
+        return Sweep(grid, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
 
 def finetuned_sweep(
@@ -150,32 +189,23 @@ def finetuned_sweep(
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
-    grid, weights, rest, order = _prepare(params, prunable, sparsities, scores)
+    network = PrunedNetwork(params, prunable=prunable, scores=scores)
+    grid, removed = network.grid(sparsities)
     groups = list(grouped(batches))
     eval_groups = groups if eval_batches is None else grouped(eval_batches)
     parts: list[dict[str, NDArray[np.float64]]] = []
-    for counts, used in _chunks(num_removed(order.dim, grid), chunk_size):
+    for counts, used in _chunks(removed, chunk_size):
         losses, tuned = _finetune(
-            loss_fn, num_steps, weights, rest, _ranks(order), counts, groups, learning_rate
+            loss_fn, num_steps, network.weights, network.rest, network.ranks, counts, groups, learning_rate
         )
         part = {"loss": np.asarray(losses, np.float64)[:used]}
         if metrics_fn is not None:
-            total, num_examples = example_sum(_TunedMetrics(metrics_fn), eval_groups, tuned, rest)
+            total, num_examples = example_sum(_TunedMetrics(metrics_fn), eval_groups, tuned, network.rest)
             part |= {f"eval_{k}": np.asarray(x, np.float64)[:used] / num_examples for k, x in total.items()}
         parts.append(part)
         if progress is not None:
             progress(sum(len(p["loss"]) for p in parts), len(grid))
     return Sweep(grid, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
-
-
-def _prepare(params: PyTree, prunable: Prunable, sparsities: ArrayLike, scores: PyTree | None) -> tuple:
-    grid = np.unique(np.asarray(sparsities, np.float64))
-    if grid.size == 0:
-        raise ValueError("sparsities is empty.")
-    weights, rest = partition(params, prunable)
-    order = magnitude_order(weights, scores)
-    num_removed(order.dim, grid)  # refuses a sparsity outside [0, 1] before any work
-    return grid, weights, rest, order
 
 
 def _chunks(counts: NDArray[np.int64], size: int) -> Iterable[tuple[jax.Array, int]]:
@@ -186,11 +216,6 @@ def _chunks(counts: NDArray[np.int64], size: int) -> Iterable[tuple[jax.Array, i
             jnp.asarray(np.pad(chunk, (0, min(size, len(counts)) - len(chunk)), mode="edge"), jnp.int32),
             len(chunk),
         )
-
-
-def _ranks(order: MagnitudeOrder) -> PyTree:
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.int32), order.like)
-    return unflatten(order.rank, like)
 
 
 def _prune(weights: PyTree, ranks: PyTree, count: jax.Array) -> PyTree:

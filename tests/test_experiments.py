@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from jaxlimit import presets
+from jaxlimit import presets, record
 from jaxlimit.cli import main
 from jaxlimit.experiments.methods import METHODS, figure, settings_of, table
 
@@ -46,6 +46,7 @@ def test_a_comparison_writes_results_table_and_figure(finished):
     assert document["config"]["settings"]["lomp"]["l1"] == 5e-4
     assert document["config"]["settings"]["dense"]["l1"] == 0
     assert document["config"]["sparsities"] == [0.5, 0.9]
+    assert all(piece["device"] == record.device() for piece in document["pieces"].values())
     assert (finished / "figures" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in finished.iterdir()} == {
         "config.json",

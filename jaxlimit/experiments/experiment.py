@@ -1,8 +1,8 @@
 """An experiment in pieces, its folder, and going on after an interruption.
 
 config.json      what decides the numbers; a folder with another one is refused, but for more or fewer seeds
-pieces/*.json    one finished piece each
-results.json     all pieces, the command, versions and device
+pieces/*.json    one finished piece each, with the device that computed it
+results.json     all pieces, the command and versions
 table.md, figures/*.png
 """
 
@@ -74,7 +74,6 @@ def execute(experiment: Experiment, command: str, monitor: Monitor) -> str:
         "command": command,
         "config": experiment.config,
         "versions": record.versions(),
-        "device": record.device(),
         "pieces": found,
     }
     record.write_json(folder / RESULTS, results)
@@ -93,8 +92,8 @@ def _compute(
 ) -> None:
     start = time.perf_counter()
     found = compute(checkpoint, lambda text: monitor.update(number, f"{name}: {text}"))
-    seconds = round(time.perf_counter() - start, 1)
-    record.write_json(path, {"format": record.FORMAT, **found, "seconds": seconds})
+    found |= {"seconds": round(time.perf_counter() - start, 1), "device": record.device()}
+    record.write_json(path, {"format": record.FORMAT, **found})
     shutil.rmtree(checkpoint, ignore_errors=True)
 
 

@@ -5,7 +5,7 @@ preset's size; the tolerance is the standard deviation of these batches' losses,
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from numpy.typing import ArrayLike
 
 from jaxlimit.baselines.network import stage
 from jaxlimit.batches import Batches, LossStatistics, batched, loss_statistics
@@ -21,7 +22,7 @@ from jaxlimit.curvature import Curvature
 from jaxlimit.experiments.experiment import Note, on_epoch
 from jaxlimit.limit import pruning_limit
 from jaxlimit.losses import Loss, classification_curvature, classification_loss, classification_metrics
-from jaxlimit.measure import Metrics, Sweep, sparsity_sweep
+from jaxlimit.measure import Metrics, PrunedNetwork, Sweep
 from jaxlimit.models import from_nnx
 from jaxlimit.presets import Arrays, Preset, build_network
 from jaxlimit.prunable import partition
@@ -178,44 +179,43 @@ class Subject:
             progress=lambda at: self.note(f"{at.stage}, {at.num_matvecs} of {at.max_matvecs} products"),
         )
 
-    def sweep(self, sparsities: Iterable[float], batches: Batches, **options: Any) -> Sweep:
+    def sweep(self, sparsities: ArrayLike, batches: Batches, scores: PyTree | None = None) -> Sweep:
         """Loss and accuracy of the network as it is pruned, without fine-tuning."""
-        return sparsity_sweep(self.metrics, self.params, batches, list(sparsities), **options)
+        return PrunedNetwork(self.params, scores=scores).sweep(self.metrics, batches, sparsities)
 
     def test_accuracy(self, sparsities: Sequence[float]) -> list[float]:
         """Test accuracies of the pruned network, in the order of the sparsities."""
         found = self.sweep(sparsities, self.test)
         return [float(x) for x in found.metrics["accuracy"][np.searchsorted(found.sparsities, sparsities)]]
 
-    def thresholds(self, **options: Any) -> dict[str, float]:
+    def thresholds(self, scores: PyTree | None = None) -> dict[str, float]:
         """How sparse it can really be pruned, without fine-tuning, for the loss and for the accuracy."""
-        return {
-            "loss": self.loss_threshold(**options),
-            "accuracy": self.accuracy_threshold(**options),
-        }
+        return {"loss": self.loss_threshold(scores), "accuracy": self.accuracy_threshold(scores)}
 
-    def loss_threshold(self, **options: Any) -> float:
+    def loss_threshold(self, scores: PyTree | None = None) -> float:
         """The last sparsity before the training loss first exceeds L + eps."""
+        network = PrunedNetwork(self.params, scores=scores)
         bound = self.statistics.mean + self.statistics.batch_std
         threshold = 0.0  # a network as it is loses nothing
         for grid in SWEEP[1:].reshape(-1, 8):
             self.note(f"measured loss, s = {grid[0]:.2f}")
-            crossing = self.sweep(grid, self.batches, **options).first_crossing("loss", bound)
+            crossing = network.sweep(self.metrics, self.batches, grid).first_crossing("loss", bound)
             threshold = crossing or threshold
             if crossing < grid[-1]:
                 break
         return threshold
 
-    def accuracy_threshold(self, **options: Any) -> float:
+    def accuracy_threshold(self, scores: PyTree | None = None) -> float:
         """The largest sparsity that costs at most one point of test accuracy.
 
         From above, and of each network no more of the test examples than it takes to see that it costs more.
         """
+        network = PrunedNetwork(self.params, scores=scores)
         parts = [batched(part, self.test.batch_size) for part in batched(self.test.arrays, PART)]
 
         def errors(sparsity: float, part: Batches) -> int:
-            accuracy = self.sweep([sparsity], part, chunk_size=1, **options).metrics["accuracy"][0]
-            return round(part.num_examples * (1 - accuracy))
+            found = network.sweep(self.metrics, part, [sparsity], chunk_size=1)
+            return round(part.num_examples * (1 - found.metrics["accuracy"][0]))
 
         # A hair more than the point, which may be met exactly, up to rounding.
         allowed = sum(errors(0.0, part) for part in parts) + ACCURACY_LOSS * self.test.num_examples + 1e-6
