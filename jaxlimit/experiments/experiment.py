@@ -1,8 +1,8 @@
 """An experiment in pieces, its folder, and going on after an interruption.
 
 config.json      what decides the numbers; a folder with another one is refused, but for more or fewer seeds
-pieces/*.json    one finished piece each, with the device that computed it
-results.json     all pieces, the command and versions
+pieces/*.json    one finished piece each, with the device and the versions that computed it
+results.json     all pieces and the command
 table.md, figures/*.png
 """
 
@@ -73,7 +73,6 @@ def execute(experiment: Experiment, command: str, monitor: Monitor) -> str:
         "experiment": experiment.name,
         "command": command,
         "config": experiment.config,
-        "versions": record.versions(),
         "pieces": found,
     }
     record.write_json(folder / RESULTS, results)
@@ -92,7 +91,8 @@ def _compute(
 ) -> None:
     start = time.perf_counter()
     found = compute(checkpoint, lambda text: monitor.update(number, f"{name}: {text}"))
-    found |= {"seconds": round(time.perf_counter() - start, 1), "device": record.device()}
+    seconds = round(time.perf_counter() - start, 1)
+    found |= {"seconds": seconds, "device": record.device(), "versions": record.versions()}
     record.write_json(path, {"format": record.FORMAT, **found})
     shutil.rmtree(checkpoint, ignore_errors=True)
 
