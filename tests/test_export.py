@@ -61,7 +61,7 @@ def programs():
     group, one = group[0], jax.tree.map(lambda x: x[0], group[0])
     vectors = quadrature.rademacher(jax.random.key(0), weights, 2)
     panel, scalars = jax.tree.map(lanczos._empty_panel, vectors), jnp.ones(2, jnp.float32)
-    ranks, counts = measure._ranks(magnitude.magnitude_order(weights)), jnp.array([3, 20], jnp.int32)
+    ranks, counts = measure.PrunedNetwork(mlp.params).ranks, jnp.array([3, 20], jnp.int32)
 
     def start(vectors):
         return jax.tree.map(lambda x: x / lanczos._columns(lanczos._norm(vectors), x), vectors)
