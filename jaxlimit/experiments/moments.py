@@ -134,7 +134,10 @@ def _order(task: Task, seed: int, random: bool) -> dict[str, Any]:
     sweep = subject.sweep(SWEEP, subject.batches, scores=scores)
     return {
         "limit": values(found),
-        "measured": subject.thresholds(scores=scores),
+        "measured": {
+            "loss": sweep.first_crossing("loss", subject.statistics.mean + subject.statistics.batch_std),
+            "accuracy": subject.accuracy_threshold(scores),
+        },
         "sparsity": SWEEP[::4].tolist(),
         "removed_norm": found.curve(SWEEP[::4]).removed_norm.tolist(),
         "train_loss": sweep.metrics["loss"][::4].tolist(),

@@ -188,14 +188,13 @@ class Subject:
         found = self.sweep(sparsities, self.test)
         return [float(x) for x in found.metrics["accuracy"][np.searchsorted(found.sparsities, sparsities)]]
 
-    def thresholds(self, scores: PyTree | None = None) -> dict[str, float]:
+    def thresholds(self) -> dict[str, float]:
         """How sparse it can really be pruned, without fine-tuning, for the loss and for the accuracy."""
-        return {"loss": self.loss_threshold(scores), "accuracy": self.accuracy_threshold(scores)}
+        return {"loss": self.loss_threshold(), "accuracy": self.accuracy_threshold()}
 
-    def loss_threshold(self, scores: PyTree | None = None) -> float:
+    def loss_threshold(self) -> float:
         """The last sparsity before the training loss first exceeds L + eps."""
-        network = PrunedNetwork(self.params, scores=scores)
-        bound = self.statistics.mean + self.statistics.batch_std
+        network, bound = PrunedNetwork(self.params), self.statistics.mean + self.statistics.batch_std
         threshold = 0.0  # a network as it is loses nothing
         for grid in SWEEP[1:].reshape(-1, 8):
             self.note(f"measured loss, s = {grid[0]:.2f}")
