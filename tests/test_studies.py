@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from scipy.stats import rv_discrete
 
 from jaxlimit import batched, hessian, presets, pruning_limit
@@ -22,11 +23,11 @@ from jaxlimit.experiments.anatomy import EDGES, row_norms, sampling_distance, sh
 from jaxlimit.experiments.growth import scaled
 from jaxlimit.experiments.iterations import survivors
 from jaxlimit.experiments.study import Study
-from jaxlimit.experiments.subject import SWEEP, Task
+from jaxlimit.experiments.subject import SWEEP
 from jaxlimit.losses import classification_loss
-from jaxlimit.magnitude import flatten, magnitude_mask, magnitude_order, unflatten
+from jaxlimit.magnitude import apply_mask, flatten, magnitude_mask, magnitude_order, unflatten
 from jaxlimit.measure import sparsity_sweep
-from jaxlimit.models import ConvolutionalNetwork, FullyConnected, from_nnx
+from jaxlimit.models import ConvolutionalNetwork, FullyConnected, ResNet, from_nnx
 from jaxlimit.models.convolutional import Convolution, Pool
 from jaxlimit.prunable import partition
 
@@ -180,28 +181,72 @@ def convolutional():
     return predict, params, batched((inputs, labels), 20)
 
 
+def multiplied(params, factors):
+    """A chain's parameters with those of layer l, counted from the first, times factors[l]."""
+    flat = flatten_dict(params)
+    names = sorted({path[:-1] for path in flat})  # "convolutions" come before "dense"
+    return unflatten_dict({path: x * factors[names.index(path[:-1])][path[-1]] for path, x in flat.items()})
+
+
 @pytest.mark.parametrize("kind", ["network", "convolutional"])
 def test_scaling_keeps_the_function_and_with_a_temperature_the_limits(kind, request):
     """c^T H c and lambda R^2 stay as they are when all weights grow alike and the function is kept."""
     predict, params, batches = request.getfixturevalue(kind)
-    inputs = batches.arrays[0]
+    inputs, c = batches.arrays[0], 3.0
     outputs = predict(params, inputs)
     for way in ("temperature", "balance"):
-        grown, divisor = scaled(params, way, 3.0)
-        assert np.allclose(predict(grown, inputs) / divisor, outputs, atol=1e-4)
+        other, grown = scaled(predict, params, way, c)
+        assert np.allclose(other(grown, inputs), outputs, atol=1e-4)
         if way == "temperature":
-            found = limits(lambda p, x, d=divisor: predict(p, x) / d, grown, batches)
+            found = limits(other, grown, batches)
             assert found == pytest.approx(limits(predict, params, batches), abs=0.02)
-    plain, divisor = scaled(params, "plain", 3.0)
-    assert divisor == 1
+    other, plain = scaled(predict, params, "plain", c)
+    assert other is predict
     assert not np.allclose(predict(plain, inputs), outputs, atol=0.1)
 
 
-def test_a_network_with_batch_norm_is_not_scaled(monkeypatch):
-    monkeypatch.setitem(presets.PRESETS, "tiny", replace(TINY, network="ResNet18-8", dataset="cifar10"))
-    monkeypatch.setattr(Study, "task", lambda self: Task(presets.PRESETS["tiny"], None, 1, 64, (), ()))
-    with pytest.raises(ValueError, match="without batch norm, got ResNet18-8"):
-        EXPERIMENTS["scaling"](Study("tiny"))
+@pytest.mark.parametrize("kind", ["network", "convolutional"])
+def test_a_scaled_chain_is_one_whose_biases_and_logits_make_up_for_it(kind, request):
+    """Pruned, too: the same function of its kernels, not only the same outputs."""
+    predict, params, batches = request.getfixturevalue(kind)
+    inputs, c = batches.arrays[0], 3.0
+    depth = len({path[:-1] for path in flatten_dict(params)})
+    growing = [{"kernel": c, "bias": c ** (layer + 1)} for layer in range(depth)]
+    balanced = [{"kernel": c if layer == 0 else 1, "bias": c} for layer in range(depth - 1)]
+    chains = {
+        "temperature": (growing, c**depth),
+        "balance": ([*balanced, {"kernel": 1 / c, "bias": 1}], 1.0),
+    }
+    for way, (factors, divisor) in chains.items():
+        chain = multiplied(params, factors)
+        other, grown = scaled(predict, params, way, c)
+        for sparsity in (0.0, 0.5):
+            mask = magnitude_mask(partition(grown)[0], sparsity)
+            pruned = apply_mask(grown, mask), apply_mask(chain, mask)
+            jax.tree.map(np.testing.assert_array_equal, *(partition(tree)[0] for tree in pruned))
+            assert np.allclose(other(pruned[0], inputs), predict(pruned[1], inputs) / divisor, atol=1e-4)
+
+
+def test_a_scaled_network_with_batch_norm_is_one_whose_running_statistics_have_grown():
+    c, inputs = 3.0, jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
+    model = ResNet(18, width=2, rngs=nnx.Rngs(0))
+    model.train()
+    model(inputs)  # running statistics that are not those of the start
+    predict, params = from_nnx(model)
+    other, grown = scaled(predict, params, "temperature", c)
+    for _, layer in nnx.iter_modules(model):
+        if isinstance(layer, nnx.Conv | nnx.Linear):
+            layer.kernel[...] = c * layer.kernel[...]
+        if isinstance(layer, nnx.Linear):
+            layer.bias[...] = c * layer.bias[...]
+        if isinstance(layer, nnx.BatchNorm):
+            layer.mean[...] = c * layer.mean[...]
+            layer.var[...] = c**2 * (layer.var[...] + layer.epsilon) - layer.epsilon
+    model.eval()
+    assert np.allclose(other(grown, inputs), model(inputs) / c, atol=1e-4)
+    start, balanced = flatten_dict(params), flatten_dict(scaled(predict, params, "balance", c)[1])
+    changed = {path for path, x in start.items() if not np.array_equal(x, balanced[path])}
+    assert changed == {("stem", "convolution", "kernel"), ("dense", "kernel")}
 
 
 def test_weights_go_in_the_order_of_scores(network):

@@ -4,33 +4,39 @@ All formulas of the limits see the weights and the curvature only through c^T |H
 as they are when every kernel is multiplied by c and the function is kept: then H falls as c^-2. So it is not
 the size of the weights alone that matters, and these ways to grow are told apart:
 
-temperature   every kernel times c, the bias of layer l times c^l, the logits divided by c^L: the same
-              function, the same order of the weights. Theory: the same limits, tr H falls as 1 / c^2.
-balance       the first layer times c, the kernel of the last times 1 / c: the same function, for ReLU is
-              homogeneous, but another global order of the weights.
-plain         every kernel times c, nothing else: another function, with another loss, tolerance and Hessian.
+temperature   every kernel times c, the function kept: the same order of the weights. Theory: the same limits,
+              tr H falls as 1 / c^2.
+balance       the first kernel times c, the last times 1 / c, the function kept: another global order.
+plain         every kernel times c, nothing else, no running statistics of batch norm either: another
+              function, with another loss, tolerance and Hessian.
 held          as plain, with Hessian and tolerance as they were: the paper's argument about its width
               formula, for which it is the same as eps / c^2.
+
+The function is kept by what comes after the kernels. In a chain with ReLU, which is homogeneous, these are
+the biases and the logits: *temperature* is the network whose bias of layer l has grown by c^l and whose
+logits are divided by c^L. In batch norm it is the running statistics, which grow with the kernel before
+them. As a function of its kernels such a network is predict(kernels / c) with all else as it was, and so
+it is computed, whatever the architecture.
 """
 
-import operator
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any
 
-import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tyro.conf import arg
 
 from jaxlimit import plots
 from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.study import Results, Study
-from jaxlimit.experiments.subject import Subject, Task, trace, values
+from jaxlimit.experiments.subject import Task, trace, values
 from jaxlimit.experiments.tables import by_variant, cell, curve, is_less, limit, markdown, over_seeds, tally
 from jaxlimit.models import from_nnx
 from jaxlimit.presets import build_network
+from jaxlimit.prunable import is_kernel
 
-Params = Mapping[str, Any]
+PyTree = Any
+Path = tuple[str, ...]
 WHICH = ("one_shot", "width")
 WAYS = ("temperature", "balance", "plain")
 
@@ -41,15 +47,12 @@ def scaling(
     """The limits and tr H of a network whose weights are multiplied by 2 to 5, in four ways.
 
     Args:
-        study: see `Study`; the network must have two layers or more, and no batch norm.
+        study: see `Study`; the network must have two layers or more.
         factors: by which the weights are multiplied.
     """
     task = study.task()
-    params = from_nnx(build_network(task.preset, 0))[1]
-    if {path[-1] for path in flatten_dict(params)} != {"kernel", "bias"} or len(_layers(params)) < 2:
-        raise ValueError(
-            f"preset must have a network of two layers or more without batch norm, got {task.preset.network}."
-        )
+    if len(_kernels(from_nnx(build_network(task.preset, 0))[1])) < 2:
+        raise ValueError(f"preset must have a network of two layers or more, got {task.preset.network}.")
     factors = tuple(sorted({*factors} - {1.0}))
     if not factors or not all(0 < factor < float("inf") for factor in factors):
         raise ValueError(f"factors must be one or more positive numbers other than 1, got {list(factors)}.")
@@ -58,46 +61,57 @@ def scaling(
     return study.experiment("scaling", task, variants, _run, table, {"scaling.png": figure})
 
 
-def scaled(params: Params, way: str, factor: float) -> tuple[dict[str, Any], float]:
-    """The parameters of a network of kernels and biases, and what its logits are to be divided by.
+def scaled(
+    predict: Callable[..., Any], params: PyTree, way: str, factor: float
+) -> tuple[Callable[..., Any], PyTree]:
+    """The network whose kernels are multiplied by c.
 
     Args:
-        params: {..., "layers": {"0": {"kernel": ..., "bias": ...}, ...}} as of `models.FullyConnected` or
-            `models.ConvolutionalNetwork`: a chain of layers with ReLU, and pools, between them.
+        predict: `predict(params, inputs)`.
+        params: nested dictionaries with kernels, named as by the networks of `jaxlimit.models`.
         way: "temperature", "balance" or "plain" (see the module), or "trained", which leaves them.
         factor: c.
 
+    Returns:
+        `predict` and `params` of the other network.
+
     Examples:
-        >>> layer = {"kernel": 1.0, "bias": 1.0}
-        >>> scaled({"layers": {"0": layer, "1": layer}}, "temperature", 2.0)
-        ({'layers': {'0': {'bias': 2.0, 'kernel': 2.0}, '1': {'bias': 4.0, 'kernel': 2.0}}}, 4.0)
+        >>> import numpy as np
+        >>> params = {"layers": {"0": {"kernel": np.full((1, 1), 3.0)}, "1": {"kernel": np.ones((1, 1))}}}
+        >>> predict = lambda params, x: x @ params["layers"]["0"]["kernel"] @ params["layers"]["1"]["kernel"]
+        >>> other, grown = scaled(predict, params, "temperature", 2.0)
+        >>> grown["layers"]["0"]["kernel"], other(grown, np.ones((1, 1)))
+        (array([[6.]]), array([[3.]]))
     """
-    layers = _layers(params)
-    last = len(layers) - 1
-    kernels, biases, divisor = {}, {}, 1.0
-    if way in ("temperature", "plain"):
-        kernels = dict.fromkeys(range(last + 1), factor)
-    if way == "temperature":
-        biases, divisor = {i: factor ** (i + 1) for i in range(last + 1)}, factor ** (last + 1)
-    if way == "balance":
-        # What the first layer puts out grows by c, and so must every bias up to the last layer.
-        kernels, biases = {0: factor, last: 1 / factor}, dict.fromkeys(range(last), factor)
-    factors = {
-        (*layer, kind): of.get(i, 1.0)
-        for i, layer in enumerate(layers)
-        for kind, of in (("kernel", kernels), ("bias", biases))
-    }
-    return jax.tree.map(operator.mul, dict(params), unflatten_dict(factors)), divisor
+    first, *_, last = paths = _kernels(params)
+    factors = {"trained": {}, "balance": {first: factor, last: 1 / factor}}.get(
+        way, dict.fromkeys(paths, factor)
+    )
+
+    def divided(params: PyTree) -> PyTree:
+        flat = flatten_dict(params)
+        return unflatten_dict(flat | {path: flat[path] / c for path, c in factors.items()})
+
+    flat = flatten_dict(params)
+    grown = unflatten_dict(flat | {path: c * flat[path] for path, c in factors.items()})
+    other = predict if way == "plain" else lambda params, inputs: predict(divided(params), inputs)
+    return other, grown
 
 
-def _layers(params: Params) -> list[tuple[str, ...]]:
-    """Paths of the layers, the first one first; "convolutions" come before "dense" in the alphabet, too."""
-    return sorted({path[:-1] for path in flatten_dict(params)}, key=lambda path: (path[:-1], int(path[-1])))
+def _kernels(params: PyTree) -> list[Path]:
+    """Paths of the kernels, the first one first.
+
+    That is the order of their names (blocks, convolutions, dense, layers) and numbers, but for the stem.
+    """
+    paths = [path for path, leaf in flatten_dict(params).items() if is_kernel(path, leaf)]
+    return sorted(paths, key=lambda path: (path[0] != "stem", [int(x) if x.isdigit() else x for x in path]))
 
 
 def _run(task: Task, seed: int, variant: Any) -> dict[str, Any]:
     way, factor, held = variant
-    subject = _scaled(task.trained(seed), way, factor)
+    subject = task.trained(seed)
+    predict, params = scaled(subject.predict, subject.params, way, factor)
+    subject = replace(subject, predict=predict, params=params)
     found = subject.limit(WHICH)
     # lambda R^2 grows by c^2, which is as if eps fell by it.
     tolerances = [found.loss_tolerance / c**2 for c in (1.0, *held)]
@@ -110,12 +124,6 @@ def _run(task: Task, seed: int, variant: Any) -> dict[str, Any]:
         "train_loss": subject.statistics.mean,
         "test_accuracy": subject.test_accuracy([0.0])[0],
     }
-
-
-def _scaled(subject: Subject, way: str, factor: float) -> Subject:
-    params, divisor = scaled(subject.params, way, factor)
-    predict = subject.predict
-    return replace(subject, params=params, predict=lambda p, inputs: predict(p, inputs) / divisor)
 
 
 def table(results: Results) -> str:
