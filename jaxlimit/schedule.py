@@ -53,8 +53,8 @@ def learning_rate_schedule(
         epochs: of the training, the warm-up included.
         updates_per_epoch: see `steps_per_epoch`.
         warmup_epochs: in which the rate grows linearly from 0.
-        milestones: of "steps": after these shares of the epochs, rounded to whole epochs, the rate is
-            multiplied by `factor`.
+        milestones: of "steps": after these shares of the epochs, rounded to whole epochs (but at least one,
+            for a share above 0), the rate is multiplied by `factor`.
         factor: of "steps".
 
     Returns:
@@ -80,7 +80,8 @@ def learning_rate_schedule(
     if kind == "cosine":
         schedule = optax.cosine_decay_schedule(learning_rate, max(1, updates - warmup))
     elif kind == "steps":
-        passed = Counter(round(share * epochs) * updates_per_epoch - warmup for share in milestones)
+        ends = [max(share > 0, round(share * epochs)) for share in milestones]
+        passed = Counter(end * updates_per_epoch - warmup for end in ends)
         steps = {step: factor**times for step, times in passed.items()}
         schedule = optax.piecewise_constant_schedule(learning_rate, steps)
     if not warmup:

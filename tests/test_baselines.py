@@ -159,3 +159,10 @@ def test_networks_without_affine_parameters_are_normalised_all_the_same():
 def test_recipes_outside_their_range_are_refused(changed, message):
     with pytest.raises(ValueError, match=message):
         Recipe(**changed)
+
+
+def test_a_training_of_one_epoch_has_its_whole_learning_rate():
+    rate = Recipe(epochs=1).rate(1280)
+    assert [float(rate(step)) for step in range(10)] == pytest.approx([0.1] * 10)
+    from_the_start = Recipe(epochs=1, milestones=(0.0,)).rate(1280)
+    assert float(from_the_start(1)) == pytest.approx(0.01)
