@@ -34,6 +34,7 @@ from scipy.linalg import eigh
 
 import jaxlimit
 from jaxlimit import compat, data, lanczos, magnitude, models, quadrature, record, training
+from jaxlimit.bracket import Side, bracket_indefinite, bracket_semidefinite
 from jaxlimit.geometry import width_ridge
 from jaxlimit.lanczos import Tridiagonal
 from jaxlimit.losses import CURVATURES
@@ -159,10 +160,10 @@ class Spectrum:
         value, *others = (self.root_of_bracket(self.runs[probe], side) for side in ("value", 1, 2, 3))
         return max(abs(other - value) for other in others)
 
-    def root_of_bracket(self, run: Tridiagonal, side: quadrature.Side) -> float:
+    def root_of_bracket(self, run: Tridiagonal, side: Side) -> float:
         """What the library makes of a run."""
         semidefinite = np.min(quadrature.gauss(run)[0]) > -1e-6 * np.max(np.abs(run.diagonal))
-        bracket = (quadrature.bracket_semidefinite if semidefinite else quadrature.bracket_indefinite)([run])
+        bracket = (bracket_semidefinite if semidefinite else bracket_indefinite)([run])
         return self.root(partial(bracket.dimension, side))
 
 
@@ -231,9 +232,7 @@ def deflated(spectrum: Spectrum, probe: int, products: int) -> float:
         spectrum.eigenvalues[rest], np.sqrt(weights[rest])[:, None], products - DEFLATED
     )
     diagonal, off_diagonal = np.diag(matrix)[:-1], np.diag(matrix, 1)
-    bracket = quadrature.bracket_indefinite(
-        [Tridiagonal(diagonal, off_diagonal[:-1], float(off_diagonal[-1]))]
-    )
+    bracket = bracket_indefinite([Tridiagonal(diagonal, off_diagonal[:-1], float(off_diagonal[-1]))])
     known, at = weights[top], np.abs(spectrum.eigenvalues[top])
     return spectrum.root(
         lambda a: share * bracket.dimension("value", a) + float(np.sum(known * (a / (a + at))))
@@ -414,7 +413,7 @@ def run_precision(name: str, dtype: str, reorthogonalize: bool) -> dict[str, Any
                 "loss_tolerance": np.array(network.loss_tolerance),
             }
         )
-        sides: tuple[quadrature.Side, ...] = ("value", "upper")
+        sides: tuple[Side, ...] = ("value", "upper")
         return {side: spectrum.root_of_bracket(run, side) for side in sides}
 
 

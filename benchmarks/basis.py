@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxlimit import lanczos, magnitude, quadrature
+from jaxlimit.bracket import SpectralBracket, bracket_indefinite
 from jaxlimit.roots import width_limit
 
 NAME = "basis"
@@ -33,7 +34,7 @@ def widths(network: accuracy.Network, max_basis: int | None) -> dict[str, list[f
     found: dict[str, list[float]] = {"width": [], "spread": []}
     for before, steps in zip((0, *STEPS), STEPS, strict=False):
         state = lanczos.run(curvature.matmat, state, steps - before, max_basis)
-        bracket = quadrature.bracket_indefinite(state.tridiagonals(), order.dim)
+        bracket = bracket_indefinite(state.tridiagonals(), order.dim)
         limit = width_limit(bracket, order, network.loss_tolerance)
         found["width"].append(limit.value)
         found["spread"].append(limit.spread)
@@ -48,7 +49,7 @@ def exact(network: accuracy.Network) -> float:
     values, vectors = np.linalg.eigh(curvature.dense())
     weights = (magnitude.flatten(probe) @ vectors) ** 2
     measure = quadrature.SpectralMeasure(values, weights / weights.sum(), order.dim)
-    return width_limit(quadrature.SpectralBracket.exact(measure), order, network.loss_tolerance).value
+    return width_limit(SpectralBracket.exact(measure), order, network.loss_tolerance).value
 
 
 def rows_of(network: accuracy.Network) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ from twins import Twin, make_twin
 
 import jaxlimit
 from jaxlimit import data, lanczos, models, quadrature, roots
+from jaxlimit.bracket import SpectralBracket, bracket_indefinite, bracket_semidefinite
 from jaxlimit.losses import classification_loss, classification_metrics
 from jaxlimit.magnitude import magnitude_order
 
@@ -78,7 +79,7 @@ def limits() -> list[dict[str, Any]]:
 
     def theirs() -> roots.Estimate:
         rule = peer.lanczos(peer.to_native(signs), STEPS)
-        bracket = quadrature.SpectralBracket.exact(quadrature.stack_rules([rule]))
+        bracket = SpectralBracket.exact(quadrature.stack_rules([rule]))
         return roots.width_limit(bracket, order, eps)
 
     start = time.perf_counter()
@@ -155,15 +156,13 @@ def the_rest(num_weights: int = MANY_WEIGHTS, num_steps: int = 256) -> dict[str,
     order = timed("sort and R(s)", lambda: magnitude_order(weights))
     eps = 1e-3 * float(order.squared_norm[-1])
     ridge = 2 * eps / float(order.squared_norm[num_weights // 2])
-    semidefinite = timed("bracket, semidefinite", lambda: quadrature.bracket_semidefinite([run], order.dim))
+    semidefinite = timed("bracket, semidefinite", lambda: bracket_semidefinite([run], order.dim))
     timed("width root, semidefinite", lambda: roots.width_limit(semidefinite, order, eps))
-    indefinite = timed(
-        "bracket, indefinite", lambda: quadrature.bracket_indefinite([run], order.dim, ridge=ridge)
-    )
+    indefinite = timed("bracket, indefinite", lambda: bracket_indefinite([run], order.dim, ridge=ridge))
     timed("width root, indefinite", lambda: roots.width_limit(indefinite, order, eps))
     n = num_weights // 2
     radius = roots.removed_radius(order, n)
-    removed = quadrature.bracket_indefinite([run], ridge=ridge)
+    removed = bracket_indefinite([run], ridge=ridge)
     point = timed("cone's ridge", lambda: roots.cone_point(n, removed, radius, eps))
     timed("cone root", lambda: roots.cone_root(indefinite, order, [point], eps))
     timed("mask and removed vector", lambda: jax.block_until_ready((order.mask(n), order.removed_vector(n))))

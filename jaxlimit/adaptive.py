@@ -15,30 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlimit import lanczos
+from jaxlimit.bracket import SpectralBracket, bracket_indefinite, bracket_semidefinite
 from jaxlimit.checkpoint import Checkpoint
 from jaxlimit.curvature import Curvature
 from jaxlimit.geometry import width_ridge
 from jaxlimit.lanczos import Tridiagonal
 from jaxlimit.magnitude import MagnitudeOrder, flatten, num_removed
-from jaxlimit.quadrature import (
-    SpectralBracket,
-    SpectralMeasure,
-    bracket_indefinite,
-    bracket_semidefinite,
-    gauss,
-    rademacher,
-    stack_rules,
-)
+from jaxlimit.one_shot import PathPoint, one_shot_limit
+from jaxlimit.quadrature import SpectralMeasure, gauss, rademacher, stack_rules
 from jaxlimit.readjust import readjusted_minimum
-from jaxlimit.roots import (
-    BudgetSpent,
-    Estimate,
-    PathPoint,
-    cone_point,
-    one_shot_limit,
-    removed_radius,
-    width_limit,
-)
+from jaxlimit.roots import BudgetSpent, Estimate, cone_point, removed_radius, width_limit
 from jaxlimit.sharding import device_bytes
 
 PyTree = Any

@@ -26,11 +26,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jaxlimit import lanczos
+from jaxlimit.bracket import SpectralBracket
 from jaxlimit.curvature import Curvature, unit_vectors
 from jaxlimit.geometry import width_dimension
 from jaxlimit.magnitude import MagnitudeOrder, flatten, magnitude_order
 from jaxlimit.prunable import combine
-from jaxlimit.quadrature import SpectralBracket, SpectralMeasure, gauss, rademacher
+from jaxlimit.quadrature import SpectralMeasure, gauss, rademacher
 from jaxlimit.roots import width_limit
 
 PyTree = Any

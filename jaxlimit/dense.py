@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 
+from jaxlimit.bracket import SpectralBracket
 from jaxlimit.magnitude import MagnitudeOrder, flatten
-from jaxlimit.quadrature import SpectralBracket, SpectralMeasure
+from jaxlimit.quadrature import SpectralMeasure
 from jaxlimit.roots import Estimate
 
 PyTree = Any

@@ -16,13 +16,13 @@ import jax
 import numpy as np
 
 from jaxlimit.adaptive import AdaptiveCurvature, Products, Progress
+from jaxlimit.bracket import SpectralBracket
 from jaxlimit.checkpoint import Checkpoint
 from jaxlimit.compat import reference_limit
 from jaxlimit.curvature import Curvature, dense_matrix
 from jaxlimit.dense import DenseCurvature, dense_curvature
 from jaxlimit.geometry import width_ridge
 from jaxlimit.magnitude import MagnitudeOrder, flatten, magnitude_order, num_removed
-from jaxlimit.quadrature import SpectralBracket
 from jaxlimit.result import PruningLimit
 from jaxlimit.roots import (
     LIMITS,

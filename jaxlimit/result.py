@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from jaxlimit.bracket import Side, SpectralBracket
 from jaxlimit.compat import ReferenceLimit
 from jaxlimit.geometry import transition_halfwidth, width_ridge
 from jaxlimit.magnitude import MagnitudeOrder, num_removed
-from jaxlimit.quadrature import Side, SpectralBracket, SpectralMeasure
+from jaxlimit.quadrature import SpectralMeasure
 from jaxlimit.roots import LIMITS, Estimate, cone_point, cone_root, removed_radius, width_limit
 
 # The window in which the probability falls from 95 % to 5 %.

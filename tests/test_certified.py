@@ -15,6 +15,7 @@ from test_limit import truth_of_matrix
 
 import jaxlimit
 from jaxlimit import lanczos, quadrature
+from jaxlimit.bracket import SpectralBracket, bracket_indefinite, bracket_semidefinite
 from jaxlimit.magnitude import magnitude_order
 from jaxlimit.roots import width_limit
 
@@ -88,17 +89,15 @@ def test_brackets_hold_what_one_probe_sees(name):
         probe = quadrature.rademacher(jax.random.key(seed), curvature.weights, 1)
         values, vectors = np.linalg.eigh(exact)
         seen = (np.asarray(probe, float)[0, :, 0] @ vectors) ** 2 / DIM
-        truth = width_limit(
-            quadrature.SpectralBracket.exact(quadrature.SpectralMeasure(values, seen)), order, eps
-        )
+        truth = width_limit(SpectralBracket.exact(quadrature.SpectralMeasure(values, seen)), order, eps)
         state, widths = lanczos.init(probe), []
         for steps in (8, 8, 16, 32, 64):
             state = lanczos.run(curvature.matmat, state, steps)
             runs, ridge = state.tridiagonals(), 2 * eps / order.squared_norm[int(truth.value * DIM)]
             bracket = (
-                quadrature.bracket_semidefinite(runs)
+                bracket_semidefinite(runs)
                 if curvature.positive_semidefinite
-                else quadrature.bracket_indefinite(runs, ridge=ridge)
+                else bracket_indefinite(runs, ridge=ridge)
             )
             found = width_limit(bracket, order, eps)
             assert found.lower <= truth.value <= found.upper

@@ -14,7 +14,8 @@ from flax import nnx
 from scipy.stats import spearmanr
 
 import jaxlimit
-from jaxlimit import compat, data, models, quadrature, training
+from jaxlimit import compat, data, models, training
+from jaxlimit.bracket import SpectralBracket
 from jaxlimit.magnitude import flatten, magnitude_order
 from jaxlimit.roots import width_limit
 
@@ -50,7 +51,7 @@ def test_direct_root_is_the_one_it_would_find_without_binning(golden):
     with np.load(golden["folder"] / "weights.npz") as file:
         order = magnitude_order([file[name] for name in file.files if name.endswith("weight")])
     summary = golden["summary"]
-    bracket = quadrature.SpectralBracket.exact(jaxlimit.SpectralMeasure(golden["eigen"], golden["weight"]))
+    bracket = SpectralBracket.exact(jaxlimit.SpectralMeasure(golden["eigen"], golden["weight"]))
     expected = summary.get("pred_nobin_contR_root_q0", summary["pred_nobin_contR_root"])
     assert width_limit(bracket, order, summary["ep=loss_std"]).value == pytest.approx(expected, abs=2e-4)
 

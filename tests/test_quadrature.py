@@ -19,15 +19,11 @@ from scipy.linalg import circulant, hessenberg
 from scipy.optimize import linprog
 
 from jaxlimit.batches import batched
+from jaxlimit.bracket import SIDES, SIXTEENTHS, SpectralBracket, bracket_indefinite, bracket_semidefinite
 from jaxlimit.curvature import hessian
 from jaxlimit.lanczos import Tridiagonal
 from jaxlimit.quadrature import (
-    SIDES,
-    SIXTEENTHS,
-    SpectralBracket,
     SpectralMeasure,
-    bracket_indefinite,
-    bracket_semidefinite,
     gauss,
     gauss_radau,
     least_rules,

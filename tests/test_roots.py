@@ -9,15 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlimit.roots import (
-    BudgetSpent,
-    Estimate,
-    PathPoint,
-    fixed_point,
-    loss_between,
-    one_shot_limit,
-    readjusted_limit,
-)
+from jaxlimit.one_shot import PathPoint, loss_between, one_shot_limit
+from jaxlimit.roots import BudgetSpent, Estimate, fixed_point, readjusted_limit
 
 # Brackets are widened by so many weights to either side.
 WIDENED = 2
