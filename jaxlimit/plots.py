@@ -290,7 +290,8 @@ def plot_series(
         panels: by the label of the vertical axis: by label, (x, means, spreads). A label keeps its colour in
             all panels. A spread of nan is not drawn.
         xlabel: of the horizontal axis, which the panels share.
-        logarithmic: labels of the axes that are; a vertical one only where its values span a decade.
+        logarithmic: labels of the axes that are; a vertical one only where its values span a decade, and
+            without those that are not positive.
         ticks: texts in the place of x = 0, 1, ...
         joined: as lines with bands; otherwise, for what has no order, as points with bars.
     """
@@ -299,7 +300,11 @@ def plot_series(
     labels = dict.fromkeys(label for curves in panels.values() for label in curves)
     style = {label: (colours[i % 8], "osD^vXP*"[i % 8]) for i, label in enumerate(labels)}
     for row, (ylabel, curves) in zip(axes, panels.items(), strict=True):
+        drawn = np.concatenate([means for _, means, _ in curves.values()])
+        if ylabel in logarithmic and np.nanmax(drawn) >= 10 * np.nanmin(drawn):
+            row.set_yscale("log")
         for label, (x, means, spreads) in curves.items():
+            means = np.where((means > 0) | (row.get_yscale() == "linear"), means, np.nan)
             colour, marker = style[label]
             marker = marker if len(x) < 30 else ""
             shared = {"color": colour, "label": label, "markersize": 4, "linewidth": 1.4}
@@ -309,9 +314,6 @@ def plot_series(
             else:
                 row.errorbar(x, means, spreads, fmt=marker, capsize=3, **shared)
         row.set_ylabel(ylabel)
-        drawn = np.concatenate([means for _, means, _ in curves.values()])
-        if ylabel in logarithmic and np.nanmax(drawn) >= 10 * np.nanmin(drawn):
-            row.set_yscale("log")
         if xlabel in logarithmic:
             row.set_xscale("log")
         if ticks is not None:

@@ -196,6 +196,15 @@ def test_sensitivity_plot_has_the_measured_thresholds(run):
     assert thresholds == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_logarithmic_panel_leaves_out_what_is_not_positive():
+    x, spreads = np.arange(3.0), np.zeros(3)
+    panels = {"tr H": {"a": (x, np.array([1.0, 100.0, -5.0]), spreads)}, "limit": {"a": (x, -x, spreads)}}
+    logarithmic, linear = plots.plot_series(panels, xlabel="x", logarithmic=["tr H"]).axes
+    assert logarithmic.get_yscale() == "log"
+    np.testing.assert_array_equal(logarithmic.lines[0].get_ydata(), [1, 100, np.nan])
+    np.testing.assert_array_equal(linear.lines[0].get_ydata(), [0, -1, -2])
+
+
 def test_no_figure_touches_pyplot(limit):
     import matplotlib.pyplot as plt
 
