@@ -11,10 +11,10 @@ products can give; documentation page "Numerics" has the proof. On a semidefinit
 the value is their mean. On an indefinite H the lower one lags behind, while the upper one falls
 geometrically with k: the value is its limit, extrapolated from three step counts (Aitken).
 
-Kept apart from this error of the quadrature: that of the probes (`SpectralMeasure.probe_error`), and
-
-rounding. The products are those of a matrix that differs from H by about machine epsilon * ||H||. The
-bounds allow for eigenvalues that are so much larger or smaller.
+Two other errors are kept apart from this one. That of the probes is `SpectralMeasure.probe_error`. As to
+rounding, the products are those of a matrix that differs from H by about machine epsilon * ||H||, and the
+bounds allow for eigenvalues that are so much larger or smaller; but where all runs of an indefinite H have
+broken down, their rules are taken as exact.
 """
 
 from collections.abc import Callable, Sequence

@@ -301,7 +301,8 @@ def plot_series(
     style = {label: (colours[i % 8], "osD^vXP*"[i % 8]) for i, label in enumerate(labels)}
     for row, (ylabel, curves) in zip(axes, panels.items(), strict=True):
         drawn = np.concatenate([means for _, means, _ in curves.values()])
-        if ylabel in logarithmic and np.nanmax(drawn) >= 10 * np.nanmin(drawn):
+        positive = drawn[drawn > 0]
+        if ylabel in logarithmic and np.any(positive >= 10 * np.min(positive, initial=np.inf)):
             row.set_yscale("log")
         for label, (x, means, spreads) in curves.items():
             means = np.where((means > 0) | (row.get_yscale() == "linear"), means, np.nan)

@@ -227,6 +227,12 @@ def test_a_scaled_chain_is_one_whose_biases_and_logits_make_up_for_it(kind, requ
             assert np.allclose(other(pruned[0], inputs), predict(pruned[1], inputs) / divisor, atol=1e-4)
 
 
+def test_a_network_of_one_layer_is_not_scaled(monkeypatch):
+    monkeypatch.setitem(presets.PRESETS, "tiny", replace(TINY, network="64-10"))
+    with pytest.raises(ValueError, match="network of two layers or more, got 64-10"):
+        EXPERIMENTS["scaling"](Study("tiny"))
+
+
 def test_a_scaled_network_with_batch_norm_is_one_whose_running_statistics_have_grown():
     c, inputs = 3.0, jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
     model = ResNet(18, width=2, rngs=nnx.Rngs(0))

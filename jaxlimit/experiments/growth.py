@@ -19,6 +19,7 @@ them. As a function of its kernels such a network is predict(kernels / c) with a
 it is computed, whatever the architecture.
 """
 
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any
@@ -88,14 +89,14 @@ def scaled(
         way, dict.fromkeys(paths, factor)
     )
 
-    def divided(params: PyTree) -> PyTree:
+    def by_factors(operation: Callable[[Any, float], Any], params: PyTree) -> PyTree:
         flat = flatten_dict(params)
-        return unflatten_dict(flat | {path: flat[path] / c for path, c in factors.items()})
+        return unflatten_dict(flat | {path: operation(flat[path], c) for path, c in factors.items()})
 
-    flat = flatten_dict(params)
-    grown = unflatten_dict(flat | {path: c * flat[path] for path, c in factors.items()})
-    other = predict if way == "plain" else lambda params, inputs: predict(divided(params), inputs)
-    return other, grown
+    def kept(params: PyTree, inputs: Any) -> Any:
+        return predict(by_factors(operator.truediv, params), inputs)
+
+    return predict if way == "plain" else kept, by_factors(operator.mul, params)
 
 
 def _kernels(params: PyTree) -> list[Path]:
