@@ -13,8 +13,7 @@ geometrically with k: the value is its limit, extrapolated from three step count
 
 Two other errors are kept apart from this one. That of the probes is `SpectralMeasure.probe_error`. As to
 rounding, the products are those of a matrix that differs from H by about machine epsilon * ||H||, and the
-bounds allow for eigenvalues that are so much larger or smaller; but where all runs of an indefinite H have
-broken down, their rules are taken as exact.
+bounds allow for eigenvalues that are so much larger or smaller.
 """
 
 from collections.abc import Callable, Sequence
@@ -147,7 +146,9 @@ def bracket_indefinite(
             out, as 0.
     """
     if all(run.breakdown for run in runs):
-        return SpectralBracket.exact(stack_rules([gauss(run) for run in runs], dim))
+        known = [gauss(run) for run in runs]
+        lower, upper = (_shifted(known, runs, sign, dim) for sign in (1, -1))
+        return SpectralBracket((lower,), upper, (stack_rules(known, dim),))
 
     def least(run: Tridiagonal) -> list[Rule]:
         if run.breakdown:

@@ -7,6 +7,7 @@ linear programming over all measures on a grid. Probe errors are compared with t
 vectors.
 """
 
+from dataclasses import replace
 from itertools import product
 
 import jax
@@ -363,9 +364,11 @@ def test_what_does_not_converge_geometrically_is_not_extrapolated():
     assert bracket.spread(lambda side: bracket.dimension(side, 1.0)) == pytest.approx(0.1)
 
 
-def test_rounding_widens_the_bounds_and_leaves_the_value():
-    run = jacobi(*random_measure(low=0), 8)
-    rounded = Tridiagonal(run.diagonal, run.off_diagonal, run.residual_norm, rounding=1e-3)
+@pytest.mark.parametrize("num_steps", [8, 12])
+def test_rounding_widens_the_bounds_and_leaves_the_value(num_steps):
+    run = jacobi(*random_measure(12, low=0), num_steps)
+    assert run.breakdown == (num_steps == 12)
+    rounded = replace(run, rounding=1e-3)
     for bracket in (bracket_semidefinite, lambda runs: bracket_indefinite(runs, ridge=0.1)):
         plain, wide = bracket([run]), bracket([rounded])
         assert wide.dimension("value", 0.1) == plain.dimension("value", 0.1)
