@@ -38,6 +38,7 @@ from jaxlimit import (
 )
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 pytest.importorskip("mkdocs", reason="needs the docs extra")
 
 
@@ -99,7 +100,7 @@ PAGES = {
     "accuracy": "numerics",
     "predicted_vs_measured": "limits",
     "real_runs": "runs",
-    **dict.fromkeys(("methods_digits", "methods_mnist-fc2"), "methods"),
+    **{path.stem: "methods" for path in RESULTS.glob("methods_*.md")},
     "basis": "large",
     "minilm": "transformer",
     "minilm_allocation": "transformer",
@@ -113,7 +114,7 @@ PAGES = {
     },
     **{
         path.stem: "experiments_cifar10"
-        for path in (ROOT / "benchmarks" / "results").glob("*_cifar10-*.md")
+        for path in RESULTS.glob("*_cifar10-*.md")
         if not path.stem.startswith("methods")
     },
     **dict.fromkeys(
@@ -133,7 +134,7 @@ PAGES = {
 
 @pytest.mark.parametrize(("name", "page"), PAGES.items())
 def test_tables_of_the_benchmarks_are_shown(site, name, page):
-    rows = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text().splitlines()
+    rows = (RESULTS / f"{name}.md").read_text().splitlines()
     first = [cell.strip() for cell in rows[2].strip("|").split("|")]
     text = (site / page / "index.html").read_text()
     assert first[0] in text

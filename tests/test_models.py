@@ -43,13 +43,12 @@ class Everything(nnx.Module):
 
 
 @pytest.mark.parametrize(
-    ("size", "padding", "strides", "channels"),
-    [(5, 0, 1, 4), (3, 1, 1, 4), (3, 1, 1, 40), (3, 1, 2, 4), (3, 1, 2, 40), (1, 0, 2, 4), (11, 1, 4, 4)],
+    ("size", "padding", "strides"), [(5, 0, 1), (3, 1, 1), (3, 1, 2), (1, 0, 2), (11, 1, 4)]
 )
-def test_convolution_is_that_of_xla(size, padding, strides, channels):
-    """Values, gradients, and the derivative of the gradient; with few channels pixels share patches."""
+def test_convolution_is_that_of_xla(size, padding, strides):
+    """Values, gradients, and the derivative of the gradient."""
     rng = np.random.default_rng(0)
-    images, kernel = rng.standard_normal((2, 13, 14, 3)), rng.standard_normal((size, size, 3, channels))
+    images, kernel = rng.standard_normal((2, 13, 14, 3)), rng.standard_normal((size, size, 3, 4))
 
     def value(convolve, operands):
         layout = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}

@@ -16,9 +16,6 @@ from flax import nnx
 from jaxlimit.models.fully_connected import FullyConnected, kaiming_normal
 
 CIFAR_SHAPE = (32, 32, 3)
-# Of adjacent pixels that share a patch on a CPU: with fewer, copying takes longer, with more the zeros in the
-# kernels do (benchmarks/convolutions.py).
-SHARED_CHANNELS = 64
 
 
 class Convolution(NamedTuple):
@@ -55,8 +52,7 @@ def convolve(
     """`jax.lax.conv_general_dilated`; on a CPU as one matrix product with the patches of the images.
 
     XLA's own gradient is about ten times slower on a CPU inside a loop, where training and curvature need it,
-    than outside (jax-ml/jax#12868). Layers with few channels are then bound by copying patches, a few numbers
-    at a time: there some adjacent pixels share a patch, their kernels side by side in a wider one.
+    than outside (jax-ml/jax#12868).
 
     Args:
         images: (batch, height, width, channels).
@@ -70,36 +66,13 @@ def convolve(
     images = jnp.pad(images, ((0, 0), *padding, (0, 0)))
     rows, columns, _, channels = kernel.shape
     down, across = strides
-    height, width = (images.shape[1] - rows) // down + 1, (images.shape[2] - columns) // across + 1
-    pixels = 1 if rows == columns == 1 else _pixels_of_a_patch(width, max(kernel.shape[2:]))
-    gaps = [across * pixel for pixel in range(pixels)]
-    wide = [jnp.pad(kernel, ((0, 0), (gap, gaps[-1] - gap), (0, 0), (0, 0))) for gap in gaps]
-    kernel = jnp.concatenate(wide, axis=-1)
-    patches = _patches(images, (rows, columns + gaps[-1]), (height, width // pixels), (down, across * pixels))
-    products = patches.reshape(-1, patches.shape[-1]) @ kernel.reshape(-1, pixels * channels)
-    return products.reshape(len(images), height, width, channels)
-
-
-def _pixels_of_a_patch(width: int, channels: int) -> int:
-    """The largest divisor of the width that has no more than SHARED_CHANNELS channels side by side, or 1."""
-    most = max(1, SHARED_CHANNELS // channels)
-    return max(pixels for pixels in range(1, min(width, most) + 1) if width % pixels == 0)
-
-
-def _patches(
-    images: jax.Array, size: tuple[int, int], count: tuple[int, int], strides: tuple[int, int]
-) -> jax.Array:
-    """(batch, *count, rows * columns * channels) patches of (rows, columns) pixels."""
-    (rows, columns), (height, width), (down, across) = size, count, strides
-    batch, lines, given, channels = images.shape
-    starts = range(0, columns, across)  # of the runs of pixels that are copied together
-    images = jnp.pad(images, ((0, 0), (0, 0), (0, max(0, starts[-1] + width * across - given)), (0, 0)))
-    runs = []
-    for start in starts:
-        run = images[:, :, start : start + width * across].reshape(batch, lines, width, across * channels)
-        runs.append(run[..., : (columns - start) * channels])
-    end = (height - 1) * down + 1
-    return jnp.concatenate([run[:, row : row + end : down] for row in range(rows) for run in runs], axis=-1)
+    height, width = images.shape[1] - rows + 1, images.shape[2] - columns + 1
+    shifts = [(i, j) for i in range(rows) for j in range(columns)]
+    patches = jnp.concatenate(
+        [images[:, i : i + height : down, j : j + width : across] for i, j in shifts], axis=-1
+    )
+    products = patches.reshape(-1, patches.shape[-1]) @ kernel.reshape(-1, channels)
+    return products.reshape(*patches.shape[:-1], channels)
 
 
 def max_pool(images: jax.Array, pool: Pool) -> jax.Array:
