@@ -32,6 +32,7 @@ import numpy as np
 from jaxlimit import limit, measure, models, prunable, record, training, weights
 from jaxlimit.batches import Batches, batched, loss_statistics
 from jaxlimit.losses import CURVATURES
+from jaxlimit.measure import ACCURACY_LOSS, SPARSITIES
 from jaxlimit.presets import PRESETS, Arrays, Options, Preset, build_network, load_arrays
 from jaxlimit.roots import LIMITS
 
@@ -40,10 +41,8 @@ COMMAND = f"python benchmarks/{NAME}.py --work DIR"
 STAGES = ("measure", "predict", "table")
 SEEDS = (0, 1)
 BATCH_SIZE = 128
-# Steps of .0025 for the loss; of .01 for the accuracy, and of .0025 behind its threshold; of .005 fine-tuned.
-SPARSITIES = np.arange(401) / 400
+# Steps of .01 for the accuracy, then of .0025 behind its threshold; of .005 fine-tuned.
 TEST_SPARSITIES, FINETUNED_SPARSITIES = SPARSITIES[::4], SPARSITIES[::2]
-ACCURACY_LOSS = 0.01
 TOLERANCE = 1e-3
 # Columns of the two Markdown tables, and where their values are in a case. A measured threshold is bold, and
 # stands before its predictions.
@@ -209,8 +208,7 @@ def accuracy_threshold(problem: Problem, params: Any) -> tuple[float, float]:
         return sweep.metrics["accuracy"]
 
     coarse = accuracies(TEST_SPARSITIES)
-    # A hair less than a point below, which may be met exactly, up to rounding.
-    bound = coarse[0] - ACCURACY_LOSS - 1e-6
+    bound = coarse[0] - ACCURACY_LOSS
     start = 4 * np.flatnonzero(coarse >= bound)[-1]
     fine = SPARSITIES[start : start + 4]
     return float(coarse[0]), float(fine[accuracies(fine) >= bound][-1])

@@ -23,6 +23,11 @@ from jaxlimit.prunable import Prunable, combine, is_kernel, partition
 
 PyTree = Any
 Metrics = Callable[[PyTree, PyTree], dict[str, jax.Array]]
+# Sparsities at which thresholds are measured: steps of .0025.
+SPARSITIES = np.arange(401) / 400
+# The accuracy threshold is the largest sparsity that costs at most a point of test accuracy. A hair more, for
+# a point may be lost exactly, up to rounding.
+ACCURACY_LOSS = 0.01 + 1e-6
 
 
 @dataclass(frozen=True)

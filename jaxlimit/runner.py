@@ -33,20 +33,17 @@ from jaxlimit import (
     weights,
 )
 from jaxlimit.curvature import Curvature
+from jaxlimit.measure import ACCURACY_LOSS, SPARSITIES
 from jaxlimit.monitor import Monitor
 from jaxlimit.presets import Arrays, Options, Preset, build_network
 
-# Sparsities of the sweep without fine-tuning: steps of .0025.
-SWEEP = np.arange(401) / 400
-# Those with fine-tuning: first these (in steps of .01) and the predicted limits, then steps of .005 between
-# the two around the crossing of the loss.
+# Sparsities of the fine-tuned sweep: first these (in steps of .01) and the predicted limits, then steps of
+# .005 between the two around the crossing of the loss.
 FINETUNED_SWEEP = (*range(10, 50, 10), *range(50, 80, 5), *range(80, 100))
 SPLITS = ("train", "test")
 # Examples at once in sweeps: as many as fit a CPU's cache, or fill another device. Sums over examples do not
 # depend on it.
 CPU_BATCH, DEVICE_BATCH = 128, 1024
-# The accuracy threshold: the largest sparsity that costs at most one point of test accuracy.
-ACCURACY_LOSS = 0.01
 
 
 def config_of(preset: Preset, options: Options) -> dict[str, Any]:
@@ -119,7 +116,7 @@ class _Run:
         if (folder / record.LIMIT).exists():
             self.document = record.read_json(folder / record.LIMIT)
         self.document |= {"command": command, "versions": record.versions(), "device": record.device()}
-        self.columns: dict[str, NDArray[np.float64]] = {"sparsity": SWEEP}
+        self.columns: dict[str, NDArray[np.float64]] = {"sparsity": SPARSITIES}
         if "sweep" in self.document["seconds"]:
             self.columns = record.read_columns(folder / record.CURVES)
 
@@ -237,7 +234,7 @@ class _Run:
         with self.stage(stage, title, dim if dense else limit.MAX_MATVECS):
             compat = "reference" if name == "hessian" else None
             found = limits_of(num_examples, limit.LIMITS, checkpoint / "all", compat)
-            record.save_spectrum(record.spectrum_path(self.folder, name), found, SWEEP)
+            record.save_spectrum(record.spectrum_path(self.folder, name), found, SPARSITIES)
             self.document["limits"][name] = found.to_json()
             if num_examples is not None and 1 < num_examples < len(self.arrays["train"][1]):
                 half = limits_of(num_examples // 2, ["width"], checkpoint / "half")
@@ -256,10 +253,10 @@ class _Run:
             return
         with self.stage("sweep", title, 2):
             kernels = prunable.partition(self.params)[0]
-            self.columns["removed_norm"] = magnitude.removed_norm(kernels, SWEEP)
+            self.columns["removed_norm"] = magnitude.removed_norm(kernels, SPARSITIES)
             for count, split in enumerate(self.arrays):
                 found = measure.sparsity_sweep(
-                    self.metrics, self.params, self.batches(self.arrays[split]), SWEEP
+                    self.metrics, self.params, self.batches(self.arrays[split]), SPARSITIES
                 )
                 self.columns |= {f"{split}_{name}": values for name, values in found.metrics.items()}
                 self.monitor.update(count + 1, split)
@@ -305,7 +302,7 @@ class _Run:
             self.loss,
             self.params,
             self.batches(self.arrays["train"]),
-            SWEEP[list(indices)],
+            SPARSITIES[list(indices)],
             metrics_fn=self._metrics_of_both,
             eval_batches=self.batches(both),
             num_steps=self.preset.finetune_steps,
@@ -316,7 +313,8 @@ class _Run:
         for name in ("train_accuracy", "test_loss", "test_accuracy"):
             values[name] = found.metrics[f"eval_{name}"] * scale[name.split("_")[0]]
         for name, column in values.items():
-            self.columns.setdefault(f"finetuned_{name}", np.full(len(SWEEP), np.nan))[list(indices)] = column
+            whole = self.columns.setdefault(f"finetuned_{name}", np.full(len(SPARSITIES), np.nan))
+            whole[list(indices)] = column
 
     def _metrics_of_both(self, params: Any, batch: Any) -> dict[str, jax.Array]:
         """Metrics of training and test examples in one batch, as shares of all examples in it."""
@@ -338,13 +336,12 @@ class _Run:
         """
         network = self.document["network"]
         known = ~np.isnan(self.columns[column])
-        sparsity, values = SWEEP[known], self.columns[column][known]
+        sparsity, values = SPARSITIES[known], self.columns[column][known]
         if column.endswith("loss"):
             bound = network["train_loss"] + self.document["loss_tolerance"]
             value = measure.Sweep(sparsity, {name: values}).first_crossing(name, bound)
         else:
-            # A hair more than the tolerated loss of accuracy, which may be met exactly, up to rounding.
-            bound = ACCURACY_LOSS + 1e-6 - network["test_accuracy"]
+            bound = ACCURACY_LOSS - network["test_accuracy"]
             value = measure.Sweep(sparsity, {name: -values}).largest_sparsity(name, bound)
         after = sparsity[sparsity > value]
         self.document["measured"][name] = {"value": value, "next": float(after[0]) if after.size else 1.0}

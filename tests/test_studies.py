@@ -23,10 +23,9 @@ from jaxlimit.experiments.anatomy import EDGES, row_norms, sampling_distance, sh
 from jaxlimit.experiments.growth import scaled
 from jaxlimit.experiments.iterations import survivors
 from jaxlimit.experiments.study import Study
-from jaxlimit.experiments.subject import SWEEP
 from jaxlimit.losses import classification_loss
 from jaxlimit.magnitude import apply_mask, flatten, magnitude_mask, magnitude_order, unflatten
-from jaxlimit.measure import sparsity_sweep
+from jaxlimit.measure import SPARSITIES, sparsity_sweep
 from jaxlimit.models import ConvolutionalNetwork, FullyConnected, ResNet, from_nnx
 from jaxlimit.models.convolutional import Convolution, Pool
 from jaxlimit.prunable import partition
@@ -339,12 +338,12 @@ def test_the_tables_of_the_docs_are_what_the_results_say(path, monkeypatch):
 def test_thresholds_are_those_of_the_whole_sweep(monkeypatch):
     monkeypatch.setattr(subject, "PART", 100)
     network = Study(epochs=20).task().trained(0)
-    loss = network.sweep(SWEEP, network.batches)
+    loss = network.sweep(SPARSITIES, network.batches)
     bound = network.statistics.mean + network.statistics.batch_std
-    accuracy = network.sweep(SWEEP, network.test).metrics["accuracy"]
+    accuracy = network.sweep(SPARSITIES, network.test).metrics["accuracy"]
     wanted = {
         "loss": loss.first_crossing("loss", bound),
-        "accuracy": SWEEP[np.flatnonzero(accuracy[0] - accuracy < 0.0101)[-1]],
+        "accuracy": SPARSITIES[np.flatnonzero(accuracy[0] - accuracy < 0.0101)[-1]],
     }
     assert all(0 < s < 1 for s in wanted.values())
     assert network.thresholds() == wanted

@@ -9,9 +9,9 @@ from tyro.conf import arg
 from jaxlimit import plots
 from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.study import Results, Study
-from jaxlimit.experiments.subject import ACCURACY_LOSS, Task, values
+from jaxlimit.experiments.subject import Task, values
 from jaxlimit.experiments.tables import by_variant, cell, curve, is_less, limit, markdown, tally
-from jaxlimit.measure import finetuned_sweep
+from jaxlimit.measure import ACCURACY_LOSS, finetuned_sweep
 
 WHICH = ("one_shot", "width", "cone")
 # In units of the preset's lambda.
@@ -80,9 +80,8 @@ def _accuracy(name: str) -> Callable[[Mapping[str, Any]], float]:
 
 def _kept(results: Results, before: Callable[[Mapping[str, Any]], float]) -> str:
     """For each limit, how many runs are cut there at most one point of test accuracy below `before`."""
-    most = ACCURACY_LOSS + 1e-6
     found = {
-        name: [is_less(before(piece) - _accuracy(name)(piece), most) for piece in results.values()]
+        name: [is_less(before(piece) - _accuracy(name)(piece), ACCURACY_LOSS) for piece in results.values()]
         for name in WHICH
     }
     return ", ".join(f"{name} {tally(kept)}" for name, kept in found.items())

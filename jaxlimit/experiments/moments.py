@@ -10,9 +10,10 @@ from jaxlimit import plots
 from jaxlimit.batches import batched, loss_statistics
 from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.study import Results, Study
-from jaxlimit.experiments.subject import SWEEP, Task, values
+from jaxlimit.experiments.subject import Task, values
 from jaxlimit.experiments.tables import by_variant, cell, curve, is_less, limit, markdown, over_seeds, tally
 from jaxlimit.magnitude import flatten, unflatten
+from jaxlimit.measure import SPARSITIES
 
 WHICH = ("one_shot", "width", "cone")
 # Shares of the epochs after which the limit is computed.
@@ -131,15 +132,15 @@ def _order(task: Task, seed: int, random: bool) -> dict[str, Any]:
         flat = jax.random.permutation(key, flatten(subject.weights).size)
         scores = unflatten(np.asarray(flat), subject.weights)
     found = subject.limit(WHICH, scores=scores)
-    sweep = subject.sweep(SWEEP, subject.batches, scores=scores)
+    sweep = subject.sweep(SPARSITIES, subject.batches, scores=scores)
     return {
         "limit": values(found),
         "measured": {
             "loss": sweep.first_crossing("loss", subject.statistics.mean + subject.statistics.batch_std),
             "accuracy": subject.accuracy_threshold(scores),
         },
-        "sparsity": SWEEP[::4].tolist(),
-        "removed_norm": found.curve(SWEEP[::4]).removed_norm.tolist(),
+        "sparsity": SPARSITIES[::4].tolist(),
+        "removed_norm": found.curve(SPARSITIES[::4]).removed_norm.tolist(),
         "train_loss": sweep.metrics["loss"][::4].tolist(),
     }
 
@@ -193,7 +194,7 @@ def _tolerances(task: Task, seed: int, variant: Any) -> dict[str, Any]:
     statistics = {name: loss_statistics(subject.loss, subject.params, found) for name, found in data.items()}
     loss, tolerance = statistics[variant[0]].mean, statistics[variant[1]].batch_std
     found = subject.limit(WHICH, batches=data[variant[0]], loss_tolerance=tolerance)
-    sweep = subject.sweep(SWEEP, data[variant[0]])
+    sweep = subject.sweep(SPARSITIES, data[variant[0]])
     rise = (sweep.metrics["loss"] - loss) / tolerance
     return {
         "limit": values(found),
@@ -237,9 +238,10 @@ def figure_tolerances(results: Results) -> Any:
     """Rise of the loss in units of eps, against sparsity, around the thresholds."""
     thresholds = [piece["measured"]["loss"] for piece in results.values()]
     start, end = max(0.0, min(thresholds) - 0.1), min(1.0, max(thresholds) + 0.01)
-    chosen = (SWEEP[::4] >= start) & (SWEEP[::4] <= end)
+    grid = SPARSITIES[::4]
+    chosen = (grid >= start) & (grid <= end)
     curves = {
-        _title(name): over_seeds(SWEEP[::4][chosen], [np.array(piece["rise"])[chosen] for piece in pieces])
+        _title(name): over_seeds(grid[chosen], [np.array(piece["rise"])[chosen] for piece in pieces])
         for name, pieces in by_variant(results).items()
     }
     figure = plots.plot_series({"rise of the loss / ε": curves}, xlabel="sparsity s")

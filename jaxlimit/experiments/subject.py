@@ -22,7 +22,7 @@ from jaxlimit.curvature import Curvature
 from jaxlimit.experiments.experiment import Note, on_epoch
 from jaxlimit.limit import pruning_limit
 from jaxlimit.losses import Loss, classification_curvature, classification_loss, classification_metrics
-from jaxlimit.measure import Metrics, PrunedNetwork, Sweep
+from jaxlimit.measure import ACCURACY_LOSS, SPARSITIES, Metrics, PrunedNetwork, Sweep
 from jaxlimit.models import from_nnx
 from jaxlimit.presets import Arrays, Preset, build_network
 from jaxlimit.prunable import partition
@@ -30,10 +30,6 @@ from jaxlimit.result import PruningLimit
 from jaxlimit.training import train_model
 
 PyTree = Any
-# Sparsities of the measured thresholds: steps of .0025, as in `jaxlimit run`.
-SWEEP = np.arange(401) / 400
-# The accuracy threshold: the largest sparsity that costs at most one point of test accuracy.
-ACCURACY_LOSS = 0.01
 # Test examples of a step of its search: a tenth of those of CIFAR-10 and MNIST.
 PART = 1000
 
@@ -196,7 +192,7 @@ class Subject:
         """The last sparsity before the training loss first exceeds L + eps."""
         network, bound = PrunedNetwork(self.params), self.statistics.mean + self.statistics.batch_std
         threshold = 0.0  # a network as it is loses nothing
-        for grid in SWEEP[1:].reshape(-1, 8):
+        for grid in SPARSITIES[1:].reshape(-1, 8):
             self.note(f"measured loss, s = {grid[0]:.2f}")
             crossing = network.sweep(self.metrics, self.batches, grid).first_crossing("loss", bound)
             threshold = crossing or threshold
@@ -216,9 +212,8 @@ class Subject:
             found = network.sweep(self.metrics, part, [sparsity], chunk_size=1)
             return round(part.num_examples * (1 - found.metrics["accuracy"][0]))
 
-        # A hair more than the point, which may be met exactly, up to rounding.
-        allowed = sum(errors(0.0, part) for part in parts) + ACCURACY_LOSS * self.test.num_examples + 1e-6
-        for sparsity in SWEEP[:0:-1]:
+        allowed = sum(errors(0.0, part) for part in parts) + ACCURACY_LOSS * self.test.num_examples
+        for sparsity in SPARSITIES[:0:-1]:
             self.note(f"measured accuracy, s = {sparsity:.2f}")
             found = itertools.accumulate(errors(sparsity, part) for part in parts)
             if all(so_far <= allowed for so_far in found):
