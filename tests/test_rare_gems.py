@@ -137,6 +137,29 @@ def test_the_search_is_the_recipe_in_numpy():
     assert found.sum() == num_kept
 
 
+class Normalized(nnx.Module):
+    """A dense layer and batch norm."""
+
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(4, 3, use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(3, momentum=0.5, use_scale=False, use_bias=False, rngs=rngs)
+
+    def __call__(self, inputs):
+        return self.norm(self.dense(inputs))
+
+
+def test_the_model_has_the_running_statistics_of_its_scores():
+    """With scores that stay as they are, and one batch, these are its mean and variance."""
+    (inputs, labels), model = examples(), Normalized(nnx.Rngs(0))
+    settings = RareGems(epochs=30, batch_size=11, learning_rate=1e-12, l2=0.0, drop_every=30)
+    scores, _, found = search(model, (inputs, labels), jax.random.key(0), 6, settings)
+    weights = np.asarray(kernels(model)["dense"]["kernel"])
+    outputs = inputs @ (weights * (np.asarray(scores["dense"]["kernel"]) > 0.5))
+    np.testing.assert_allclose(found.norm.mean, outputs.mean(0), atol=1e-5)
+    np.testing.assert_allclose(found.norm.var, outputs.var(0), rtol=1e-4)
+    np.testing.assert_array_equal(found.dense.kernel, weights)
+
+
 def test_everything_is_kept_at_sparsity_zero():
     model = bare(FullyConnected([4, 3], rngs=nnx.Rngs(0)), biases=False)
     found = search(model, examples(), jax.random.key(0), 12, RareGems(epochs=3, drop_every=1))[1]

@@ -15,8 +15,9 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from scipy.stats import rv_discrete
 
-from jaxlimit import batched, hessian, presets, pruning_limit
-from jaxlimit.baselines.network import cut
+from jaxlimit import baselines, batched, hessian, presets, pruning_limit
+from jaxlimit.baselines.gems import signed_constants
+from jaxlimit.baselines.network import bare, cut
 from jaxlimit.cli import main
 from jaxlimit.experiments import EXPERIMENTS, iterations, methods, study, subject
 from jaxlimit.experiments.anatomy import EDGES, row_norms, sampling_distance, shares, total_variation
@@ -29,6 +30,7 @@ from jaxlimit.measure import SPARSITIES, sparsity_sweep
 from jaxlimit.models import ConvolutionalNetwork, FullyConnected, ResNet, from_nnx
 from jaxlimit.models.convolutional import Convolution, Pool
 from jaxlimit.prunable import partition
+from jaxlimit.training import pure_classifier
 
 TINY = presets.Preset(
     "tiny", "digits", "64-3-10", epochs=2, learning_rate=0.1, schedule="cosine", l1=5e-4, finetune_steps=2
@@ -108,6 +110,22 @@ def test_scores_that_are_all_off_have_no_limit(tmp_path, monkeypatch):
         accuracy, width, trace = line.split(" | ")[3:6]
         assert 0 < float(accuracy) < 100
         assert (width, trace) == ("-", "-")
+
+
+def test_scores_are_asked_about_with_the_running_statistics_of_their_search():
+    """With scores that stay as they are, and one batch, the loss is the one in training mode."""
+    model = ConvolutionalNetwork(
+        [Convolution(3, 3)], [], 3, image_shape=(6, 6, 1), normalize=True, rngs=nnx.Rngs(0)
+    )
+    inputs = np.asarray(3 + 2 * jax.random.normal(jax.random.key(0), (40, 6, 6, 1)))
+    arrays = inputs, np.arange(40) % 3
+    task = subject.Task(TINY, None, None, 100, arrays, arrays)
+    settings = baselines.RareGems(epochs=100, batch_size=40, learning_rate=1e-12, l2=0.0)
+    found = iterations._score_subject(task, model, 0, 0.5, settings)
+    network = pure_classifier(bare(model, biases=False))
+    gated = jax.tree.map(lambda w, p: w * (p > 0.5), signed_constants(network.params), found.params)
+    wanted, _ = network.objective(gated, network.state, arrays, jax.random.key(0))
+    assert found.statistics.mean == pytest.approx(float(wanted), rel=1e-4)
 
 
 def test_too_few_products_are_mentioned_below_the_table(tmp_path, monkeypatch):

@@ -149,8 +149,11 @@ def search(
     checkpoint: Folder = None,
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     on_epoch: Callable[[int, float], None] | None = None,
-) -> tuple[PyTree, PyTree]:
-    """The scores and the flags at the end of the search; these keep exactly `num_kept` weights."""
+) -> tuple[PyTree, PyTree, nnx.Module]:
+    """The scores at the end of the search, flags that keep exactly `num_kept` weights, and the model.
+
+    The model's weights are as they were, its running statistics those of the network of the scores.
+    """
     network = pure_classifier(model, augment)
     weights, rest = partition(network.params)
     dim, per_epoch = size(weights), steps_per_epoch(len(arrays[1]), settings.batch_size)
@@ -165,7 +168,7 @@ def search(
             return scores, state
         return scores, (keep_largest(scores, flagged[number], alive=state[0]), *state[1:])
 
-    scores, (flags, *_) = minimise(
+    scores, (flags, _, _, statistics) = minimise(
         score_objective(network, l2),
         scores,
         (keep_all(weights), weights, rest, network.state),
@@ -183,7 +186,8 @@ def search(
         checkpoint=checkpoint,
         identity={**network.identity, "l2": l2, "num_kept": num_kept, "drop_every": settings.drop_every},
     )
-    return scores, keep_largest(scores, num_kept, alive=flags)
+    model = network.rebuild(network.params, statistics)
+    return scores, keep_largest(scores, num_kept, alive=flags), model
 
 
 def rare_gems(
@@ -233,7 +237,7 @@ def rare_gems(
     for num_kept in kept_counts(weights, sparsities):
         search_key, train_key = jax.random.split(key)
         folder = stage(checkpoint, f"kept-{num_kept}")
-        _, mask = search(
+        _, mask, _ = search(
             model, arrays, search_key, num_kept, settings, checkpoint=stage(folder, "search"), **options
         )
         folder = stage(folder, "finetune")

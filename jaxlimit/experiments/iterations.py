@@ -238,12 +238,10 @@ def _score_subject(task: Task, model: Any, seed: int, sparsity: float, settings:
     """The loss as a function of the scores, at those that a search without drops has found."""
     model = bare(model, biases=False)
     weights = signed_constants(kernels(model))
-    model = with_params(model, weights)
-    predict, params = from_nnx(model)
     (kept,) = kept_counts(weights, [sparsity])
     settings = replace(settings, drop_every=settings.epochs)
-    scores, _ = search(
-        model,
+    scores, _, model = search(
+        with_params(model, weights),
         task.train,
         jax.random.key(seed),
         kept,
@@ -252,6 +250,7 @@ def _score_subject(task: Task, model: Any, seed: int, sparsity: float, settings:
         augment=task.preset.augmentation(),
         on_epoch=on_epoch(task.note),
     )
+    predict, params = from_nnx(model)
     rest = partition(params)[1]
 
     def of(scores: PyTree, inputs: jax.Array) -> jax.Array:
