@@ -123,6 +123,12 @@ def signed_constants(weights: PyTree) -> PyTree:
     return jax.tree.map(lambda w: jnp.sign(w) * math.sqrt(2 / math.prod(w.shape[:-1])), weights)
 
 
+def searchable(model: nnx.Module) -> nnx.Module:
+    """The model as the search takes it: its weights signed constants, without biases, batch norm bare."""
+    model = bare(model, biases=False)
+    return with_params(model, signed_constants(kernels(model)))
+
+
 def score_objective(network: PureClassifier, l2: float) -> Callable[..., tuple[jax.Array, PyTree]]:
     """What the search minimises, as `jaxlimit.descent.minimise` takes it.
 
@@ -230,10 +236,8 @@ def rare_gems(
         >>> network.rounds, sorted(network.params["layers"]["0"])
         ((64, 40, 25, 16), ['kernel'])
     """
-    model = bare(model, biases=False)
-    weights = signed_constants(kernels(model))
-    model = with_params(model, weights)
-    networks = []
+    model = searchable(model)
+    weights, networks = kernels(model), []
     for num_kept in kept_counts(weights, sparsities):
         search_key, train_key = jax.random.split(key)
         folder = stage(checkpoint, f"kept-{num_kept}")

@@ -12,9 +12,9 @@ from jax.flatten_util import ravel_pytree
 from tyro.conf import arg
 
 from jaxlimit import baselines, plots
-from jaxlimit.baselines.gems import recipe_l2, search, signed_constants, straight_through
+from jaxlimit.baselines.gems import recipe_l2, search, searchable, straight_through
 from jaxlimit.baselines.masks import kept_counts
-from jaxlimit.baselines.network import SparseNetwork, bare, kernels, stage, with_params
+from jaxlimit.baselines.network import SparseNetwork, kernels, stage
 from jaxlimit.experiments.experiment import Experiment, on_epoch
 from jaxlimit.experiments.methods import CIFAR10, settings_of
 from jaxlimit.experiments.study import Results, Study
@@ -236,12 +236,11 @@ def _gems(task: Task, seed: int, variant: Any) -> dict[str, Any]:
 
 def _score_subject(task: Task, model: Any, seed: int, sparsity: float, settings: Any) -> Subject:
     """The loss as a function of the scores, at those that a search without drops has found."""
-    model = bare(model, biases=False)
-    weights = signed_constants(kernels(model))
-    (kept,) = kept_counts(weights, [sparsity])
+    model = searchable(model)
+    (kept,) = kept_counts(kernels(model), [sparsity])
     settings = replace(settings, drop_every=settings.epochs)
     scores, _, model = search(
-        with_params(model, weights),
+        model,
         task.train,
         jax.random.key(seed),
         kept,
@@ -251,7 +250,7 @@ def _score_subject(task: Task, model: Any, seed: int, sparsity: float, settings:
         on_epoch=on_epoch(task.note),
     )
     predict, params = from_nnx(model)
-    rest = partition(params)[1]
+    weights, rest = partition(params)
 
     def of(scores: PyTree, inputs: jax.Array) -> jax.Array:
         gated = jax.tree.map(lambda w, p: w * straight_through(p), weights, scores)
