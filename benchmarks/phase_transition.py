@@ -127,7 +127,7 @@ def train(experiment: Experiment) -> Network:
     arrays, _ = presets.load_arrays(preset, presets.Options())
     predict, params = from_nnx(presets.build_network(preset, seed=0))
     loss = training.classification_loss(predict)
-    rate = preset.rate(len(arrays[0]))
+    rate = preset.recipe.rate(len(arrays[0]))
     params = training.train(
         loss, params, arrays, jax.random.key(0), epochs=preset.epochs, learning_rate=rate, l1=preset.l1
     )

@@ -160,7 +160,7 @@ def train(case: Case, problem: Problem, folder: Path) -> Any:
             jax.random.fold_in(jax.random.key(case.seed), 0),
             epochs=case.preset.epochs,
             batch_size=case.preset.batch_size,
-            learning_rate=case.preset.rate(len(problem.train[1])),
+            learning_rate=case.preset.recipe.rate(len(problem.train[1])),
             momentum=case.preset.momentum,
             l1=case.preset.l1,
             on_epoch=lambda epoch, loss: report(f"epoch {epoch + 1}, loss + L1 {loss:.4f}"),

@@ -53,7 +53,8 @@ class Checkpoint:
             raise ValueError(
                 f"{identity} is damaged ({error}): remove {self.folder} to start anew."
             ) from error
-        different = [name for name in fingerprint if stored.get(name) != fingerprint[name]]
+        names = {**fingerprint, **stored}
+        different = [name for name in names if stored.get(name) != fingerprint.get(name)]
         if different:
             raise ValueError(
                 f"the checkpoint in {self.folder} is of another problem: {', '.join(different)} differ. Name "

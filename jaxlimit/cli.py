@@ -128,7 +128,7 @@ def parse(args: Sequence[str]) -> "Run | Presets | Report | Experiment":
             preset: which experiment: see `jaxlimit presets`.
             seed: of the initial weights, the order of the examples and the probes.
             l1: lambda, the weight of the L1 term in training.
-            epochs: passes over the training data.
+            epochs: passes over the training data; the preset's warm-up takes at most half of them.
             batch_size: of training; the loss tolerance, too, is taken over batches of so many.
             learning_rate: of SGD, after the warm-up.
             schedule: of the learning rate: cosine falls to 0, steps is halved three times.

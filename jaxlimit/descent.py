@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from numpy.typing import ArrayLike
 
 from jaxlimit.checkpoint import Checkpoint
 from jaxlimit.losses import l1_norm
+from jaxlimit.sharding import to_host
 
 PyTree = Any
 # objective(params, state, batch, key) -> (mean loss of the batch, state after it)
@@ -135,7 +137,7 @@ def minimise(
     }
     if checkpoint is not None:  # a pass over all data
         updates = epochs * -(-num_examples // batch_size)
-        problem |= _fingerprint(params, arrays, key, learning_rate, updates) | dict(identity or {})
+        problem |= _fingerprint((params, state), arrays, key, learning_rate, updates) | dict(identity or {})
     store = Checkpoint(checkpoint, problem)
     stored = store.load_tree("epoch", (0, carry))
     done, carry = (0, carry) if stored is None else (int(stored[0]), jax.tree.map(jnp.asarray, stored[1]))
@@ -158,21 +160,31 @@ def minimise(
 
 
 def _fingerprint(
-    params: PyTree, arrays: PyTree, key: jax.Array, learning_rate: float | optax.Schedule, updates: int
+    start: PyTree, arrays: PyTree, key: jax.Array, learning_rate: float | optax.Schedule, updates: int
 ) -> dict[str, Any]:
-    """What tells one training from another; of a schedule the first rate and the sum of all."""
+    """What tells one training from another; of a schedule the first rate and the sum of all.
+
+    Devices round random weights and cosines differently: of these five and six digits.
+    """
     rates = [learning_rate]
     if callable(learning_rate):
         each = np.asarray(jax.vmap(learning_rate)(jnp.arange(updates)), np.float64)
-        # Devices round a cosine differently.
         rates = [float(f"{rate:.6g}") for rate in (each[0], each.sum())]
+    sums = [_ordered_sum(to_host(leaf).ravel()) for leaf in jax.tree.leaves(start)]
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(arrays)]
+    examples = [np.sum(leaf.reshape(len(leaf), -1), axis=1, dtype=np.float64) for leaf in leaves]
     return {
         "learning_rate": np.asarray(rates, np.float64).tolist(),
-        "params": float(l1_norm(params)),
-        "arrays": [[*leaf.shape, float(np.sum(leaf, dtype=np.float64))] for leaf in leaves],
+        "start": float(f"{_ordered_sum(sums):.5g}"),
+        "arrays": [[*leaf.shape, _ordered_sum(x)] for leaf, x in zip(leaves, examples, strict=True)],
         "key": np.asarray(jax.random.key_data(key)).ravel().tolist(),
     }
+
+
+def _ordered_sum(values: ArrayLike) -> float:
+    """Sum over i, from 1, of sqrt(i) times the i-th value, which sees signs and order."""
+    values = np.asarray(values, np.float64)
+    return float(values @ np.sqrt(np.arange(1, len(values) + 1)))
 
 
 def require_count(name: str, value: int) -> None:

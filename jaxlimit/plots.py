@@ -304,7 +304,8 @@ def plot_series(
         positive = drawn[drawn > 0]
         if ylabel in logarithmic and np.any(positive >= 10 * np.min(positive, initial=np.inf)):
             row.set_yscale("log")
-        for label, (x, means, spreads) in curves.items():
+        for label, curve in curves.items():
+            x, means, spreads = (np.asarray(column)[np.argsort(curve[0])] for column in curve)
             means = np.where((means > 0) | (row.get_yscale() == "linear"), means, np.nan)
             colour, marker = style[label]
             marker = marker if len(x) < 30 else ""

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from flax import nnx
 
 from jaxlimit import data, models
+from jaxlimit.baselines import Recipe
 from jaxlimit.losses import CURVATURES
-from jaxlimit.schedule import SCHEDULES, learning_rate_schedule, steps_per_epoch
+from jaxlimit.schedule import SCHEDULES
 
 Arrays = tuple[np.ndarray, np.ndarray]
 # The learning rate of "steps" is halved after these shares of the epochs: 60, 120 and 160 of 200.
@@ -109,15 +109,20 @@ class Preset:
         if self.augment and self.dataset not in DATASETS:
             raise ValueError(f"augment crops and flips images: {self.dataset} is not meant for that.")
 
-    def rate(self, num_examples: int) -> float | optax.Schedule:
-        """The learning rate in the form that `jaxlimit.training.train` takes."""
-        return learning_rate_schedule(
-            self.schedule,
+    @property
+    def recipe(self) -> Recipe:
+        """How the network is trained."""
+        return Recipe(
+            self.epochs,
+            self.batch_size,
             self.learning_rate,
-            epochs=self.epochs,
-            updates_per_epoch=steps_per_epoch(num_examples, self.batch_size),
-            warmup_epochs=self.warmup_epochs,
+            self.schedule,
             milestones=MILESTONES,
+            factor=0.5,
+            warmup_epochs=self.warmup_epochs,
+            momentum=self.momentum,
+            weight_decay=0.0,
+            l1=self.l1,
         )
 
     def augmentation(self) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
@@ -171,16 +176,23 @@ PRESETS = {
 def find_preset(name: str, **settings: Any) -> Preset:
     """The preset of that name, with other settings (fields of `Preset`) where they are not None.
 
+    When `epochs` is given, the preset's warm-up takes at most half of them.
+
     Raises:
         ValueError: there is no such preset, or a setting is out of range.
 
     Examples:
         >>> find_preset("digits", l1=0.0, epochs=None).l1
         0.0
+        >>> find_preset("cifar10-vgg16", epochs=4).warmup_epochs
+        2
     """
     if name not in PRESETS:
         raise ValueError(f"there is no preset {name!r}; the presets are {', '.join(PRESETS)}.")
-    return replace(PRESETS[name], **{key: value for key, value in settings.items() if value is not None})
+    preset, given = PRESETS[name], {key: value for key, value in settings.items() if value is not None}
+    if "epochs" in given:
+        given = {"warmup_epochs": min(preset.warmup_epochs, given["epochs"] // 2)} | given
+    return replace(preset, **given)
 
 
 @dataclass(frozen=True)

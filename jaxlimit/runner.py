@@ -162,15 +162,10 @@ class _Run:
         preset, arrays = self.preset, self.arrays["train"]
         checkpoint = record.checkpoint_path(self.folder, "training")
         with self.stage("training", title, preset.epochs):
-            trained = training.train_model(
+            trained = preset.recipe.train(
                 self.network,
                 arrays,
                 self.key(0),
-                epochs=preset.epochs,
-                batch_size=preset.batch_size,
-                learning_rate=preset.rate(len(arrays[1])),
-                momentum=preset.momentum,
-                l1=preset.l1,
                 augment=preset.augmentation(),
                 on_epoch=lambda epoch, loss: self.monitor.update(epoch + 1, f"loss + L1 {loss:.4f}"),
                 checkpoint=checkpoint,

@@ -54,7 +54,7 @@ def learning_rate_schedule(
         updates_per_epoch: see `steps_per_epoch`.
         warmup_epochs: in which the rate grows linearly from 0.
         milestones: of "steps": after these shares of the epochs, rounded to whole epochs (but at least one,
-            for a share above 0), the rate is multiplied by `factor`.
+            for a share above 0), the rate is multiplied by `factor`; in the warm-up only at its end.
         factor: of "steps".
 
     Returns:

@@ -93,7 +93,8 @@ def train(
         on_epoch: called after each epoch as `on_epoch(epoch, mean_loss)`: the epoch from 0, and the mean over
             its examples of what is minimised, the L1 term included, each batch before its own update.
         checkpoint: folder in which every finished epoch is kept. Training that was interrupted goes on from
-            there, to the same bits; a folder of other training is refused.
+            there, to the same bits; a folder of a training with other numbers, data, start or key is refused.
+            It does not know the loss itself: another one needs another folder.
 
     Returns:
         The trained parameters, a pytree like `params`.

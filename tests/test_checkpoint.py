@@ -178,6 +178,8 @@ def test_another_problem(change, names, folder):
     Checkpoint(folder, dict(FINGERPRINT))
     with pytest.raises(ValueError, match=rf"of another problem: {names} differ\. Name another folder"):
         Checkpoint(folder, {**FINGERPRINT, **change})
+    with pytest.raises(ValueError, match="of another problem: dim differ"):  # which this one does not have
+        Checkpoint(folder, {name: value for name, value in FINGERPRINT.items() if name != "dim"})
     assert json.loads((folder / "problem.json").read_text()) == FINGERPRINT
     assert Checkpoint(folder, FINGERPRINT).load_tree("name", 0).tolist() == [1, 1]
 

@@ -52,7 +52,7 @@ def test_every_preset_of_the_paper_has_its_dense_control():
 
 def test_the_rate_warms_up_and_is_halved():
     """391 updates an epoch: 5 of warm-up, halved after 60, 120 and 160."""
-    rate = find_preset("cifar10-alexnet").rate(50_000)
+    rate = find_preset("cifar10-alexnet").recipe.rate(50_000)
     epochs = [0, 2.5, 5, 59.9, 60.1, 119.9, 120.1, 159.9, 160.1, 199]
     expected = [0, 0.005, 0.01, 0.01, 0.005, 0.005, 0.0025, 0.0025, 0.00125, 0.00125]
     found = [float(rate(round(391 * epoch))) for epoch in epochs]
@@ -60,11 +60,11 @@ def test_the_rate_warms_up_and_is_halved():
 
 
 def test_the_cosine_ends_at_zero_after_its_warm_up():
-    rate = find_preset("cifar100-resnet18").rate(50_000)
+    rate = find_preset("cifar100-resnet18").recipe.rate(50_000)
     epochs = np.array([2.5, 5, 102.5, 200])
     expected = [0.05, 0.1, 0.05, 0.0]
     np.testing.assert_allclose([float(rate(round(391 * e))) for e in epochs], expected, atol=1e-4)
-    assert find_preset("mnist-fc2").rate(60_000) == 0.01
+    assert find_preset("mnist-fc2").recipe.rate(60_000) == 0.01
 
 
 def test_flat_images_are_augmented_as_images():

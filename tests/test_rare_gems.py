@@ -191,3 +191,6 @@ def test_a_checkpoint_of_another_search_is_refused(tmp_path, change, num_kept, n
     other = replace(settings, **change)
     with pytest.raises(ValueError, match=f"of another problem: {name} differ"):
         search(model, examples(), jax.random.key(0), num_kept, other, checkpoint=tmp_path)
+    model = FullyConnected([4, 5, 3], rngs=nnx.Rngs(1))  # the scores begin alike
+    with pytest.raises(ValueError, match="of another problem: start differ"):
+        search(model, examples(), jax.random.key(0), 9, settings, checkpoint=tmp_path)

@@ -205,6 +205,12 @@ def test_a_logarithmic_panel_leaves_out_what_is_not_positive():
     np.testing.assert_array_equal(linear.lines[0].get_ydata(), [0, -1, -2])
 
 
+def test_a_line_goes_from_left_to_right():
+    panels = {"limit": {"a": (np.array([1.0, 0.5, 2.0]), np.array([3.0, 4.0, 5.0]), np.zeros(3))}}
+    (line,) = plots.plot_series(panels, xlabel="factor").axes[0].lines
+    np.testing.assert_array_equal(line.get_xydata(), [[0.5, 4], [1, 3], [2, 5]])
+
+
 def test_no_figure_touches_pyplot(limit):
     import matplotlib.pyplot as plt
 

@@ -36,6 +36,10 @@ def examples(count=24):
     return inputs, rng.integers(0, 3, count)
 
 
+def noisy(key, inputs):
+    return inputs + jax.random.normal(key, inputs.shape)
+
+
 def leaves(model):
     return [np.asarray(x) for x in jax.tree.leaves(nnx.state(model, nnx.Not(nnx.RngKey)))]
 
@@ -140,18 +144,24 @@ def test_interrupted_training_goes_on_to_the_same_bits(tmp_path, epoch):
     ("change", "name"),
     [
         ({"learning_rate": 0.2}, "learning_rate"),
-        ({"augment": data.random_crop_and_flip}, "augment"),
+        ({"augment": noisy}, "augment"),
         ({"epochs": 5}, "epochs"),
         ({"l1": 0.0}, "l1"),
         ({"key": jax.random.key(2)}, "key"),
         ({"arrays": (examples()[0] + 1, examples()[1])}, "arrays"),
+        ({"arrays": (examples()[0], np.roll(examples()[1], 1))}, "arrays"),
+        ({"model": FullyConnected([4, 3], rngs=nnx.Rngs(1))}, "start"),
     ],
 )
 def test_a_checkpoint_of_other_training_is_refused(tmp_path, change, name):
-    usual = {"arrays": examples(), "key": jax.random.key(1), **SETTINGS, "epochs": 1}
-    train_model(FullyConnected([4, 3], rngs=nnx.Rngs(0)), checkpoint=tmp_path, **usual)
+    model = FullyConnected([4, 3], rngs=nnx.Rngs(0))
+    usual = {"model": model, "arrays": examples(), "key": jax.random.key(1), **SETTINGS, "epochs": 1}
+    train_model(checkpoint=tmp_path / "usual", **usual)
+    train_model(checkpoint=tmp_path / "changed", **(usual | change))
     with pytest.raises(ValueError, match=f"of another problem: {name} differ"):
-        train_model(FullyConnected([4, 3], rngs=nnx.Rngs(0)), checkpoint=tmp_path, **(usual | change))
+        train_model(checkpoint=tmp_path / "usual", **(usual | change))
+    with pytest.raises(ValueError, match=f"of another problem: {name} differ"):
+        train_model(checkpoint=tmp_path / "changed", **usual)
 
 
 def test_a_checkpoint_of_another_schedule_is_refused(tmp_path):

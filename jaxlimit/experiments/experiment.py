@@ -63,9 +63,10 @@ def execute(experiment: Experiment, command: str, monitor: Monitor) -> str:
     prepare(folder, experiment.name, experiment.config)
     monitor.start(experiment.name, len(experiment.pieces))
     for number, (name, compute) in enumerate(experiment.pieces.items()):
-        path = folder / "pieces" / f"{name}.json"
+        path, checkpoint = folder / "pieces" / f"{name}.json", record.checkpoint_path(folder, name)
         if not path.exists():
-            _compute(path, compute, record.checkpoint_path(folder, name), monitor, number, name)
+            _compute(path, compute, checkpoint, monitor, number, name)
+        shutil.rmtree(checkpoint, ignore_errors=True)
         found[name] = {key: value for key, value in record.read_json(path).items() if key != "format"}
         monitor.update(number + 1, name)
     results = {
@@ -94,7 +95,6 @@ def _compute(
     seconds = round(time.perf_counter() - start, 1)
     found |= {"seconds": seconds, "device": record.device(), "versions": record.versions()}
     record.write_json(path, {"format": record.FORMAT, **found})
-    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def on_epoch(note: Note) -> Callable[[int, float], None]:

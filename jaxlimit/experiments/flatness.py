@@ -114,7 +114,7 @@ def _run(task: Task, seed: int, variant: float | list[float] | None) -> dict[str
         jax.random.fold_in(jax.random.key(seed), 0),
         epochs=preset.epochs,
         batch_size=preset.batch_size,
-        learning_rate=preset.rate(len(task.train[1])),
+        learning_rate=preset.recipe.rate(len(task.train[1])),
         momentum=preset.momentum,
         l1=variant if isinstance(variant, float) else 0.0,
         on_epoch=on_epoch(task.note),

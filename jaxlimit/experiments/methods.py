@@ -18,7 +18,7 @@ from jaxlimit.experiments.experiment import Experiment, Note, on_epoch
 from jaxlimit.experiments.tables import Results, by_variant, cell, markdown, over_seeds
 from jaxlimit.losses import classification_metrics
 from jaxlimit.measure import sparsity_sweep
-from jaxlimit.presets import MILESTONES, Arrays, Options, Preset, build_network, find_preset, load_arrays
+from jaxlimit.presets import Arrays, Options, Preset, build_network, find_preset, load_arrays
 
 # Training examples of CIFAR-10, for which the recipes were made.
 CIFAR10 = 50_000
@@ -69,7 +69,8 @@ def compare(
         sparsities: shares of the weights to remove, each from 0 to below 1.
         seeds: how many independent runs, from other weights in another order; 3 or more give a spread. A
             folder of fewer goes on with the others.
-        epochs: of every training of every method; schedules are stretched.
+        epochs: of every training of every method; schedules are stretched, and a warm-up takes at most half
+            of them.
         learning_rate: of every training of weights. The recipes' .1 is made for networks with batch norm.
         l1: lambda of LOMP.
         out: folder of the results.
@@ -118,9 +119,9 @@ def settings_of(
     """The recipe of a method for the network of a preset.
 
     LOMP, and dense and random as its controls, are trained as the preset says, the controls without L1 term.
-    The others follow their papers, with what these change for VGG. When `epochs` is given, rewinding keeps
-    its share of the training instead of its number of updates, and Rare Gems drops about as often, 29 times,
-    but with one epoch at least between two drops. Smart-Ratio fixes the last dense layer only (see
+    The others follow their papers, with what these change for VGG. Rewinding goes back to the recipe's share
+    of its training on CIFAR-10. When `epochs` is given, Rare Gems drops about as often, 29 times, but with
+    one epoch at least between two drops. Smart-Ratio fixes the last dense layer only (see
     `baselines.SmartRatio`).
 
     Examples:
@@ -134,18 +135,7 @@ def settings_of(
         return replace(recipe, **{key: value for key, value in given.items() if value is not None})
 
     if name in ("dense", "lomp", "random"):
-        return baselines.Recipe(
-            preset.epochs,
-            preset.batch_size,
-            preset.learning_rate,
-            preset.schedule,
-            milestones=MILESTONES,
-            factor=0.5,
-            warmup_epochs=preset.warmup_epochs,
-            momentum=preset.momentum,
-            weight_decay=0.0,
-            l1=preset.l1 if name == "lomp" else 0.0,
-        )
+        return replace(preset.recipe, l1=preset.l1 if name == "lomp" else 0.0)
     if name == "imp":
         usual = baselines.IterativePruning()
         if vgg:

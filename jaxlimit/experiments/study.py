@@ -10,11 +10,9 @@ from tyro.conf import Positional, arg
 
 from jaxlimit.experiments.experiment import Compute, Experiment, Note
 from jaxlimit.experiments.subject import Task
-from jaxlimit.experiments.tables import unresolved
+from jaxlimit.experiments.tables import Results, unresolved
 from jaxlimit.limit import LEAST_MATVECS, MAX_MATVECS
 from jaxlimit.presets import Options, find_preset, load_arrays
-
-Results = Mapping[str, dict[str, Any]]
 
 
 def _by(default: str, metavar: str) -> Any:
@@ -29,7 +27,8 @@ class Study:
         preset: network, data and training: see `jaxlimit presets`.
         seeds: how many independent trainings, from other weights in another order; 3 or more give a spread. A
             folder of fewer goes on with the others.
-        epochs: of the training; the schedule of the learning rate is stretched.
+        epochs: of the training; the schedule of the learning rate is stretched, and a warm-up takes at most
+            half of them.
         l1: lambda, the weight of the L1 term in training.
         num_examples: how many of the training examples give the loss that is predicted and measured.
         probes: random probes of every limit, the same for all variants of a seed; 0: as `pruning_limit`

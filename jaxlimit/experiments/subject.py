@@ -27,7 +27,6 @@ from jaxlimit.models import from_nnx
 from jaxlimit.presets import Arrays, Preset, build_network
 from jaxlimit.prunable import partition
 from jaxlimit.result import PruningLimit
-from jaxlimit.training import train_model
 
 PyTree = Any
 # Test examples of a step of its search: a tenth of those of CIFAR-10 and MNIST.
@@ -74,15 +73,11 @@ class Task:
         epochs = preset.epochs if until is None else until
         name = f"{preset.name}-l1-{preset.l1:g}-epoch-{epochs}-of-{preset.epochs}-seed{seed}"
         if epochs:
-            model = train_model(
+            model = preset.recipe.train(
                 model,
                 self.train,
                 jax.random.fold_in(jax.random.key(seed), 0),
                 epochs=epochs,
-                batch_size=preset.batch_size,
-                learning_rate=preset.rate(len(self.train[1])),
-                momentum=preset.momentum,
-                l1=preset.l1,
                 augment=preset.augmentation(),
                 on_epoch=on_epoch(self.note),
                 checkpoint=stage(self.networks, name),

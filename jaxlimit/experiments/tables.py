@@ -58,7 +58,7 @@ def present(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None and not np.isnan(value)]
 
 
-def limit(name: str, of: str = "limit") -> Callable[[Piece], float]:
+def limit(name: str) -> Callable[[Piece], float]:
     """Picks the value of a limit out of a piece; NaN where no product was left for it.
 
     Examples:
@@ -67,7 +67,7 @@ def limit(name: str, of: str = "limit") -> Callable[[Piece], float]:
     """
 
     def pick(piece: Piece) -> float:
-        return piece[of][name]["value"] if name in piece[of] else np.nan
+        return piece["limit"][name]["value"] if name in piece["limit"] else np.nan
 
     return pick
 
