@@ -157,18 +157,19 @@ def cone_point(num_removed: int, removed: SpectralBracket, radius: float, loss_t
 def cone_root(
     bracket: SpectralBracket, order: MagnitudeOrder, points: Sequence[ConePoint], loss_tolerance: float
 ) -> Estimate:
-    """delta_cone(s) / D = s, with log rho(s) interpolated linearly between the points.
+    """delta_cone(s) / D = s, with 1 / rho(s) interpolated linearly between the points.
 
     rho varies slowly with s (it is 1 where the curvature along c is large), so a few points near the root
-    suffice; R(s) itself is exact.
+    suffice; R(s) itself is exact. Where c^T |H| c falls to 2 eps, rho grows without bound, but 1 / rho goes
+    to 0 like (2 eps / R^2) (c^T |H| c - 2 eps) / c^T H^2 c.
     """
     points = sorted(points, key=lambda point: point.num_removed)
     at = [point.num_removed for point in points]
-    logs = {side: [point.log_rho[side] for point in points] for side in SIDES}
+    shares = {side: np.exp([-point.log_rho[side] for point in points]) for side in SIDES}
 
     def ridges(side: Side, n: int) -> float:
-        log_rho = float(np.interp(n, at, logs[side]))
-        return width_ridge(removed_radius(order, n), loss_tolerance) * np.exp(log_rho)
+        share = float(np.interp(n, at, shares[side]))
+        return width_ridge(removed_radius(order, n), loss_tolerance) / share
 
     return dimension_root(bracket, order, ridges)
 

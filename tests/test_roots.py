@@ -9,8 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxlimit.bracket import SpectralBracket
+from jaxlimit.geometry import cone_dimension
+from jaxlimit.magnitude import magnitude_order
 from jaxlimit.one_shot import PathPoint, loss_between, one_shot_limit
-from jaxlimit.roots import BudgetSpent, Estimate, fixed_point, readjusted_limit
+from jaxlimit.quadrature import SpectralMeasure
+from jaxlimit.roots import BudgetSpent, Estimate, cone_limit, fixed_point, readjusted_limit, width_limit
 
 # Brackets are widened by so many weights to either side.
 WIDENED = 2
@@ -76,6 +80,35 @@ def test_fixed_point_of_many_weights_needs_few_evaluations():
     function, calls = counted(lambda n: 1 - n / 10**9)
     assert fixed_point(function, 10**9) == pytest.approx(0.5, abs=1e-9)
     assert len(calls) <= 32
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_cone_limit_is_that_of_its_equation_at_every_sparsity(seed):
+    """Of a diagonal H that is flat along small weights: the cone's ridge becomes infinite near the root."""
+    rng, dim = np.random.default_rng(seed), 100
+    weights, eigenvalues = rng.normal(size=dim), np.sort(10 ** rng.uniform(-6, 1, dim))
+    eigenvalues = eigenvalues[np.argsort(np.argsort(np.abs(weights)))]
+    eps = np.sum(weights**2 * eigenvalues) / 2 * 10 ** rng.uniform(-3, -1)
+    order, measure = magnitude_order(weights), SpectralMeasure(eigenvalues, np.full(dim, 1 / dim))
+
+    def seen_from(n):
+        removed = order.order[:n]
+        squares = weights[removed] ** 2
+        return SpectralMeasure(eigenvalues[removed], squares / squares.sum())
+
+    values = [1.0] + [
+        cone_dimension(measure, seen_from(n), np.sqrt(order.squared_norm[n]), eps) for n in range(1, dim + 1)
+    ]
+    bracket = SpectralBracket.exact(measure)
+    found = cone_limit(
+        bracket,
+        order,
+        lambda counts: [SpectralBracket.exact(seen_from(n)) for n in counts],
+        eps,
+        width_limit(bracket, order, eps).value,
+        0.0,
+    )
+    assert found.lower <= brute_fixed_point(values, dim) <= found.upper
 
 
 # The first crossing of the loss.
