@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from jaxlimit.lanczos import LanczosState
 from jaxlimit.sharding import place, sharding_like, to_host
@@ -156,6 +156,17 @@ class Checkpoint:
             raise ValueError(
                 f"the checkpoint file {path} is damaged ({error}): remove it to go on."
             ) from error
+
+
+def ordered_sum(values: ArrayLike) -> float:
+    """Sum over i, from 1, of sqrt(i) times the i-th value: for a fingerprint, it sees signs and order.
+
+    Examples:
+        >>> ordered_sum([2.0, 0.0, 0.0, 1.0]), ordered_sum([1.0, 0.0, 0.0, 2.0])
+        (4.0, 5.0)
+    """
+    values = np.asarray(values, np.float64)
+    return float(values @ np.sqrt(np.arange(1, len(values) + 1)))
 
 
 def _panel(name: str, index: int) -> str:

@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from numpy.typing import ArrayLike
 
-from jaxlimit.checkpoint import Checkpoint
+from jaxlimit.checkpoint import Checkpoint, ordered_sum
 from jaxlimit.losses import l1_norm
 from jaxlimit.sharding import to_host
 
@@ -170,21 +169,15 @@ def _fingerprint(
     if callable(learning_rate):
         each = np.asarray(jax.vmap(learning_rate)(jnp.arange(updates)), np.float64)
         rates = [float(f"{rate:.6g}") for rate in (each[0], each.sum())]
-    sums = [_ordered_sum(to_host(leaf).ravel()) for leaf in jax.tree.leaves(start)]
+    sums = [ordered_sum(to_host(leaf).ravel()) for leaf in jax.tree.leaves(start)]
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(arrays)]
     examples = [np.sum(leaf.reshape(len(leaf), -1), axis=1, dtype=np.float64) for leaf in leaves]
     return {
         "learning_rate": np.asarray(rates, np.float64).tolist(),
-        "start": float(f"{_ordered_sum(sums):.5g}"),
-        "arrays": [[*leaf.shape, _ordered_sum(x)] for leaf, x in zip(leaves, examples, strict=True)],
+        "start": float(f"{ordered_sum(sums):.5g}"),
+        "arrays": [[*leaf.shape, ordered_sum(x)] for leaf, x in zip(leaves, examples, strict=True)],
         "key": np.asarray(jax.random.key_data(key)).ravel().tolist(),
     }
-
-
-def _ordered_sum(values: ArrayLike) -> float:
-    """Sum over i, from 1, of sqrt(i) times the i-th value, which sees signs and order."""
-    values = np.asarray(values, np.float64)
-    return float(values @ np.sqrt(np.arange(1, len(values) + 1)))
 
 
 def require_count(name: str, value: int) -> None:

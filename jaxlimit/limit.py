@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxlimit.adaptive import AdaptiveCurvature, Products, Progress
 from jaxlimit.bracket import SpectralBracket
-from jaxlimit.checkpoint import Checkpoint
+from jaxlimit.checkpoint import Checkpoint, ordered_sum
 from jaxlimit.compat import reference_limit
 from jaxlimit.curvature import Curvature, dense_matrix
 from jaxlimit.dense import DenseCurvature, dense_curvature
@@ -135,7 +135,7 @@ def pruning_limit(
         basis_bytes = device_memory() // 2
     fingerprint = _fingerprint(curvature, order, key, loss_tolerance, tolerance, num_probes)
     if scores is not None:
-        fingerprint["order"] = float(order.rank @ np.sqrt(np.arange(order.dim)))
+        fingerprint["order"] = ordered_sum(order.rank)
     store = Checkpoint(checkpoint, fingerprint)
     products = Products(curvature, max_matvecs, progress)
 

@@ -187,6 +187,7 @@ def test_recipes_are_those_of_the_papers_and_of_the_preset():
     digits, vgg = presets.PRESETS["digits"], presets.PRESETS["cifar10-vgg16"]
     lomp, dense = settings_of("lomp", digits, 1438), settings_of("dense", digits, 1438)
     steps = np.arange(0, 4800, 100)
+    assert [lomp.rate(1438)(step) for step in steps] == [digits.recipe.rate(1438)(step) for step in steps]
     cosine = 0.05 * (1 + np.cos(np.pi * steps / 4800)) / 2
     np.testing.assert_allclose([lomp.rate(1438)(step) for step in steps], cosine, atol=1e-6)
     assert (lomp.l1, dense.l1, lomp.weight_decay) == (5e-4, 0.0, 0.0)
