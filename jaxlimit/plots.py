@@ -250,7 +250,7 @@ def plot_methods(curves: Mapping[str, tuple[NDArray, NDArray, NDArray]]) -> "Fig
     """Test accuracy of pruning methods against sparsity, on an axis that opens towards 1.
 
     Args:
-        curves: by label: (sparsities, means, spreads), the spreads drawn as bands. A curve at sparsity 0 only
+        curves: by label: (sparsities, means, spreads), the spreads drawn as bars. A curve at sparsity 0 only
             is a level that the others are measured by.
     """
     figure, (axes,) = _figure(6.4, 4.6)
@@ -264,9 +264,8 @@ def plot_methods(curves: Mapping[str, tuple[NDArray, NDArray, NDArray]]) -> "Fig
             axes.axhspan(*ends, color="black", alpha=0.1, linewidth=0)
             continue
         colour, density = next(colours), 1 - np.asarray(sparsities)
-        axes.plot(density, 100 * means, next(markers) + "-", color=colour, markersize=4, label=label)
-        band = (density, 100 * (means - spreads), 100 * (means + spreads))
-        axes.fill_between(*band, color=colour, alpha=0.15, linewidth=0)
+        style = {"fmt": next(markers) + "-", "color": colour, "markersize": 4, "elinewidth": 1, "capsize": 2}
+        axes.errorbar(density, 100 * np.asarray(means), 100 * np.asarray(spreads), label=label, **style)
         ticks |= {float(sparsity) for sparsity in sparsities}
     axes.set(xscale="log", xlabel="sparsity", ylabel="test accuracy (%)")
     axes.set_xticks([1 - s for s in sorted(ticks)], [f"{s:g}" for s in sorted(ticks)])
