@@ -180,7 +180,11 @@ class AdaptiveCurvature:
         return one_shot_limit(path, start, self.loss_tolerance, self.tolerance)
 
     def minimum(self) -> Callable[[int], tuple[float, float]]:
-        """Bounds on the readjusted loss after n removals, by CG, warm-started from the n before."""
+        """Bounds on the readjusted loss after n removals, by CG, warm-started from the n before.
+
+        Raises:
+            BudgetSpent: by the function, where the products left do not tell whether eps is reached.
+        """
         start = jax.tree.map(jnp.zeros_like, self.order.like)
 
         def bounds(n: int) -> tuple[float, float]:
@@ -195,7 +199,7 @@ class AdaptiveCurvature:
                 vector, mask = self.order.removed_vector(n), self.order.mask(n)
                 # A share of eps moves the root by less than that share wherever the minimum rises more than
                 # in proportion to s. A tenth, since the last products are not all that is left.
-                lower, upper, start = readjusted_minimum(
+                lower, upper, best = readjusted_minimum(
                     self.products.matvec,
                     vector,
                     mask,
@@ -204,7 +208,9 @@ class AdaptiveCurvature:
                     self.products.left,
                     accuracy=self.tolerance / 10,
                 )
-                used = self.products.count - before
+                if self.products.left < 1 and lower <= self.loss_tolerance < upper:
+                    raise BudgetSpent
+                start, used = best, self.products.count - before
                 self.store.save_tree(name, {"x": start, "bounds": np.array([lower, upper, used])})
                 return lower, upper
             start = jax.tree.map(jnp.asarray, stored["x"])
@@ -237,7 +243,8 @@ class AdaptiveCurvature:
         extra = min(wanted, self.products.left // (2 * steps))
         if extra < 1:
             return runs
-        return runs + self._run_until(rademacher(keys[1], like, extra), lambda _: False, "probes", steps)
+        more = rademacher(keys[1], like, extra)
+        return runs + self._run_until(more, lambda _: False, f"probes-{extra}", steps)
 
     def _run_until(
         self,

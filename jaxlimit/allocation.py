@@ -151,7 +151,7 @@ def uniform_mask(weights: PyTree, sparsity: float) -> PyTree:
         {'a': Array([False,  True], dtype=bool), 'b': Array([False,  True], dtype=bool)}
     """
     shares = jax.tree.map(
-        lambda w: ((magnitude_order(w).rank + 0.5) / max(np.size(w), 1)).reshape(np.shape(w)), weights
+        lambda w: ((magnitude_order(w).rank + 0.5) / np.size(w)).reshape(np.shape(w)), weights
     )
     return magnitude_mask(shares, sparsity)
 

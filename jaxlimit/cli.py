@@ -70,7 +70,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     except (ValueError, OSError) as error:
         return _error(error, WRONG_USE)
-    except (FloatingPointError, ImportError) as error:
+    except (FloatingPointError, ImportError, MemoryError) as error:
         return _error(error, FAILED)
     except KeyboardInterrupt:
         return _error("interrupted.", INTERRUPTED)

@@ -38,7 +38,7 @@ from jaxlimit.products import (
     num_bytes,
     suitable_batch_size,
 )
-from jaxlimit.prunable import Prunable, combine, is_kernel, partition
+from jaxlimit.prunable import Prunable, combine, is_kernel, partition, require_single_precision
 from jaxlimit.sharding import device_memory, to_host
 
 PyTree = Any
@@ -54,11 +54,13 @@ class Curvature:
         weights: the prunable weights w, shaped like the parameters with None for everything else.
         positive_semidefinite: whether the matrix has no negative eigenvalue by construction.
         num_examples: number of examples the loss is a mean of.
+        loss: the mean loss at the weights.
     """
 
     weights: PyTree
     positive_semidefinite: bool
     num_examples: int
+    loss: float
     _rest: PyTree
     _groups: Iterable[PyTree]
     _product: Product
@@ -88,6 +90,7 @@ class Curvature:
             (9, 3)
         """
         weights, rest = partition(self.params, prunable)
+        require_single_precision(weights)
         return replace(self, weights=weights, _rest=rest)
 
     @cached_property
@@ -151,6 +154,9 @@ def dense_matrix(
 
     Cost: D products in blocks of `block_size`; memory 8 D^2 bytes on the host.
 
+    Raises:
+        FloatingPointError: a product is not finite.
+
     Examples:
         >>> dense_matrix(lambda v: 3 * v, jnp.ones(2)).tolist()
         [[3.0, 0.0], [0.0, 3.0]]
@@ -163,6 +169,10 @@ def dense_matrix(
         rows = np.arange(first, min(first + block_size, dim))
         product = jax.tree.leaves(matmat(unit_vectors(rows, like)))
         matrix[rows] = np.concatenate([np.reshape(x, (len(rows), -1)) for x in product], 1)
+        if not np.all(np.isfinite(matrix[rows])):
+            raise FloatingPointError(
+                "a product with the curvature is not finite: look for overflow in the loss."
+            )
     return (matrix + matrix.T) / 2
 
 
@@ -207,8 +217,8 @@ def hessian(
             and are not a stream; 0 linearises in every product. None: a quarter of the device's memory.
 
     Raises:
-        ValueError: no batches; nothing prunable; non-finite weights or loss; data that changes from one
-            pass to the next; a loss that is not a mean over examples.
+        ValueError: no batches; nothing prunable; weights of fewer than 32 bits; non-finite weights or loss;
+            data that changes from one pass to the next; a loss that is not a mean over examples.
 
     Examples:
         The Hessian of mean(x w)^2 / 2 is the mean of x^2.
@@ -275,17 +285,20 @@ def _curvature(
     if linear_bytes < 0:
         raise ValueError(f"linear_bytes must be at least 0, got {linear_bytes}.")
     weights, rest = partition(params, prunable)
+    require_single_precision(weights)
     groups = grouped(batches)
     loss = Loss(product)
-    num_examples = _check_data(loss, weights, rest, groups)
+    num_examples, mean_loss = _check_data(loss, weights, rest, groups)
     if isinstance(batches, Batches):
         size = suitable_batch_size(product, weights, rest, batches.arrays)
         groups = grouped(replace(batches, batch_size=size))
-    return Curvature(weights, positive_semidefinite, num_examples, rest, groups, product, linear_bytes)
+    return Curvature(
+        weights, positive_semidefinite, num_examples, mean_loss, rest, groups, product, linear_bytes
+    )
 
 
-def _check_data(loss: Loss, weights: PyTree, rest: PyTree, groups: Iterable[PyTree]) -> int:
-    """Two passes over the data must agree; the loss must be finite and a mean. Returns the examples."""
+def _check_data(loss: Loss, weights: PyTree, rest: PyTree, groups: Iterable[PyTree]) -> tuple[int, float]:
+    """Two passes over the data must agree; the loss must be finite and a mean. Returns examples and loss."""
     (first, num_first), (second, num_second) = (example_sum(loss, groups, weights, rest) for _ in range(2))
     first, second = float(first) / num_first, float(second) / num_second
     if not np.isfinite(first):
@@ -295,7 +308,7 @@ def _check_data(loss: Loss, weights: PyTree, rest: PyTree, groups: Iterable[PyTr
     if not np.isclose(first, second, rtol=1e-5, atol=1e-8):
         raise ValueError(_changed(f"a mean loss of {first:.8g}", f"{second:.8g}"))
     _check_mean(loss, weights, rest, jax.tree.map(lambda x: to_host(x[0]), next(iter(groups))))
-    return num_first
+    return num_first, first
 
 
 def _check_mean(loss: Loss, weights: PyTree, rest: PyTree, batch: PyTree) -> None:

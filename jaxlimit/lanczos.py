@@ -166,11 +166,14 @@ def run(
         state: from `init`, or of an earlier call.
         num_matvecs: number of steps.
         max_basis: how many vectors a run keeps at most, in full panels; None keeps all of them, 0 none.
+            Where the state has left out some, no later one is kept.
 
     Raises:
         FloatingPointError: a product with the matrix is not finite.
     """
     alive = state.num_steps == state.diagonal.shape[1]
+    if state.diagonal.size:
+        alive &= state.off_diagonal[:, -1] > 0
     diagonal, off_diagonal = [state.diagonal], [state.off_diagonal]
     num_steps = state.num_steps.copy()
     previous, current, norm = state.previous, state.current, state.norm
@@ -178,7 +181,9 @@ def run(
     beta = jnp.asarray(state.off_diagonal[:, -1] if taken else np.zeros(len(alive)), norm.dtype)
     basis = list(state.basis)
     kept = np.inf if max_basis is None else max_basis // PANEL * PANEL
-    if basis and taken < PANEL * len(basis):
+    if taken > PANEL * len(basis):  # later ones are lost already
+        kept = PANEL * len(basis)
+    elif taken < PANEL * len(basis):
         basis[-1] = jax.tree.map(jnp.copy, basis[-1])  # written in place below; the caller's stays as it is
     for index in range(taken, taken + num_matvecs):
         if not np.any(alive):

@@ -96,7 +96,7 @@ def pruning_limit(
             gives the same bits; a folder of a different problem is refused.
         progress: called with a `Progress` after every block of products.
         compat: "reference" adds what the paper's own code would predict (`compat.reference_limit`, for a
-            Hessian), by 228 products outside the budget; None leaves it out.
+            Hessian), by 232 products outside the budget; None leaves it out.
         basis_bytes: memory on each device for the vectors that Lanczos keeps orthogonal. Where they do not
             fit, the first ones are kept and the status says so; with 0 three vectors do, and the spectrum
             takes more products. None: half of the device's memory.
@@ -127,15 +127,14 @@ def pruning_limit(
     _check_arguments(loss_tolerance, tolerance, max_matvecs, num_probes, which, basis_bytes)
     if compat not in (None, "reference"):
         raise ValueError(f'compat must be None or "reference", got {compat!r}.')
-    loss_tolerance = float(loss_tolerance)
+    loss_tolerance, tolerance, max_matvecs = float(loss_tolerance), float(tolerance), int(max_matvecs)
+    num_probes = None if num_probes is None else int(num_probes)
     order = magnitude_order(curvature.weights, scores)
     if order.squared_norm[-1] == 0:
         raise ValueError("all prunable weights are zero: every sparsity leaves the network as it is.")
     if basis_bytes is None:
         basis_bytes = device_memory() // 2
     fingerprint = _fingerprint(curvature, order, key, loss_tolerance, tolerance, num_probes)
-    if scores is not None:
-        fingerprint["order"] = ordered_sum(order.rank)
     store = Checkpoint(checkpoint, fingerprint)
     products = Products(curvature, max_matvecs, progress)
 
@@ -225,21 +224,20 @@ def _status(
 ) -> str:
     """The verdict first, then one sentence on each thing the reader must know."""
     semidefinite = curvature.positive_semidefinite
-    one_shot = limits["one_shot"]
     spread = max((limit.spread for limit in spectral), default=0.0)
-    interval = 0.0 if one_shot is None else one_shot.spread
+    searched = {name: limits[name] for name in ("one_shot", "readjusted")}
+    left = {name: x.spread for name, x in searched.items() if x is not None and x.spread > tolerance}
     probe_error = spectral[0].probe_error if spectral else 0.0
     too_large = "readjusted" in which and not semidefinite and curvature.dim > DENSE_DIM
     missing = [n for n in which if limits[n] is None and not (n == "readjusted" and too_large)]
     kind = "bracket" if semidefinite else "spread over step counts"
     sentences = [f"converged: {kind} {spread:.4f}, within the tolerance of {tolerance:g}."]
-    if missing or max(spread, interval) > tolerance:
+    if missing or left or spread > tolerance:
         wide = f"{kind} {spread:.4f} at a tolerance of {tolerance:g}, " if spread > tolerance else ""
         sentences = [f"under-resolved: {wide}limited by max_matvecs = {max_matvecs:,}: raise it."]
     if missing:
         sentences.append(f"No product was left for {', '.join(missing)}.")
-    if interval > tolerance:
-        sentences.append(f"one_shot was left in an interval of {interval:.4f}.")
+    sentences += [f"{name} was left in an interval of {width:.4f}." for name, width in left.items()]
     if probe_error > 1.5 * tolerance:
         sentences.append(f"The probe error {probe_error:.4f} exceeds the tolerance: use more probes.")
     if spectral and not semidefinite:
@@ -260,14 +258,19 @@ def _fingerprint(
     tolerance: float,
     num_probes: int | None,
 ) -> dict[str, Any]:
-    """What tells one problem from another, so that a checkpoint is not continued by mistake."""
+    """What tells one problem from another, so that a checkpoint is not continued by mistake.
+
+    Devices round the loss of one network differently: of this four digits.
+    """
     return {
         "dim": curvature.dim,
         "num_examples": curvature.num_examples,
         "positive_semidefinite": curvature.positive_semidefinite,
-        "weights": [float(np.sum(flatten(curvature.weights))), float(order.squared_norm[-1])],
+        "loss": float(f"{curvature.loss:.4g}"),
+        "weights": ordered_sum(flatten(curvature.weights)),
+        "order": ordered_sum(order.rank),
         "loss_tolerance": loss_tolerance,
-        "tolerance": float(tolerance),
+        "tolerance": tolerance,
         "num_probes": num_probes,
         "key": np.asarray(jax.random.key_data(key)).ravel().tolist(),
     }
@@ -284,6 +287,10 @@ def _check_arguments(
     for name, value in (("loss_tolerance", loss_tolerance), ("tolerance", tolerance)):
         if np.ndim(value) != 0 or not 0 < float(value) < np.inf:
             raise ValueError(f"{name} must be a positive finite number, got {value}.")
+    counts = {"max_matvecs": max_matvecs, "num_probes": num_probes, "basis_bytes": basis_bytes}
+    for name, value in counts.items():
+        if value is not None and not isinstance(value, (int, np.integer)):
+            raise ValueError(f"{name} must be an integer, got {value!r}.")
     if max_matvecs < LEAST_MATVECS:
         raise ValueError(f"max_matvecs must be at least {LEAST_MATVECS}, got {max_matvecs}.")
     if num_probes is not None and not 1 <= num_probes <= max_matvecs:

@@ -242,7 +242,8 @@ def load_arrays(
 
     Raises:
         FileNotFoundError: the data are not there; the message says which files go where.
-        ValueError: a file is not what it should be, or there are fewer examples than options.num_examples.
+        ValueError: a file is not what it should be; there are fewer examples than options.num_examples, or
+            no two batches of training to take the loss tolerance from.
     """
     if preset.dataset == "digits":
         dataset = data.load_digits()
@@ -252,6 +253,11 @@ def load_arrays(
     train, test = dataset.train_images, dataset.test_images
     if options.num_examples is not None and options.num_examples > len(train):
         raise ValueError(f"num_examples must be at most {len(train)}, got {options.num_examples}.")
+    if options.loss_tolerance is None and preset.batch_size >= len(train):
+        raise ValueError(
+            f"batch_size must be below {len(train)}, the number of examples, got {preset.batch_size}: the "
+            "loss tolerance is the spread over batches. Or give a loss_tolerance."
+        )
     if preset.network not in NETWORKS and train.ndim > 2:
         train, test = data.flatten_channel_first(train), data.flatten_channel_first(test)
     return (train, dataset.train_labels), (test, dataset.test_labels)

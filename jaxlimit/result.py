@@ -112,7 +112,7 @@ class PruningLimit:
 
     def curve(self, sparsities: ArrayLike | None = None) -> LimitCurve:
         """R(s) and delta(s) / D on a grid of sparsities (default: 201 from 0 to 1), for plots."""
-        grid = np.linspace(0, 1, 201) if sparsities is None else np.asarray(sparsities, np.float64)
+        grid = np.linspace(0, 1, 201) if sparsities is None else _numbers(sparsities)
         counts = num_removed(self.dim, grid)
         radii = np.sqrt(self._order.squared_norm[counts])
 
@@ -140,10 +140,9 @@ class PruningLimit:
         Raises:
             ValueError: a tolerance that is not positive and finite.
         """
-        factors = np.geomspace(1 / 8, 8, 13)
-        grid = (
-            factors * self.loss_tolerance if loss_tolerances is None else np.asarray(loss_tolerances, float)
-        )
+        if loss_tolerances is None:
+            loss_tolerances = self.loss_tolerance * np.geomspace(1 / 8, 8, 13)
+        grid = _numbers(loss_tolerances)
         if not np.all(np.isfinite(grid) & (grid > 0)):
             raise ValueError(f"loss_tolerances must be positive and finite, got {grid}.")
 
@@ -187,3 +186,8 @@ class PruningLimit:
         if self.reference is not None and self.width is not None:
             lines.append(self.reference.against(self.width.value))
         return "\n".join(lines)
+
+
+def _numbers(values: ArrayLike) -> NDArray[np.float64]:
+    """One number or several, as a vector."""
+    return np.atleast_1d(np.asarray(values, np.float64))

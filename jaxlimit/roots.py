@@ -44,12 +44,15 @@ class Estimate:
 
     Attributes:
         value: the estimate.
-        lower, upper: the certified quadrature bracket, widened by three probe errors and by 2/D: the step
-            of R(s) to either side, where rules (floor or ceiling, last within or first beyond) differ.
+        lower, upper: of width and cone the certified quadrature bracket, widened by three probe errors and
+            by 2/D: the step of R(s) to either side, where rules (floor or ceiling, last within or first
+            beyond) differ. Of one_shot and readjusted from Lanczos, where the search ended: its points were
+            judged by estimates (`one_shot.loss_between`, the lower bound of `readjust`).
         probe_error: standard error due to the finite number of probes (a bound; 0 if no probe is used).
         spread: how far it is from resolved (`SpectralBracket.spread`): half the bracket of a semidefinite
             matrix, which no further Lanczos step leaves; how far the value moved of late for an indefinite
-            one, which bounds nothing. Of one_shot, the interval in which it was left for lack of products.
+            one, which bounds nothing. Of one_shot and readjusted, the interval in which they were left for
+            lack of products.
     """
 
     value: float
@@ -181,9 +184,12 @@ def cone_limit(
     loss_tolerance: float,
     start: float,
     tolerance: float,
-    max_rounds: int = 6,
+    max_rounds: int = 32,
 ) -> Estimate:
     """The exact cone's limit: rho at a few sparsities, then at each new root until the root rests.
+
+    A root that moves on in one direction is overtaken, by as much as it moved last, so that it comes to lie
+    between two points: else steps of one weight would follow where rho bends sharply.
 
     Args:
         bracket: of the spectral measure.
@@ -195,8 +201,8 @@ def cone_limit(
         max_rounds: rounds of refinement at most.
 
     Returns:
-        The limit; where `removed` ran out of products before the root rested, as far as it was found, widened
-        by its last move.
+        The limit; where `removed` ran out of products, or the rounds ended, before the root rested, as far as
+        it was found, widened by its last move.
 
     Raises:
         BudgetSpent: by `removed`, at the first sparsities.
@@ -211,23 +217,24 @@ def cone_limit(
     kept = order.dim * (1 - start)
     first = sorted({min(order.dim, max(1, round(order.dim - kept * part))) for part in (0.8, 0.35)})
     points = evaluate([n for n in first if order.squared_norm[n] > 0])
-    if not points:
-        return Estimate.between(1.0, 1.0, 1.0, order.dim)
     estimate = cone_root(bracket, order, points, loss_tolerance)
-    moved = abs(estimate.value - start)
+    moves = [0.0, estimate.value - start]
     for _ in range(max_rounds):
-        n = min(max(1, round(estimate.value * order.dim)), order.dim)
-        if n in {point.num_removed for point in points} or order.squared_norm[n] == 0:
-            break
+        known = {point.num_removed for point in points}
+        onwards = moves[-1] if len(moves) > 3 and moves[-1] * moves[-2] > 0 else 0.0
+        counts = [round((estimate.value + ahead) * order.dim) for ahead in (onwards, 0.0)]
+        wanted = [n for n in (min(max(1, n), order.dim) for n in counts) if n not in known]
+        if not wanted or order.squared_norm[wanted[0]] == 0:
+            return estimate
         try:
-            points += evaluate([n])
+            points += evaluate(wanted[:1])
         except BudgetSpent:
-            return estimate.widened(moved)
-        previous, estimate = estimate, cone_root(bracket, order, points, loss_tolerance)
-        moved = abs(estimate.value - previous.value)
-        if moved < 0.1 * tolerance:
             break
-    return estimate
+        previous, estimate = estimate, cone_root(bracket, order, points, loss_tolerance)
+        moves.append(estimate.value - previous.value)
+        if abs(moves[-1]) < 0.1 * tolerance:
+            return estimate
+    return estimate.widened(abs(moves[-1]))
 
 
 def readjusted_limit(
@@ -241,19 +248,30 @@ def readjusted_limit(
 
     Args:
         minimum: `minimum(n) -> (lower, upper)`: bounds on min_x (c - x)^T H (c - x) / 2 after n removals,
-            which is compared with eps and may stop as soon as eps lies outside them.
+            which is compared with eps and may stop as soon as eps lies outside them, or for lack of products.
         dim: D.
         loss_tolerance: eps.
         tolerance: width at which the bisection ends; 0 for the exact n.
         start: a first guess of the limit.
 
     Returns:
-        The limit between the largest s known to reach eps and the smallest known not to.
+        The limit between the largest s known to reach eps and the smallest known not to. Where products ran
+        out before the bisection ended, the distance of these two is its spread.
+
+    Raises:
+        BudgetSpent: by `minimum`, at the first n.
     """
     low, high = 0, dim + 1  # at low eps is reached; at high, one beyond all weights, it is not
     n, stride, boundary = min(max(1, round(start * dim)), dim), max(1, round(0.02 * dim)), None
+    spread = 0.0
     while high - low > max(1, tolerance * dim):
-        below, above = minimum(n)
+        try:
+            below, above = minimum(n)
+        except BudgetSpent:
+            if (low, high) == (0, dim + 1):
+                raise
+            boundary, spread = n, (min(high, dim) - low) / dim
+            break
         if above <= loss_tolerance:
             low = n
         elif below > loss_tolerance:
@@ -270,4 +288,4 @@ def readjusted_limit(
                 continue
         n = (low + high) // 2
     value = (low + high) / 2 if boundary is None else boundary
-    return Estimate.between(min(value / dim, 1.0), low / dim, min(high / dim, 1.0), dim)
+    return Estimate.between(min(value / dim, 1.0), low / dim, min(high / dim, 1.0), dim, spread=spread)

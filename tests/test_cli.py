@@ -243,6 +243,7 @@ def test_going_on_with_other_options_is_refused(finished, tmp_path, capsys):
             "loss_tolerance must be a positive finite number, got nan",
         ),
         (["run", "tiny", "--num-examples", "9999"], "num_examples must be at most 1438, got 9999"),
+        (["run", "tiny", "--batch-size", "1438"], "batch_size must be below 1438, the number of examples"),
         (["run", "tiny", "--num-examples", "0"], "num_examples must be at least 1, got 0"),
         (["run", "tiny", "--seed", "-1"], "seed must lie between 0 and 4294967295, got -1"),
         (["run", "tiny", "--finetune-steps", "-5"], "finetune_steps must be at least 0, got -5"),
@@ -261,6 +262,16 @@ def test_bad_values_get_one_line_and_code_2(args, message, tmp_path, monkeypatch
     assert message in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [MemoryError, FloatingPointError])
+def test_failures_get_one_line_and_code_1(error, monkeypatch, capsys):
+    def fail(args):
+        raise error("why, and what to do.")
+
+    monkeypatch.setattr("jaxlimit.cli.parse", fail)
+    assert main(["run"]) == 1
+    assert capsys.readouterr().err == "error: why, and what to do.\n"
 
 
 def test_every_hyperparameter_can_be_given():

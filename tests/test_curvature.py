@@ -774,6 +774,17 @@ def test_integer_weights(mlp):
 
 
 @in_float32
+@kinds
+def test_weights_of_half_precision(kind, mlp):
+    half = mlp.params["out"]["kernel"].astype(jnp.bfloat16)
+    curvature = curvature_of(kind, mlp)
+    mlp.params["out"]["kernel"] = half
+    with pytest.raises(ValueError, match=r"\['out'\]\['kernel'\] has dtype bfloat16, too coarse .*astype"):
+        curvature_of(kind, mlp)
+    assert curvature_of(kind, mlp, prunable=lambda path, leaf: leaf.dtype == jnp.float32).dim < curvature.dim
+
+
+@in_float32
 @pytest.mark.parametrize(
     ("change", "message"),
     [

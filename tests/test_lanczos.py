@@ -262,6 +262,9 @@ def test_runs_that_ended_stay_ended_when_resumed(dtype):
     state = lanczos.run(product, state, 20)
     assert [run.num_steps for run in state.tridiagonals()] == [1, 6]
     assert all(run.breakdown for run in state.tridiagonals())
+    # Ended with the last step of a piece, not within it.
+    state = lanczos.run(product, lanczos.run(product, lanczos.init(starts), 1), 3)
+    assert [run.num_steps for run in state.tridiagonals()] == [1, 4]
 
 
 # In pieces.
@@ -287,6 +290,18 @@ def test_odd_pieces_give_the_same_quadrature(pieces, dtype):
         assert integral(ours, bump) == pytest.approx(
             integral(theirs, bump), abs=100 * float(np.finfo(dtype).eps)
         )
+
+
+@pytest.mark.parametrize("first", [0, 32])
+@pytest.mark.parametrize("dtype", ["float32"], indirect=True)
+def test_vectors_that_were_left_out_stay_left_out(first, dtype):
+    product = block_product_with(symmetric(200, seed=4), dtype)
+    state = lanczos.init(start_vector(200, dtype)[None])
+    state = lanczos.run(product, state, 50, first)
+    more, same = (lanczos.run(product, state, 50, max_basis) for max_basis in (None, first))
+    assert len(more.basis) == first // lanczos.PANEL
+    np.testing.assert_array_equal(more.diagonal, same.diagonal)
+    assert not more.tridiagonals()[0].reorthogonalized
 
 
 def in_pieces(pieces, max_basis, dtype):

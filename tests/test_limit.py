@@ -6,6 +6,7 @@ numpy.linalg.eigh, and a scan over all n instead of bisections, grids and interp
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -221,11 +222,19 @@ def test_order_of_the_limits_on_random_semidefinite_problems(seed, decades, zero
         assert 0 <= estimate.lower <= estimate.value <= estimate.upper <= 1
 
 
-def quadratic_network(dim=300, seed=0):
+def quadratic_network(dim=300, seed=0, kind="hessian"):
     rng = np.random.default_rng(seed)
     inputs = jnp.asarray(rng.standard_normal((400, dim)) * np.geomspace(1, 1e-2, dim), jnp.float32)
     weights = jnp.asarray(rng.standard_normal((dim, 1)), jnp.float32)
-    return jaxlimit.hessian(regression_loss, weights, jaxlimit.batched((inputs, inputs @ weights), 128))
+    batches = jaxlimit.batched((inputs, inputs @ weights), 128)
+    if kind == "hessian":
+        return jaxlimit.hessian(regression_loss, weights, batches)
+    return jaxlimit.gauss_newton(
+        lambda weights, batch: batch[0] @ weights,
+        lambda outputs, batch: jnp.mean((outputs - batch[1]) ** 2) / 2,
+        weights,
+        batches,
+    )
 
 
 @pytest.mark.parametrize(
@@ -236,6 +245,9 @@ def quadratic_network(dim=300, seed=0):
         ({"loss_tolerance": float("nan")}, "loss_tolerance must be a positive finite number, got nan"),
         ({"tolerance": 0.0}, "tolerance must be a positive finite number, got 0.0"),
         ({"max_matvecs": 3}, "max_matvecs must be at least 16, got 3"),
+        ({"max_matvecs": 1e4}, "max_matvecs must be an integer, got 10000.0"),
+        ({"num_probes": 2.0}, "num_probes must be an integer, got 2.0"),
+        ({"basis_bytes": 1e9}, "basis_bytes must be an integer, got 1000000000.0"),
         ({"num_probes": 0}, "num_probes must lie between 1 and max_matvecs"),
         ({"which": ["widht"]}, r"which must name limits among one_shot, .*, got \['widht'\]"),
         ({"which": "width"}, "which must name limits among"),
@@ -247,6 +259,31 @@ def test_bad_arguments_are_named(arguments, message):
         jaxlimit.pruning_limit(
             quadratic_network(20), jax.random.key(0), **{"loss_tolerance": 0.1, **arguments}
         )
+
+
+def test_numbers_may_be_numpys(tmp_path):
+    solve = functools.partial(
+        jaxlimit.pruning_limit, quadratic_network(20), jax.random.key(0), which=["width"]
+    )
+    plain = solve(loss_tolerance=0.125, tolerance=0.25, max_matvecs=64, num_probes=2)
+    numpys = solve(
+        loss_tolerance=np.float32(0.125),
+        tolerance=np.float32(0.25),
+        max_matvecs=np.int64(64),
+        num_probes=np.int32(2),
+        checkpoint=tmp_path,
+    )
+    assert json.dumps(numpys.to_json()) == json.dumps(plain.to_json())
+
+
+@pytest.mark.parametrize("num_probes", [None, 1])
+def test_a_curvature_that_is_not_finite_is_no_answer(num_probes):
+    def loss(weights, batch):
+        return jnp.mean(jnp.sqrt(jnp.abs(batch @ weights)))  # infinite slope at 0
+
+    curvature = jaxlimit.hessian(loss, jnp.ones((2, 1)), jaxlimit.batched(jnp.array([[1.0, -1.0]]), 1))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        jaxlimit.pruning_limit(curvature, jax.random.key(0), loss_tolerance=0.1, num_probes=num_probes)
 
 
 def test_all_zero_weights_are_refused():
@@ -291,6 +328,25 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, arguments):
     assert stages == {"one_shot"}  # the only products that are not kept
     with pytest.raises(ValueError, match="of another problem: loss_tolerance differ"):
         solve(checkpoint=tmp_path / "run", loss_tolerance=0.06)
+
+
+def test_a_checkpoint_of_other_data_or_another_order_is_refused(tmp_path):
+    weights = jnp.linspace(0.1, 1.0, 20)[:, None]
+
+    def solve(scale, **arguments):
+        curvature = jaxlimit.hessian(
+            regression_loss, weights, jaxlimit.batched((scale * jnp.eye(20), jnp.ones((20, 1))), 20)
+        )
+        return jaxlimit.pruning_limit(
+            curvature, jax.random.key(0), loss_tolerance=0.1, num_probes=1, checkpoint=tmp_path, **arguments
+        )
+
+    first = solve(1.0)
+    assert solve(1.0).to_json() == first.to_json()
+    with pytest.raises(ValueError, match="of another problem: loss differ"):
+        solve(1.1)
+    with pytest.raises(ValueError, match="of another problem: order differ"):
+        solve(1.0, scores=1 / weights)
 
 
 @pytest.mark.parametrize("num_probes", [None, 2])
@@ -366,6 +422,40 @@ def test_few_products_leave_one_shot_an_interval(seed, kind):
     assert limit.status.startswith("under-resolved")
 
 
+@pytest.mark.parametrize("max_matvecs", [64, 128, 256, 512])
+def test_few_products_leave_readjusted_an_interval_which_more_of_them_close(max_matvecs, tmp_path):
+    solve = functools.partial(
+        jaxlimit.pruning_limit,
+        quadratic_network(kind="gauss_newton"),
+        jax.random.key(0),
+        loss_tolerance=1.0,
+        which=["readjusted"],
+    )
+    few = solve(num_probes=1, max_matvecs=max_matvecs, checkpoint=tmp_path)
+    truth = solve().readjusted
+    assert few.num_matvecs <= max_matvecs
+    if few.readjusted is None:
+        assert "No product was left for readjusted." in few.status
+    else:
+        assert few.readjusted.lower <= truth.value <= few.readjusted.upper
+        left = "readjusted was left in an interval" in few.status
+        assert left == few.status.startswith("under-resolved") == (few.readjusted.spread > few.tolerance)
+    enough = solve(num_probes=1, checkpoint=tmp_path)
+    assert enough.status.startswith("converged")
+    assert enough.readjusted == solve(num_probes=1).readjusted
+
+
+def test_a_larger_budget_takes_as_many_probes_as_without_the_smaller_one(tmp_path):
+    curvature = quadratic_network(kind="gauss_newton")
+    solve = functools.partial(
+        jaxlimit.pruning_limit, curvature, jax.random.key(1), loss_tolerance=0.05, which=["width"]
+    )
+    few = solve(max_matvecs=150, checkpoint=tmp_path)
+    more = solve(max_matvecs=290, checkpoint=tmp_path)
+    assert few.num_probes < more.num_probes
+    assert more.to_json() == solve(max_matvecs=290).to_json()
+
+
 def test_a_cone_that_is_cut_short_is_less_sure_by_its_last_move():
     curvature = quadratic_network()
     order = magnitude_order(curvature.weights)
@@ -415,6 +505,8 @@ def test_curve_and_sensitivity_agree_with_the_limits():
     assert curve.removed_norm[-1] == pytest.approx(float(jnp.linalg.norm(curvature.weights)), rel=1e-6)
     sensitivity = limit.sensitivity([0.025, 0.05, 0.1])
     assert sensitivity.width[1] == pytest.approx(limit.width.value)
+    assert limit.sensitivity(0.05).cone == sensitivity.cone[1:2]
+    assert limit.curve(0.5).width_dimension == limit.curve([0.5]).width_dimension
     assert sensitivity.cone[1] == pytest.approx(limit.cone.value, abs=2 / curvature.dim)
     assert np.all(np.diff(sensitivity.width) > 0)
     assert np.all(np.diff(sensitivity.cone) > 0)

@@ -82,13 +82,16 @@ def test_fixed_point_of_many_weights_needs_few_evaluations():
     assert len(calls) <= 32
 
 
+@pytest.mark.parametrize("steep", [False, True])
 @pytest.mark.parametrize("seed", range(12))
-def test_the_cone_limit_is_that_of_its_equation_at_every_sparsity(seed):
-    """Of a diagonal H that is flat along small weights: the cone's ridge becomes infinite near the root."""
-    rng, dim = np.random.default_rng(seed), 100
+def test_the_cone_limit_is_that_of_its_equation_at_every_sparsity(seed, steep):
+    """Of a diagonal H, flat along small weights (rho is infinite near the root) or steep (it creeps)."""
+    rng, dim = np.random.default_rng(seed), 1000 if steep else 100
     weights, eigenvalues = rng.normal(size=dim), np.sort(10 ** rng.uniform(-6, 1, dim))
+    if steep:
+        weights, eigenvalues = weights * np.exp(2 * rng.normal(size=dim)), eigenvalues[::-1]
     eigenvalues = eigenvalues[np.argsort(np.argsort(np.abs(weights)))]
-    eps = np.sum(weights**2 * eigenvalues) / 2 * 10 ** rng.uniform(-3, -1)
+    eps = np.sum(weights**2 * eigenvalues) / 2 * 10 ** rng.uniform(-3, 0 if steep else -1)
     order, measure = magnitude_order(weights), SpectralMeasure(eigenvalues, np.full(dim, 1 / dim))
 
     def seen_from(n):
