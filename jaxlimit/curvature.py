@@ -38,7 +38,7 @@ from jaxlimit.products import (
     num_bytes,
     suitable_batch_size,
 )
-from jaxlimit.prunable import Prunable, combine, is_kernel, partition, require_single_precision
+from jaxlimit.prunable import Prunable, combine, is_kernel, partition
 from jaxlimit.sharding import device_memory, to_host
 
 PyTree = Any
@@ -90,7 +90,7 @@ class Curvature:
             (9, 3)
         """
         weights, rest = partition(self.params, prunable)
-        require_single_precision(weights)
+        _require_single_precision(weights)
         return replace(self, weights=weights, _rest=rest)
 
     @cached_property
@@ -285,7 +285,7 @@ def _curvature(
     if linear_bytes < 0:
         raise ValueError(f"linear_bytes must be at least 0, got {linear_bytes}.")
     weights, rest = partition(params, prunable)
-    require_single_precision(weights)
+    _require_single_precision(weights)
     groups = grouped(batches)
     loss = Loss(product)
     num_examples, mean_loss = _check_data(loss, weights, rest, groups)
@@ -295,6 +295,16 @@ def _curvature(
     return Curvature(
         weights, positive_semidefinite, num_examples, mean_loss, rest, groups, product, linear_bytes
     )
+
+
+def _require_single_precision(weights: PyTree) -> None:
+    """Raises ValueError if a weight has fewer than 32 bits: sums over examples stagnate in bfloat16."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
+        if jnp.finfo(leaf.dtype).bits < 32:
+            raise ValueError(
+                f"prunable leaf {jax.tree_util.keystr(path)} has dtype {leaf.dtype}, too coarse for "
+                "curvature: cast all parameters, jax.tree.map(lambda x: x.astype(jnp.float32), params)."
+            )
 
 
 def _check_data(loss: Loss, weights: PyTree, rest: PyTree, groups: Iterable[PyTree]) -> tuple[int, float]:

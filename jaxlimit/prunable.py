@@ -45,16 +45,6 @@ def partition(params: PyTree, prunable: Prunable = is_kernel) -> tuple[PyTree, P
     return weights, rest
 
 
-def require_single_precision(weights: PyTree) -> None:
-    """Raises ValueError if a weight has fewer than 32 bits: sums over examples stagnate in bfloat16."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
-        if jnp.finfo(leaf.dtype).bits < 32:
-            raise ValueError(
-                f"prunable leaf {jax.tree_util.keystr(path)} has dtype {leaf.dtype}, too coarse for "
-                "curvature: cast all parameters, jax.tree.map(lambda x: x.astype(jnp.float32), params)."
-            )
-
-
 def combine(weights: PyTree, rest: PyTree) -> PyTree:
     """The inverse of `partition`."""
     return jax.tree.map(lambda w, r: r if w is None else w, weights, rest, is_leaf=lambda x: x is None)
