@@ -83,7 +83,7 @@ def reference_limit(
 
     Its Lanczos divides by the norm plus 1e-6 and works in float32 with one Gram-Schmidt pass; here `lanczos`
     is used, which moves the prediction by no more than a step of its grid on the networks tested. Cost:
-    `num_matvecs` products, and 100 for the rows.
+    `num_matvecs` products, and 104 for 100 rows in blocks.
 
     Args:
         curvature: a Hessian; its prunable weights are the kernels.

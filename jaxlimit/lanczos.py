@@ -166,7 +166,7 @@ def run(
         state: from `init`, or of an earlier call.
         num_matvecs: number of steps.
         max_basis: how many vectors a run keeps at most, in full panels; None keeps all of them, 0 none.
-            Where the state has left out some, no later one is kept.
+            A panel that the state has begun is filled; where it has left out vectors, no later one is kept.
 
     Raises:
         FloatingPointError: a product with the matrix is not finite.
@@ -184,6 +184,7 @@ def run(
     if taken > PANEL * len(basis):  # later ones are lost already
         kept = PANEL * len(basis)
     elif taken < PANEL * len(basis):
+        kept = max(kept, PANEL * len(basis))  # the memory is there
         basis[-1] = jax.tree.map(jnp.copy, basis[-1])  # written in place below; the caller's stays as it is
     for index in range(taken, taken + num_matvecs):
         if not np.any(alive):

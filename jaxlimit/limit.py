@@ -132,6 +132,9 @@ def pruning_limit(
     order = magnitude_order(curvature.weights, scores)
     if order.squared_norm[-1] == 0:
         raise ValueError("all prunable weights are zero: every sparsity leaves the network as it is.")
+    reference = None
+    if compat is not None:
+        reference = reference_limit(curvature, jax.random.fold_in(key, 1), loss_tolerance=loss_tolerance)
     if basis_bytes is None:
         basis_bytes = device_memory() // 2
     fingerprint = _fingerprint(curvature, order, key, loss_tolerance, tolerance, num_probes)
@@ -186,9 +189,6 @@ def pruning_limit(
         status = _status(curvature, tolerance, max_matvecs, spectral, limits, which)
         if not source.reorthogonalized:
             status += " Lanczos kept its first vectors only (basis_bytes), so it may take more products."
-    reference = None
-    if compat is not None:
-        reference = reference_limit(curvature, jax.random.fold_in(key, 1), loss_tolerance=loss_tolerance)
     measure = source.measure
     n = max(int(num_removed(order.dim, width.value)), order.num_zeros + 1)
     return PruningLimit(
@@ -236,7 +236,7 @@ def _status(
         wide = f"{kind} {spread:.4f} at a tolerance of {tolerance:g}, " if spread > tolerance else ""
         sentences = [f"under-resolved: {wide}limited by max_matvecs = {max_matvecs:,}: raise it."]
     if missing:
-        sentences.append(f"No product was left for {', '.join(missing)}.")
+        sentences.append(f"Too few products were left for {', '.join(missing)}.")
     sentences += [f"{name} was left in an interval of {width:.4f}." for name, width in left.items()]
     if probe_error > 1.5 * tolerance:
         sentences.append(f"The probe error {probe_error:.4f} exceeds the tolerance: use more probes.")
@@ -260,13 +260,13 @@ def _fingerprint(
 ) -> dict[str, Any]:
     """What tells one problem from another, so that a checkpoint is not continued by mistake.
 
-    Devices round the loss of one network differently: of this four digits.
+    Devices round the loss of one network differently: of this four digits, and six decimals.
     """
     return {
         "dim": curvature.dim,
         "num_examples": curvature.num_examples,
         "positive_semidefinite": curvature.positive_semidefinite,
-        "loss": float(f"{curvature.loss:.4g}"),
+        "loss": round(float(f"{curvature.loss:.4g}"), 6),
         "weights": ordered_sum(flatten(curvature.weights)),
         "order": ordered_sum(order.rank),
         "loss_tolerance": loss_tolerance,

@@ -52,7 +52,7 @@ class Estimate:
         spread: how far it is from resolved (`SpectralBracket.spread`): half the bracket of a semidefinite
             matrix, which no further Lanczos step leaves; how far the value moved of late for an indefinite
             one, which bounds nothing. Of one_shot and readjusted, the interval in which they were left for
-            lack of products.
+            lack of products; a cone left so is wider by its last moves, in spread, lower and upper.
     """
 
     value: float
@@ -184,12 +184,11 @@ def cone_limit(
     loss_tolerance: float,
     start: float,
     tolerance: float,
-    max_rounds: int = 32,
 ) -> Estimate:
     """The exact cone's limit: rho at a few sparsities, then at each new root until the root rests.
 
-    A root that moves on in one direction is overtaken, by as much as it moved last, so that it comes to lie
-    between two points: else steps of one weight would follow where rho bends sharply.
+    A root that creeps on is overtaken by twice its last move, so that it comes to lie between two points:
+    else steps of single weights would follow where rho bends sharply.
 
     Args:
         bracket: of the spectral measure.
@@ -197,12 +196,12 @@ def cone_limit(
         removed: brackets of the spectral measure seen from c after n removals, for several n at once.
         loss_tolerance: eps.
         start: the width limit, below which the cone limit cannot lie.
-        tolerance: the iteration ends when the root moves by less than a tenth of it.
-        max_rounds: rounds of refinement at most.
+        tolerance: the iteration ends when a look at the root moves it by less than a tenth of this; with 0
+            when its n and both neighbours have been looked at.
 
     Returns:
-        The limit; where `removed` ran out of products, or the rounds ended, before the root rested, as far as
-        it was found, widened by its last move.
+        The limit; where `removed` ran out of products before the root rested, as far as it was found, widened
+        by the larger of its last two moves.
 
     Raises:
         BudgetSpent: by `removed`, at the first sparsities.
@@ -214,27 +213,28 @@ def cone_limit(
             for n, measure in zip(counts, removed(counts), strict=True)
         ]
 
-    kept = order.dim * (1 - start)
-    first = sorted({min(order.dim, max(1, round(order.dim - kept * part))) for part in (0.8, 0.35)})
-    points = evaluate([n for n in first if order.squared_norm[n] > 0])
+    def count(sparsity: float) -> int:
+        return min(max(order.num_zeros + 1, round(sparsity * order.dim)), order.dim)
+
+    points = evaluate(sorted({count(1 - (1 - start) * part) for part in (0.8, 0.35)}))
     estimate = cone_root(bracket, order, points, loss_tolerance)
-    moves = [0.0, estimate.value - start]
-    for _ in range(max_rounds):
-        known = {point.num_removed for point in points}
-        onwards = moves[-1] if len(moves) > 3 and moves[-1] * moves[-2] > 0 else 0.0
-        counts = [round((estimate.value + ahead) * order.dim) for ahead in (onwards, 0.0)]
-        wanted = [n for n in (min(max(1, n), order.dim) for n in counts) if n not in known]
-        if not wanted or order.squared_norm[wanted[0]] == 0:
-            return estimate
+    moves = [estimate.value - start]
+    beside = [0.0] if tolerance else [0.0, -1 / order.dim, 1 / order.dim]
+    known = {point.num_removed for point in points}
+    while wanted := [n for n in (count(estimate.value + x) for x in beside) if n not in known]:
+        creeps = len(moves) > 2 and moves[-1] * moves[-2] > moves[-2] ** 2 / 2
+        ahead = count(estimate.value + 2 * moves[-1]) if creeps else wanted[0]
+        n = wanted[0] if ahead in known else ahead
         try:
-            points += evaluate(wanted[:1])
+            points += evaluate([n])
         except BudgetSpent:
-            break
+            return estimate.widened(max(map(abs, moves[-2:])))
+        known.add(n)
         previous, estimate = estimate, cone_root(bracket, order, points, loss_tolerance)
         moves.append(estimate.value - previous.value)
-        if abs(moves[-1]) < 0.1 * tolerance:
-            return estimate
-    return estimate.widened(abs(moves[-1]))
+        if n == wanted[0] and abs(moves[-1]) < 0.1 * tolerance:
+            break
+    return estimate
 
 
 def readjusted_limit(

@@ -304,6 +304,16 @@ def test_vectors_that_were_left_out_stay_left_out(first, dtype):
     assert not more.tridiagonals()[0].reorthogonalized
 
 
+@pytest.mark.parametrize("dtype", ["float32"], indirect=True)
+def test_a_panel_that_was_begun_is_filled(dtype):
+    product = block_product_with(symmetric(200, seed=4), dtype)
+    begun = lanczos.run(product, lanczos.init(start_vector(200, dtype)[None]), 48)
+    state, whole = (lanczos.run(product, begun, 16, max_basis) for max_basis in (0, None))
+    np.testing.assert_array_equal(basis_of(state, 0), basis_of(whole, 0))
+    assert state.tridiagonals()[0].reorthogonalized
+    assert not lanczos.run(product, state, 1, 0).tridiagonals()[0].reorthogonalized
+
+
 def in_pieces(pieces, max_basis, dtype):
     """The states after steps in pieces, and after as many in one go."""
     product = block_product_with(symmetric(70, seed=4), dtype)

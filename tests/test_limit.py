@@ -379,8 +379,8 @@ def test_status_says_what_is_missing_and_what_to_do():
     assert limit.status.startswith("under-resolved: spread")
     assert "max_matvecs = 20: raise it." in limit.status
     only_missing = solve(num_probes=1, tolerance=0.2).status
-    assert only_missing.startswith("under-resolved: limited by max_matvecs = 20: raise it. No product")
-    assert "No product was left for cone, readjusted." in limit.status
+    assert only_missing.startswith("under-resolved: limited by max_matvecs = 20: raise it. Too few")
+    assert "Too few products were left for cone, readjusted." in limit.status
     assert "The probe error" in limit.status
     assert limit.readjusted is None
     assert limit.num_matvecs <= 20
@@ -435,7 +435,7 @@ def test_few_products_leave_readjusted_an_interval_which_more_of_them_close(max_
     truth = solve().readjusted
     assert few.num_matvecs <= max_matvecs
     if few.readjusted is None:
-        assert "No product was left for readjusted." in few.status
+        assert "Too few products were left for readjusted." in few.status
     else:
         assert few.readjusted.lower <= truth.value <= few.readjusted.upper
         left = "readjusted was left in an interval" in few.status

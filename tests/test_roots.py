@@ -82,26 +82,49 @@ def test_fixed_point_of_many_weights_needs_few_evaluations():
     assert len(calls) <= 32
 
 
-@pytest.mark.parametrize("steep", [False, True])
-@pytest.mark.parametrize("seed", range(12))
-def test_the_cone_limit_is_that_of_its_equation_at_every_sparsity(seed, steep):
-    """Of a diagonal H, flat along small weights (rho is infinite near the root) or steep (it creeps)."""
-    rng, dim = np.random.default_rng(seed), 1000 if steep else 100
+def diagonal_problem(kind, seed):
+    """Weights and their eigenvalues in order of magnitude, and eps.
+
+    flat: along small weights, so that rho is infinite near the root. steep: along them, so that the root
+    creeps. blocks: eigenvalues that jump, so that rho bends.
+    """
+    dim = {"flat": 100, "steep": 1000, "blocks": 2000}[kind]
+    rng = np.random.default_rng(seed)
+    if kind == "blocks":
+        weights = np.sort(np.exp(rng.uniform(0.3, 3) * rng.normal(size=dim)))
+        num_blocks = rng.integers(1, 7)
+        block = np.searchsorted(np.sort(rng.integers(0, dim, num_blocks - 1)), np.arange(dim), side="right")
+        eigenvalues = 10 ** (rng.uniform(-6, 1, num_blocks)[block] + rng.uniform(0, 2) * rng.normal(size=dim))
+        return weights, eigenvalues, np.sum(weights**2 * eigenvalues) / 2 * 10 ** rng.uniform(-6, -0.2)
     weights, eigenvalues = rng.normal(size=dim), np.sort(10 ** rng.uniform(-6, 1, dim))
-    if steep:
+    if kind == "steep":
         weights, eigenvalues = weights * np.exp(2 * rng.normal(size=dim)), eigenvalues[::-1]
-    eigenvalues = eigenvalues[np.argsort(np.argsort(np.abs(weights)))]
-    eps = np.sum(weights**2 * eigenvalues) / 2 * 10 ** rng.uniform(-3, 0 if steep else -1)
+    weights = weights[np.argsort(np.abs(weights))]
+    return (
+        weights,
+        eigenvalues,
+        np.sum(weights**2 * eigenvalues) / 2 * 10 ** rng.uniform(-3, 0 if kind == "steep" else -1),
+    )
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1e-3])
+@pytest.mark.parametrize(
+    ("kind", "seed"),
+    [(kind, seed) for kind in ("flat", "steep") for seed in range(12)] + [("blocks", 232), ("blocks", 1697)],
+)
+def test_the_cone_limit_is_that_of_its_equation_at_every_sparsity(kind, seed, tolerance):
+    weights, eigenvalues, eps = diagonal_problem(kind, seed)
+    dim = len(weights)
     order, measure = magnitude_order(weights), SpectralMeasure(eigenvalues, np.full(dim, 1 / dim))
 
     def seen_from(n):
-        removed = order.order[:n]
-        squares = weights[removed] ** 2
-        return SpectralMeasure(eigenvalues[removed], squares / squares.sum())
+        squares = weights[:n] ** 2
+        return SpectralMeasure(eigenvalues[:n], squares / squares.sum())
 
-    values = [1.0] + [
-        cone_dimension(measure, seen_from(n), np.sqrt(order.squared_norm[n]), eps) for n in range(1, dim + 1)
-    ]
+    def reaches(n):
+        return cone_dimension(measure, seen_from(n), np.sqrt(order.squared_norm[n]), eps) >= n / dim
+
+    last = max((n for n in range(1, dim + 1) if reaches(n)), default=0)
     bracket = SpectralBracket.exact(measure)
     found = cone_limit(
         bracket,
@@ -109,9 +132,10 @@ def test_the_cone_limit_is_that_of_its_equation_at_every_sparsity(seed, steep):
         lambda counts: [SpectralBracket.exact(seen_from(n)) for n in counts],
         eps,
         width_limit(bracket, order, eps).value,
-        0.0,
+        tolerance,
     )
-    assert found.lower <= brute_fixed_point(values, dim) <= found.upper
+    assert found.spread == 0
+    assert found.lower - tolerance <= last / dim <= found.upper + tolerance
 
 
 # The first crossing of the loss.
