@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg  # noqa: F401, brings its own BLAS
 import threadpoolctl
 from hypothesis import settings
 
@@ -16,7 +17,7 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def one_blas_thread():
     """Matrices of order 400 gain nothing from threads, and on busy cores these wait for each other."""
     with threadpoolctl.threadpool_limits(1, user_api="blas"):

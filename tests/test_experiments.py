@@ -223,7 +223,7 @@ def test_divergence_and_collapse_are_in_the_table():
         "c": piece("imp", 0, [0.9, 0.8]),
         "d": {"method": "imp", "seed": 1, "diverged": "in epoch 3", "networks": []},
     }
-    assert [line.get_label() for line in figure(results).axes[0].lines] == ["LOMP"]
+    assert figure(results).axes[0].get_legend_handles_labels()[1] == ["LOMP"]
     text = table(results, [0.5, 0.9])
     assert "| LOMP | one for all s | 85.0 ± 7.1 † | 30.0 ± 28.3 † |" in text
     assert "| iterative, rewound | one a round | diverged in 1 of 2 | diverged in 1 of 2 |" in text
