@@ -132,13 +132,13 @@ def pruning_limit(
     order = magnitude_order(curvature.weights, scores)
     if order.squared_norm[-1] == 0:
         raise ValueError("all prunable weights are zero: every sparsity leaves the network as it is.")
-    reference = None
-    if compat is not None:
-        reference = reference_limit(curvature, jax.random.fold_in(key, 1), loss_tolerance=loss_tolerance)
     if basis_bytes is None:
         basis_bytes = device_memory() // 2
     fingerprint = _fingerprint(curvature, order, key, loss_tolerance, tolerance, num_probes)
     store = Checkpoint(checkpoint, fingerprint)
+    reference = None
+    if compat is not None:
+        reference = reference_limit(curvature, jax.random.fold_in(key, 1), loss_tolerance=loss_tolerance)
     products = Products(curvature, max_matvecs, progress)
 
     def dense() -> DenseCurvature:

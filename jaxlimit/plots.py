@@ -265,7 +265,7 @@ def plot_methods(curves: Mapping[str, tuple[NDArray, NDArray, NDArray]]) -> "Fig
             continue
         colour, density = next(colours), 1 - np.asarray(sparsities)
         style = {"fmt": next(markers) + "-", "color": colour, "markersize": 4, "elinewidth": 1, "capsize": 2}
-        axes.errorbar(density, 100 * np.asarray(means), 100 * np.asarray(spreads), label=label, **style)
+        axes.errorbar(density, 100 * means, 100 * spreads, label=label, **style)
         ticks |= {float(sparsity) for sparsity in sparsities}
     axes.set(xscale="log", xlabel="sparsity", ylabel="test accuracy (%)")
     axes.set_xticks([1 - s for s in sorted(ticks)], [f"{s:g}" for s in sorted(ticks)])

@@ -213,8 +213,10 @@ def cone_limit(
             for n, measure in zip(counts, removed(counts), strict=True)
         ]
 
+    least = order.num_zeros + 1
+
     def count(sparsity: float) -> int:
-        return min(max(order.num_zeros + 1, round(sparsity * order.dim)), order.dim)
+        return min(max(least, round(sparsity * order.dim)), order.dim)
 
     points = evaluate(sorted({count(1 - (1 - start) * part) for part in (0.8, 0.35)}))
     estimate = cone_root(bracket, order, points, loss_tolerance)

@@ -88,23 +88,19 @@ def diagonal_problem(kind, seed):
     flat: along small weights, so that rho is infinite near the root. steep: along them, so that the root
     creeps. blocks: eigenvalues that jump, so that rho bends.
     """
-    dim = {"flat": 100, "steep": 1000, "blocks": 2000}[kind]
+    dim, least, most = {"flat": (100, -3, -1), "steep": (1000, -3, 0), "blocks": (2000, -6, -0.2)}[kind]
     rng = np.random.default_rng(seed)
     if kind == "blocks":
         weights = np.sort(np.exp(rng.uniform(0.3, 3) * rng.normal(size=dim)))
         num_blocks = rng.integers(1, 7)
         block = np.searchsorted(np.sort(rng.integers(0, dim, num_blocks - 1)), np.arange(dim), side="right")
         eigenvalues = 10 ** (rng.uniform(-6, 1, num_blocks)[block] + rng.uniform(0, 2) * rng.normal(size=dim))
-        return weights, eigenvalues, np.sum(weights**2 * eigenvalues) / 2 * 10 ** rng.uniform(-6, -0.2)
-    weights, eigenvalues = rng.normal(size=dim), np.sort(10 ** rng.uniform(-6, 1, dim))
-    if kind == "steep":
-        weights, eigenvalues = weights * np.exp(2 * rng.normal(size=dim)), eigenvalues[::-1]
-    weights = weights[np.argsort(np.abs(weights))]
-    return (
-        weights,
-        eigenvalues,
-        np.sum(weights**2 * eigenvalues) / 2 * 10 ** rng.uniform(-3, 0 if kind == "steep" else -1),
-    )
+    else:
+        weights, eigenvalues = rng.normal(size=dim), np.sort(10 ** rng.uniform(-6, 1, dim))
+        if kind == "steep":
+            weights, eigenvalues = weights * np.exp(2 * rng.normal(size=dim)), eigenvalues[::-1]
+        weights = weights[np.argsort(np.abs(weights))]
+    return weights, eigenvalues, np.sum(weights**2 * eigenvalues) / 2 * 10 ** rng.uniform(least, most)
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 1e-3])
