@@ -33,12 +33,17 @@ from scipy.fft import dct
 from scipy.linalg import eigh
 
 import jaxlimit
-from jaxlimit import compat, data, lanczos, magnitude, models, quadrature, record, training
-from jaxlimit.bracket import Side, bracket_indefinite, bracket_semidefinite
-from jaxlimit.geometry import width_ridge
-from jaxlimit.lanczos import Tridiagonal
-from jaxlimit.losses import CURVATURES
-from jaxlimit.roots import fixed_point
+from jaxlimit import data, models, training
+from jaxlimit.application import run_folder
+from jaxlimit.core import trees
+from jaxlimit.geometry import magnitude
+from jaxlimit.geometry.dimensions import width_ridge
+from jaxlimit.limits.roots import fixed_point
+from jaxlimit.reference import paper_code
+from jaxlimit.spectrum import lanczos, quadrature
+from jaxlimit.spectrum.bracket import Side, bracket_indefinite, bracket_semidefinite
+from jaxlimit.spectrum.lanczos import Tridiagonal
+from jaxlimit.training.losses import CURVATURES
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "data"
 PARTS = ("runs", "subsampling", "precision", "reference", "table")
@@ -355,7 +360,7 @@ def run_lanczos(network: Network, kind: str) -> dict[str, Any]:
     if network.name.startswith("digits"):
         values, vectors = np.linalg.eigh(curvature.dense())
         probes = np.stack(
-            [magnitude.flatten(jax.tree.map(lambda x, p=p: x[p], starts)) for p in range(network.num_probes)]
+            [trees.flatten(jax.tree.map(lambda x, p=p: x[p], starts)) for p in range(network.num_probes)]
         )
         found |= {"eigenvalues": values, "weights": (probes @ vectors) ** 2 / len(values)}
     return found
@@ -422,14 +427,14 @@ def run_reference(network: Network) -> dict[str, Any]:
     """Predictions of the paper's code, (probes, step counts); it runs 64 to 128 steps from one probe."""
     curvature = network.curvature("hessian")
     order = magnitude.magnitude_order(curvature.weights)
-    radii = compat.reference_radii(order)
-    everything = curvature.of(compat.spectrum_parameters(curvature.params))
-    zero_share = compat.zero_row_share(everything, order)
+    radii = paper_code.reference_radii(order)
+    everything = curvature.of(paper_code.spectrum_parameters(curvature.params))
+    zero_share = paper_code.zero_row_share(everything, order)
     starts = quadrature.rademacher(jax.random.key(0), everything.weights, REFERENCE_PROBES)
     state = lanczos.run(everything.matmat, lanczos.init(starts), max(REFERENCE_STEPS))
     predictions = [
         [
-            compat.reference_prediction(
+            paper_code.reference_prediction(
                 *quadrature.gauss(run.truncate(steps)), radii, network.loss_tolerance, zero_share
             )
             for steps in REFERENCE_STEPS
@@ -578,8 +583,8 @@ def main() -> None:
             document[part] = results or before.get(part, [])
             if isinstance(results, dict):
                 document[part] = {**before.get(part, {}), **results}
-        record.write_json(path, document)
-        record.write_atomic(common.RESULTS / "accuracy.md", markdown(document))
+        run_folder.write_json(path, document)
+        run_folder.write_atomic(common.RESULTS / "accuracy.md", markdown(document))
         print(markdown(document))
 
 

@@ -13,9 +13,11 @@ import common
 import jax
 import numpy as np
 
-from jaxlimit import lanczos, magnitude, quadrature
-from jaxlimit.bracket import SpectralBracket, bracket_indefinite
-from jaxlimit.roots import width_limit
+from jaxlimit.core import trees
+from jaxlimit.geometry import magnitude
+from jaxlimit.limits.roots import width_limit
+from jaxlimit.spectrum import lanczos, quadrature
+from jaxlimit.spectrum.bracket import SpectralBracket, bracket_indefinite
 
 NAME = "basis"
 SIZES = (None, 128, 64, 32, 0)
@@ -47,7 +49,7 @@ def exact(network: accuracy.Network) -> float:
     order = magnitude.magnitude_order(curvature.weights)
     probe = quadrature.rademacher(jax.random.key(0), curvature.weights, 1)
     values, vectors = np.linalg.eigh(curvature.dense())
-    weights = (magnitude.flatten(probe) @ vectors) ** 2
+    weights = (trees.flatten(probe) @ vectors) ** 2
     measure = quadrature.SpectralMeasure(values, weights / weights.sum(), order.dim)
     return width_limit(SpectralBracket.exact(measure), order, network.loss_tolerance).value
 

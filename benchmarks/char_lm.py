@@ -35,8 +35,12 @@ from flax import nnx
 from networks import Arrays
 
 import jaxlimit
-from jaxlimit import measure, models, prunable, record, weights
-from jaxlimit.losses import CURVATURES, cross_entropy, l1_norm
+from jaxlimit import models
+from jaxlimit.application import run_folder
+from jaxlimit.core import trees
+from jaxlimit.measuring import sweeps
+from jaxlimit.training import model_files
+from jaxlimit.training.losses import CURVATURES, cross_entropy, l1_norm
 
 NAME = "char_lm"
 COMMAND = f"python benchmarks/{NAME}.py --work DIR"
@@ -184,12 +188,12 @@ class Network:
     def train(self) -> dict[str, Any]:
         """Trains the network and writes its weights."""
         params, objectives = minimise(self.problem, self.l1)
-        weights.save_weights(self.folder / record.WEIGHTS, params)
+        model_files.save_weights(self.folder / run_folder.WEIGHTS, params)
         loss, test = (
             jaxlimit.loss_statistics(self.problem.loss, params, batches).mean
             for batches in (self.problem.batches, self.problem.test_batches)
         )
-        kernels = jax.tree.leaves(prunable.partition(params, self.groups["all kernels"])[0])
+        kernels = jax.tree.leaves(trees.partition(params, self.groups["all kernels"])[0])
         return {
             "settings": asdict(self.settings),
             "objectives": objectives,
@@ -201,7 +205,7 @@ class Network:
     @cached_property
     def params(self) -> Any:
         """The trained parameters."""
-        return weights.load_weights(self.folder / record.WEIGHTS, self.problem.initial)
+        return model_files.load_weights(self.folder / run_folder.WEIGHTS, self.problem.initial)
 
     @cached_property
     def curvatures(self) -> dict[str, jaxlimit.Curvature]:
@@ -222,7 +226,7 @@ class Network:
         )
         losses = sweep.metrics["loss"].tolist()
         return {
-            "num_weights": sum(x.size for x in jax.tree.leaves(prunable.partition(self.params, pruned)[0])),
+            "num_weights": sum(x.size for x in jax.tree.leaves(trees.partition(self.params, pruned)[0])),
             "threshold": common.crossing(SPARSITIES, losses, losses[0] + self.settings.loss_tolerance),
             "loss": losses,
         }
@@ -236,7 +240,7 @@ class Network:
 
     def existence(self, group: str, kind: str) -> dict[str, Any]:
         """The limits width and cone, with one curvature."""
-        checkpoint = record.checkpoint_path(self.folder, f"{group}-{kind}".replace(" ", "-"))
+        checkpoint = run_folder.checkpoint_path(self.folder, f"{group}-{kind}".replace(" ", "-"))
         limit = jaxlimit.pruning_limit(
             self.curvatures[kind].of(self.groups[group]),
             jax.random.key(self.problem.seed),
@@ -264,7 +268,7 @@ class Network:
         evaluated: dict[float, float] = {}
 
         def reached(sparsity: float) -> bool:
-            sweep = measure.finetuned_sweep(
+            sweep = sweeps.finetuned_sweep(
                 self.problem.loss,
                 self.params,
                 self.problem.batches,

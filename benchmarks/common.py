@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 import jaxlimit
-from jaxlimit import record
-from jaxlimit.adaptive import AdaptiveCurvature, Products
-from jaxlimit.checkpoint import Checkpoint
-from jaxlimit.magnitude import magnitude_order
+from jaxlimit.application import run_folder
+from jaxlimit.core.storage import Checkpoint
+from jaxlimit.geometry.magnitude import magnitude_order
+from jaxlimit.limits.lanczos_source import AdaptiveCurvature, Products
 
 RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
@@ -26,8 +26,8 @@ FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 def environment() -> dict[str, Any]:
     """The machine, the versions, and settings of the C library, for the results of this process."""
     settings = {name: value for name, value in os.environ.items() if name.startswith(("MALLOC_", "GLIBC_"))}
-    device = record.device() | {"processor": processor()}
-    return {"device": device, "versions": record.versions(), "settings": settings}
+    device = run_folder.device() | {"processor": processor()}
+    return {"device": device, "versions": run_folder.versions(), "settings": settings}
 
 
 def huge_pages() -> bool:
@@ -120,9 +120,9 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def write(name: str, document: Mapping[str, Any], table: str) -> None:
     """Results as results/NAME.json and NAME.md, with the machine; the table on the screen."""
-    whole = {"format": record.FORMAT, **document, "environment": environment()}
-    record.write_json(RESULTS / f"{name}.json", whole)
-    record.write_atomic(RESULTS / f"{name}.md", table)
+    whole = {"format": run_folder.FORMAT, **document, "environment": environment()}
+    run_folder.write_json(RESULTS / f"{name}.json", whole)
+    run_folder.write_atomic(RESULTS / f"{name}.md", table)
     print(table, end="", flush=True)
 
 
@@ -131,10 +131,10 @@ def step(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
-        found = {"format": record.FORMAT} | compute()
-        record.write_json(path, found | {"seconds": round(time.perf_counter() - start, 1)})
+        found = {"format": run_folder.FORMAT} | compute()
+        run_folder.write_json(path, found | {"seconds": round(time.perf_counter() - start, 1)})
         print(f"{time.strftime('%H:%M:%S')} {path.parent.name}/{path.stem}", flush=True)
-    return record.read_json(path)
+    return run_folder.read_json(path)
 
 
 def kernel_in(path: Sequence[Any], *parts: str) -> bool:

@@ -31,10 +31,12 @@ from flax import nnx
 from twins import Twin, make_twin
 
 import jaxlimit
-from jaxlimit import data, lanczos, models, quadrature, roots
-from jaxlimit.bracket import SpectralBracket, bracket_indefinite, bracket_semidefinite
-from jaxlimit.losses import classification_loss, classification_metrics
-from jaxlimit.magnitude import magnitude_order
+from jaxlimit import data, models
+from jaxlimit.geometry.magnitude import magnitude_order
+from jaxlimit.limits import roots
+from jaxlimit.spectrum import lanczos, quadrature
+from jaxlimit.spectrum.bracket import SpectralBracket, bracket_indefinite, bracket_semidefinite
+from jaxlimit.training.losses import classification_loss, classification_metrics
 
 NAME = "end_to_end"
 GOLDEN = Path(__file__).parents[1] / "tests" / "data" / "golden_fc2_mnist" / "weights.npz"

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import common
 from test_robustness import problems, solved_and_checked  # pyright: ignore[reportMissingImports]
 
-from jaxlimit import record
+from jaxlimit.application import run_folder
 
 NAME = "fuzz"
 
@@ -49,9 +49,15 @@ def main() -> None:
     solve()
     command = f"python benchmarks/fuzz.py --problems {options.problems} --seed {options.seed}"
     environment = common.environment()
-    record.write_json(
+    run_folder.write_json(
         common.RESULTS / f"{NAME}.json",
-        {"format": record.FORMAT, "command": command, **counts, "failures": 0, "environment": environment},
+        {
+            "format": run_folder.FORMAT,
+            "command": command,
+            **counts,
+            "failures": 0,
+            "environment": environment,
+        },
     )
     print(dict(counts))
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlimit import training
-from jaxlimit.presets import Arrays, Options, build_network, find_preset, load_arrays
+from jaxlimit.application.presets import Arrays, Options, build_network, find_preset, load_arrays
 
 NAME = "input_pipeline"
 BATCH_SIZE = 128

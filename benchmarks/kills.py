@@ -25,7 +25,8 @@ import numpy as np
 from flax import nnx
 
 import jaxlimit
-from jaxlimit import data, models, record, training
+from jaxlimit import data, models, training
+from jaxlimit.application import run_folder
 
 NAME = "kills"
 
@@ -135,8 +136,8 @@ def main() -> None:
         return
     found = experiment(options.kills, options.seed, tuple(options.work))
     command = f"python benchmarks/kills.py --kills {options.kills} --seed {options.seed}"
-    document = {"format": record.FORMAT, "command": command, **found, "environment": common.environment()}
-    record.write_json(common.RESULTS / f"{NAME}.json", document)
+    document = {"format": run_folder.FORMAT, "command": command, **found, "environment": common.environment()}
+    run_folder.write_json(common.RESULTS / f"{NAME}.json", document)
     print(f"{found['kills']} kills in {found['runs']} runs: every result the same, to the bit.")
 
 

@@ -27,9 +27,13 @@ import jax
 import numpy as np
 from predicted_vs_measured import CASES, Case, Problem, step, train
 
-from jaxlimit import allocation, magnitude, record, training
+from jaxlimit import training
+from jaxlimit.application import run_folder
 from jaxlimit.baselines.masks import layer_counts
-from jaxlimit.batches import loss_statistics
+from jaxlimit.core import trees
+from jaxlimit.geometry import magnitude
+from jaxlimit.limits import allocation
+from jaxlimit.measuring.loss_statistics import loss_statistics
 
 NAME = "layer_shares"
 COMMAND = f"python benchmarks/{NAME}.py --work DIR"
@@ -61,7 +65,7 @@ def measured(case: Case, folder: Path) -> dict[str, Any]:
         "curvature": partial(allocation.allocated_mask, weights, costs),
     }
     if curvature.dim <= DENSE_DIM:
-        diagonal = magnitude.unflatten(np.diag(curvature.dense()), weights)
+        diagonal = trees.unflatten(np.diag(curvature.dense()), weights)
         single = replace(costs, curvature=jax.tree.map(lambda x: np.maximum(x, 0), diagonal))
         masks["weights"] = partial(allocation.allocated_mask, weights, single)
     rises: dict[str, list[float]] = {}
@@ -116,7 +120,7 @@ def main() -> None:
     for case in cases():
         folder = work / case.name
         step(folder, NAME, partial(measured, case, folder))
-        found = record.read_json(folder / f"{NAME}.json")
+        found = run_folder.read_json(folder / f"{NAME}.json")
         rows.append({"network": case.preset.name, "l1": case.preset.l1, "seed": case.seed} | found)
         print(f"{time.strftime('%H:%M:%S')} {case.name}: {found['crossings']}", flush=True)
     document = {"command": COMMAND, "num_probes": NUM_PROBES, "times": list(TIMES), "cases": rows}

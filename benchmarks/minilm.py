@@ -33,9 +33,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import jaxlimit
-from jaxlimit import allocation, models, record
+from jaxlimit import models
+from jaxlimit.application import run_folder
 from jaxlimit.baselines.masks import layer_counts
-from jaxlimit.prunable import partition
+from jaxlimit.core.trees import partition
+from jaxlimit.limits import allocation
 
 NAME = "minilm"
 COMMAND = f"python benchmarks/{NAME}.py --work DIR"
@@ -288,7 +290,7 @@ def main() -> None:
         work / "encoder" / "limits.json", lambda: problem.existence(work / "encoder" / "0.99")
     )
     document = {
-        "format": record.FORMAT,
+        "format": run_folder.FORMAT,
         "command": COMMAND,
         "num_sentences": len(problem.tokens),
         "num_others": len(problem.other_tokens),
@@ -299,9 +301,9 @@ def main() -> None:
         "allocation": shared,
         "environment": common.environment(),
     }
-    record.write_json(common.RESULTS / f"{NAME}.json", document)
+    run_folder.write_json(common.RESULTS / f"{NAME}.json", document)
     for name, table in zip((NAME, f"{NAME}_allocation"), tables(document), strict=True):
-        record.write_atomic(common.RESULTS / f"{name}.md", table)
+        run_folder.write_atomic(common.RESULTS / f"{name}.md", table)
         print(table, flush=True)
     plot(document)
 

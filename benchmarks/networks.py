@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 import jaxlimit
 from jaxlimit import data, models
-from jaxlimit.losses import cross_entropy
 from jaxlimit.models.functional import Params, Predict
+from jaxlimit.training.losses import cross_entropy
 
 PyTree = Any
 Arrays = tuple[NDArray, NDArray]

@@ -34,7 +34,7 @@ from scipy.linalg import eigh_tridiagonal
 from twins import Twin, make_twin
 
 import jaxlimit
-from jaxlimit.products import linear_mean
+from jaxlimit.curvature.products import linear_mean
 
 PyTree = Any
 OPERATORS = ("hessian", "gauss_newton")

@@ -40,11 +40,12 @@ from scipy.linalg import get_lapack_funcs, solve_triangular
 from scipy.optimize import minimize
 
 import jaxlimit
-from jaxlimit import geometry, plots, presets, record, training
-from jaxlimit.losses import CURVATURES
-from jaxlimit.magnitude import MagnitudeOrder, flatten, magnitude_order, num_removed
+from jaxlimit import geometry, plots, training
+from jaxlimit.application import presets, run_folder
+from jaxlimit.core.trees import combine, flatten, partition
+from jaxlimit.geometry.magnitude import MagnitudeOrder, magnitude_order, num_removed
 from jaxlimit.models import from_nnx
-from jaxlimit.prunable import combine, partition
+from jaxlimit.training.losses import CURVATURES
 
 Array = NDArray[np.float64]
 ValueAndGradient = Callable[[Array], tuple[float, Array]]
@@ -527,8 +528,13 @@ def main() -> None:
     if quick:
         return
     seconds = round(time.process_time())
-    document = {"format": record.FORMAT, "command": COMMAND, **common.environment(), "cpu_seconds": seconds}
-    record.write_json(RESULT, {**document, "networks": results})
+    document = {
+        "format": run_folder.FORMAT,
+        "command": COMMAND,
+        **common.environment(),
+        "cpu_seconds": seconds,
+    }
+    run_folder.write_json(RESULT, {**document, "networks": results})
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
     draw(results).savefig(FIGURE)
 

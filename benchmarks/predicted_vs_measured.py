@@ -29,12 +29,18 @@ import common
 import jax
 import numpy as np
 
-from jaxlimit import limit, measure, models, prunable, record, training, weights
-from jaxlimit.batches import Batches, batched, loss_statistics
-from jaxlimit.losses import CURVATURES
-from jaxlimit.measure import ACCURACY_LOSS, SPARSITIES
-from jaxlimit.presets import PRESETS, Arrays, Options, Preset, build_network, load_arrays
-from jaxlimit.roots import LIMITS
+from jaxlimit import models, training
+from jaxlimit.application import run_folder
+from jaxlimit.application.presets import PRESETS, Arrays, Options, Preset, build_network, load_arrays
+from jaxlimit.core import trees
+from jaxlimit.core.batches import Batches, batched
+from jaxlimit.limits import pruning_limit
+from jaxlimit.limits.roots import LIMITS
+from jaxlimit.measuring import sweeps
+from jaxlimit.measuring.loss_statistics import loss_statistics
+from jaxlimit.measuring.sweeps import ACCURACY_LOSS, SPARSITIES
+from jaxlimit.training import model_files
+from jaxlimit.training.losses import CURVATURES
 
 NAME = "predicted_vs_measured"
 COMMAND = f"python benchmarks/{NAME}.py --work DIR"
@@ -165,11 +171,11 @@ def train(case: Case, problem: Problem, folder: Path) -> Any:
             l1=case.preset.l1,
             on_epoch=lambda epoch, loss: report(f"epoch {epoch + 1}, loss + L1 {loss:.4f}"),
         )
-        weights.save_weights(folder / record.WEIGHTS, params)
+        model_files.save_weights(folder / run_folder.WEIGHTS, params)
         return {"case": asdict(case)}
 
     step(folder, "trained", compute)
-    return weights.load_weights(folder / record.WEIGHTS, problem.initial)
+    return model_files.load_weights(folder / run_folder.WEIGHTS, problem.initial)
 
 
 def measured(case: Case, problem: Problem, params: Any) -> dict[str, Any]:
@@ -183,14 +189,14 @@ def measured(case: Case, problem: Problem, params: Any) -> dict[str, Any]:
     report = reporter(case.name, seconds=0)
     statistics = loss_statistics(problem.loss, params, problem.batches)
     bound = statistics.mean + statistics.batch_std
-    sweep = measure.sparsity_sweep(problem.metrics, params, problem.batches, SPARSITIES)
+    sweep = sweeps.sparsity_sweep(problem.metrics, params, problem.batches, SPARSITIES)
     loss = sweep.first_crossing("loss", bound)
     report(f"loss {statistics.mean:.5f}, tolerance {statistics.batch_std:.5f} met up to {loss}")
     test_accuracy, accuracy = accuracy_threshold(problem, params)
     report(f"test accuracy {test_accuracy:.2%}, a point less at {accuracy}")
     finetuned, evaluated = finetuned_threshold(problem, params, loss, bound, report)
     return {
-        "num_weights": sum(leaf.size for leaf in jax.tree.leaves(prunable.partition(params)[0])),
+        "num_weights": sum(leaf.size for leaf in jax.tree.leaves(trees.partition(params)[0])),
         "train_loss": statistics.mean,
         "loss_tolerance": statistics.batch_std,
         "test_accuracy": test_accuracy,
@@ -204,7 +210,7 @@ def accuracy_threshold(problem: Problem, params: Any) -> tuple[float, float]:
     """The test accuracy unpruned, and the largest sparsity that costs at most one point of it."""
 
     def accuracies(sparsities: np.ndarray) -> np.ndarray:
-        sweep = measure.sparsity_sweep(problem.metrics, params, problem.test_batches, sparsities)
+        sweep = sweeps.sparsity_sweep(problem.metrics, params, problem.test_batches, sparsities)
         return sweep.metrics["accuracy"]
 
     coarse = accuracies(TEST_SPARSITIES)
@@ -228,7 +234,7 @@ def finetuned_threshold(
     evaluated = []
 
     def reached(sparsity: float) -> bool:
-        sweep = measure.finetuned_sweep(
+        sweep = sweeps.finetuned_sweep(
             problem.loss,
             params,
             problem.batches,
@@ -251,11 +257,11 @@ def predicted(
     """The limits with one curvature: what hessian.json and gauss_newton.json hold."""
     operator = training.classification_curvature(name, problem.predict, params, problem.batches)
     report = reporter(f"{case.name}, {name}")
-    checkpoint = record.checkpoint_path(folder, name)
-    found = limit.pruning_limit(
+    checkpoint = run_folder.checkpoint_path(folder, name)
+    found = pruning_limit.pruning_limit(
         operator,
         jax.random.key(case.seed),
-        loss_tolerance=record.read_json(folder / "measured.json")["loss_tolerance"],
+        loss_tolerance=run_folder.read_json(folder / "measured.json")["loss_tolerance"],
         tolerance=TOLERANCE,
         max_matvecs=max_matvecs,
         checkpoint=str(checkpoint),
@@ -271,10 +277,10 @@ def step(folder: Path, name: str, compute: Callable[[], dict[str, Any]]) -> None
     if path.exists():
         return
     wall, cpu = time.perf_counter(), time.process_time()
-    found = {"format": record.FORMAT} | compute()
+    found = {"format": run_folder.FORMAT} | compute()
     found["seconds"] = round(time.perf_counter() - wall, 1)
     found["cpu_seconds"] = round(time.process_time() - cpu, 1)
-    record.write_json(path, found | {"environment": common.environment()})
+    run_folder.write_json(path, found | {"environment": common.environment()})
     reporter(folder.name)(f"{name} in {found['seconds']} s")
 
 
@@ -297,11 +303,11 @@ def collect(work: Path) -> dict[str, Any]:
     for case in sorted(CASES, key=lambda case: (NAMES.index(case.preset.name), case.preset.l1, case.seed)):
         paths = {name: work / case.name / f"{name}.json" for name in ("trained", "measured", *CURVATURES)}
         if paths["measured"].exists():
-            found = {name: record.read_json(path) for name, path in paths.items() if path.exists()}
+            found = {name: run_folder.read_json(path) for name, path in paths.items() if path.exists()}
             environments += [part["environment"] for part in found.values()]
             rows.append(row(case, found))
     distinct = [found for i, found in enumerate(environments) if found not in environments[:i]]
-    return {"format": record.FORMAT, "command": COMMAND, "environments": distinct, "cases": rows}
+    return {"format": run_folder.FORMAT, "command": COMMAND, "environments": distinct, "cases": rows}
 
 
 def row(case: Case, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -362,9 +368,9 @@ def _value(case: Mapping[str, Any], path: Sequence[str]) -> float | None:
 def write_table(work: Path) -> None:
     """The stage `table`."""
     document = collect(work)
-    record.write_json(common.RESULTS / f"{NAME}.json", document)
+    run_folder.write_json(common.RESULTS / f"{NAME}.json", document)
     tables = [markdown_table(document, columns) for columns in (PRUNED, FINETUNED)]
-    record.write_atomic(common.RESULTS / f"{NAME}.md", "\n".join(tables))
+    run_folder.write_atomic(common.RESULTS / f"{NAME}.md", "\n".join(tables))
     print("\n".join(tables), end="", flush=True)
 
 
@@ -383,7 +389,7 @@ def select(names: Sequence[str], work: Path) -> list[Case]:
     cases = [case for case in CASES if case.preset.name in names or case.name in names]
     for case in cases:
         path = work / case.name / "trained.json"
-        if path.exists() and record.read_json(path)["case"] != asdict(case):
+        if path.exists() and run_folder.read_json(path)["case"] != asdict(case):
             raise ValueError(f"{path.parent} holds a network of other settings: name another --work.")
     return cases
 
@@ -398,7 +404,7 @@ def main() -> None:
     parser.add_argument(
         "--max-matvecs",
         type=int,
-        default=limit.MAX_MATVECS,
+        default=pruning_limit.MAX_MATVECS,
         help="products a curvature (default: %(default)s)",
     )
     options = parser.parse_args()

@@ -16,7 +16,8 @@ from typing import Any
 
 import common
 
-from jaxlimit import cli, record
+from jaxlimit import cli
+from jaxlimit.application import run_folder
 
 NAME = "real_runs"
 # What is typed after `jaxlimit`.
@@ -53,9 +54,9 @@ def perform(name: str, folder: Path) -> None:
     code = cli.main([*RUNS[name].split(), "--out", str(folder)])
     if code:
         raise SystemExit(code)
-    document = record.read_json(folder / record.LIMIT) | {"command": f"jaxlimit {RUNS[name]}"}
-    record.write_json(common.RESULTS / f"{name}.json", document)
-    shutil.copyfile(folder / record.FIGURES / "loss.png", common.FIGURES / f"{name}.png")
+    document = run_folder.read_json(folder / run_folder.LIMIT) | {"command": f"jaxlimit {RUNS[name]}"}
+    run_folder.write_json(common.RESULTS / f"{name}.json", document)
+    shutil.copyfile(folder / run_folder.FIGURES / "loss.png", common.FIGURES / f"{name}.png")
 
 
 def markdown_table(documents: Mapping[str, Mapping[str, Any]]) -> str:
@@ -88,9 +89,9 @@ def main() -> None:
     for name in options.runs:
         perform(name, options.work / name)
     paths = {name: common.RESULTS / f"{name}.json" for name in RUNS}
-    documents = {name: record.read_json(path) for name, path in paths.items() if path.exists()}
+    documents = {name: run_folder.read_json(path) for name, path in paths.items() if path.exists()}
     table = markdown_table(documents)
-    record.write_atomic(common.RESULTS / f"{NAME}.md", table)
+    run_folder.write_atomic(common.RESULTS / f"{NAME}.md", table)
     sys.stdout.write(table)
 
 

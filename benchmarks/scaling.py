@@ -27,8 +27,8 @@ from matplotlib.ticker import NullFormatter
 
 import jaxlimit
 from jaxlimit import plots
-from jaxlimit.losses import CURVATURES, classification_curvature
 from jaxlimit.models import FullyConnected, from_nnx
+from jaxlimit.training.losses import CURVATURES, classification_curvature
 
 NAME = "scaling"
 

@@ -1,17 +1,18 @@
 """How sparse can a trained network be pruned, how sure is that, and is it true?"""
 
 from jaxlimit import geometry
-from jaxlimit.adaptive import Progress
-from jaxlimit.batches import Batches, LossStatistics, batched, loss_statistics
-from jaxlimit.curvature import Curvature, gauss_newton, hessian
-from jaxlimit.lanczos import Tridiagonal, tridiagonalize
-from jaxlimit.limit import pruning_limit
-from jaxlimit.magnitude import apply_mask, magnitude_mask, removed_norm
-from jaxlimit.measure import Sweep, finetuned_sweep, sparsity_sweep
-from jaxlimit.prunable import is_kernel
-from jaxlimit.quadrature import SpectralMeasure, spectral_measure
-from jaxlimit.result import PruningLimit
-from jaxlimit.roots import Estimate
+from jaxlimit.core.batches import Batches, batched
+from jaxlimit.core.trees import is_kernel
+from jaxlimit.curvature.operator import Curvature, gauss_newton, hessian
+from jaxlimit.geometry.magnitude import apply_mask, magnitude_mask, removed_norm
+from jaxlimit.limits.lanczos_source import Progress
+from jaxlimit.limits.pruning_limit import pruning_limit
+from jaxlimit.limits.result import PruningLimit
+from jaxlimit.limits.roots import Estimate
+from jaxlimit.measuring.loss_statistics import LossStatistics, loss_statistics
+from jaxlimit.measuring.sweeps import Sweep, finetuned_sweep, sparsity_sweep
+from jaxlimit.spectrum.lanczos import Tridiagonal, tridiagonalize
+from jaxlimit.spectrum.quadrature import SpectralMeasure, spectral_measure
 
 __version__ = "0.1.0"
 

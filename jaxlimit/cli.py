@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from jaxlimit import __version__
 
 if TYPE_CHECKING:
+    from jaxlimit.application.presets import Options, Preset
     from jaxlimit.experiments import Experiment
-    from jaxlimit.presets import Options, Preset
 
 EXTRA = ("tyro", "rich", "matplotlib", "safetensors")
 INSTALL = 'pip install "jaxlimit[cli]"'
@@ -64,7 +64,7 @@ def main(args: Sequence[str] | None = None) -> int:
             return _report(command)
         if not isinstance(command, Presets):
             return _experiment(command, args)
-        from jaxlimit.presets import presets_table
+        from jaxlimit.application.presets import presets_table
 
         print(presets_table())
         return 0
@@ -86,8 +86,8 @@ def parse(args: Sequence[str]) -> "Run | Presets | Report | Experiment":
     import tyro
     from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+    from jaxlimit.application.presets import Options, find_preset
     from jaxlimit.experiments import EXPERIMENTS, Experiment
-    from jaxlimit.presets import Options, find_preset
 
     config = (FlagCreatePairsOff,)
     if args[0] == "experiment" and len(args) > 1 and args[1] in EXPERIMENTS:
@@ -197,13 +197,13 @@ def default_folder(preset: "Preset", options: "Options") -> Path:
     """results/PRESET-seedSEED, with every other option that is not at its default in the name.
 
     Examples:
-        >>> from jaxlimit.presets import Options, find_preset
+        >>> from jaxlimit.application.presets import Options, find_preset
         >>> default_folder(find_preset("digits", l1=0.0), Options(seed=1)).name
         'digits-seed1-l1-0'
     """
     from dataclasses import asdict
 
-    from jaxlimit.presets import PRESETS, Options
+    from jaxlimit.application.presets import PRESETS, Options
 
     usual = asdict(PRESETS[preset.name]) | asdict(Options())
     chosen = asdict(preset) | asdict(options)
@@ -213,38 +213,40 @@ def default_folder(preset: "Preset", options: "Options") -> Path:
 
 
 def _run(command: Run, args: Sequence[str]) -> int:
-    from jaxlimit import comparison, record, runner
-    from jaxlimit.monitor import Interrupt, make_monitor
-    from jaxlimit.presets import load_arrays
+    from jaxlimit.application import comparison, pipeline, run_folder
+    from jaxlimit.application.presets import load_arrays
+    from jaxlimit.application.terminal import Interrupt, make_monitor
 
     folder = command.out
-    config = runner.config_of(command.preset, command.options)
+    config = pipeline.config_of(command.preset, command.options)
     interrupt = Interrupt()
     typed = ["jaxlimit", *(word for word in args if word != "--overwrite")]
     try:
         with interrupt, make_monitor(interrupt) as monitor:
             # Before anything is written: data that are missing leave no folder behind.
             arrays = load_arrays(command.preset, command.options, command.data)
-            resumed = record.prepare_folder(folder, config, overwrite=command.overwrite)
+            resumed = run_folder.prepare_folder(folder, config, overwrite=command.overwrite)
             print(f"{'going on with' if resumed else 'writing to'} {folder}", file=sys.stderr)
-            run = runner.execute(folder, command.preset, command.options, arrays, shlex.join(typed), monitor)
+            run = pipeline.execute(
+                folder, command.preset, command.options, arrays, shlex.join(typed), monitor
+            )
     except KeyboardInterrupt:
         return _interrupted(folder, typed)
-    print(f"\n{comparison.comparison_table(run.document)}\n\nreport: {folder / record.REPORT}")
+    print(f"\n{comparison.comparison_table(run.document)}\n\nreport: {folder / run_folder.REPORT}")
     return 0
 
 
 def _report(command: Report) -> int:
-    from jaxlimit import record, report
+    from jaxlimit.application import report, run_folder
 
-    run = record.read_record(command.folder)
+    run = run_folder.read_record(command.folder)
     print(f"report: {report.write_report(command.folder, run)}")
     return 0
 
 
 def _experiment(command: "Experiment", args: Sequence[str]) -> int:
+    from jaxlimit.application.terminal import Interrupt, make_monitor
     from jaxlimit.experiments import execute
-    from jaxlimit.monitor import Interrupt, make_monitor
 
     typed = ["jaxlimit", *args]
     interrupt = Interrupt()

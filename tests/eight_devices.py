@@ -11,10 +11,10 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxlimit
-from jaxlimit import products
-from jaxlimit.lanczos import _norm
-from jaxlimit.magnitude import flatten
-from jaxlimit.sharding import place
+from jaxlimit.core.sharding import place
+from jaxlimit.core.trees import flatten
+from jaxlimit.curvature import products
+from jaxlimit.spectrum.lanczos import _norm
 
 LIMITS = {"hessian": ("one_shot", "width"), "gauss_newton": ("width", "readjusted")}
 

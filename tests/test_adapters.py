@@ -22,10 +22,10 @@ from flax import linen, traverse_util
 from flax.core import FrozenDict
 
 import jaxlimit
+from jaxlimit.core.trees import partition
 from jaxlimit.models import from_equinox, from_linen
-from jaxlimit.prunable import partition
-from jaxlimit.training import classification_loss, classification_metrics
-from jaxlimit.weights import load_weights, save_weights
+from jaxlimit.training.classifier import classification_loss, classification_metrics
+from jaxlimit.training.model_files import load_weights, save_weights
 
 KERNEL_WEIGHTS, PARAMETERS = 114, 114 + (2 + 3) + (2 + 2)
 IMAGES = jax.random.normal(jax.random.key(7), (8, 6, 6, 1))

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import jaxlimit
-from jaxlimit.allocation import LayerCosts, allocated_mask, layer_costs, uniform_mask
 from jaxlimit.baselines.masks import layer_counts
-from jaxlimit.curvature import gauss_newton, hessian
-from jaxlimit.magnitude import flatten, magnitude_mask
+from jaxlimit.core.trees import flatten
+from jaxlimit.curvature.operator import gauss_newton, hessian
+from jaxlimit.geometry.magnitude import magnitude_mask
+from jaxlimit.limits.allocation import LayerCosts, allocated_mask, layer_costs, uniform_mask
 
 NO_ERROR = {"a": 0.0, "b": 0.0, "c": 0.0}
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlimit.batches import batch_length, batched, example_sum, grouped, loss_statistics
+from jaxlimit.core.batches import batch_length, batched, example_sum, grouped
+from jaxlimit.measuring.loss_statistics import loss_statistics
 
 
 def squared_error(params, batch):

@@ -14,10 +14,10 @@ import pytest
 from test_limit import truth_of_matrix
 
 import jaxlimit
-from jaxlimit import lanczos, quadrature
-from jaxlimit.bracket import SpectralBracket, bracket_indefinite, bracket_semidefinite
-from jaxlimit.magnitude import magnitude_order
-from jaxlimit.roots import width_limit
+from jaxlimit.geometry.magnitude import magnitude_order
+from jaxlimit.limits.roots import width_limit
+from jaxlimit.spectrum import lanczos, quadrature
+from jaxlimit.spectrum.bracket import SpectralBracket, bracket_indefinite, bracket_semidefinite
 
 DIM, SEEDS = 320, range(4)
 

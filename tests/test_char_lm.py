@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from jaxlimit import prunable
+from jaxlimit.core import trees
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 pytest.importorskip("safetensors", reason="needs the cli extra")
@@ -57,11 +57,11 @@ def nats(problem, params, inputs, labels):
 
 def pruned(params, accepts, sparsity):
     """Zeros in the place of the smallest kernels that are accepted."""
-    weights, rest = prunable.partition(params, accepts)
+    weights, rest = trees.partition(params, accepts)
     flat, unravel = ravel_pytree(weights)
     flat = np.array(flat)
     flat[np.argsort(np.abs(flat), kind="stable")[: int(sparsity * flat.size + 1e-9)]] = 0
-    return prunable.combine(unravel(flat), rest)
+    return trees.combine(unravel(flat), rest)
 
 
 def test_what_is_held_out_is_predicted_better_than_by_frequencies(network, found):
@@ -101,11 +101,11 @@ def test_measured_thresholds_are_those_of_pruning(network, found, group):
 
 def test_one_shot_of_the_head_is_the_crossing_of_its_quadratic(network, found):
     problem = network.problem
-    weights, rest = prunable.partition(network.params, TINY.groups["head"])
+    weights, rest = trees.partition(network.params, TINY.groups["head"])
     flat, unravel = ravel_pytree(weights)
 
     def loss(flat):
-        return problem.loss(prunable.combine(unravel(flat), rest), problem.batches.arrays)
+        return problem.loss(trees.combine(unravel(flat), rest), problem.batches.arrays)
 
     gradient, matrix = (np.asarray(x, np.float64) for x in (jax.grad(loss)(flat), jax.hessian(loss)(flat)))
     order, removed = np.argsort(np.abs(flat), kind="stable"), np.zeros(flat.size)

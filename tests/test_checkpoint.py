@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlimit import lanczos
-from jaxlimit.checkpoint import Checkpoint
+from jaxlimit.core.storage import Checkpoint
+from jaxlimit.spectrum import lanczos
+from jaxlimit.spectrum.lanczos_files import LanczosFiles
 
 FINGERPRINT = {"dim": 7, "loss_tolerance": 0.1, "key": [0, 3], "num_probes": None}
 
@@ -108,9 +109,9 @@ def test_lanczos_goes_on_to_the_same_bits(steps, max_basis, folder, dtype):
     initial = lanczos.init(starts)
     state = lanczos.run(product, initial, steps, max_basis)
     store = Checkpoint(folder, FINGERPRINT)
-    assert store.load_state("run", initial) is initial
-    store.save_state("run", state)
-    loaded = Checkpoint(folder, FINGERPRINT).load_state("run", initial)
+    assert LanczosFiles(store).load("run", initial) is initial
+    LanczosFiles(store).save("run", state)
+    loaded = LanczosFiles(Checkpoint(folder, FINGERPRINT)).load("run", initial)
     assert jax.tree.structure(loaded) == jax.tree.structure(state)
     assert all(same_bits(x, y) for x, y in zip(jax.tree.leaves(loaded), jax.tree.leaves(state), strict=True))
     assert isinstance(loaded.current["a"], jax.Array)
@@ -120,8 +121,8 @@ def test_lanczos_goes_on_to_the_same_bits(steps, max_basis, folder, dtype):
         same_bits(x, y) for x, y in zip(jax.tree.leaves(resumed), jax.tree.leaves(uninterrupted), strict=True)
     )
     assert resumed.diagonal.shape == (2, steps + 6)
-    store.save_state("run", resumed)
-    again = store.load_state("run", initial)
+    LanczosFiles(store).save("run", resumed)
+    again = LanczosFiles(store).load("run", initial)
     assert all(same_bits(x, y) for x, y in zip(jax.tree.leaves(again), jax.tree.leaves(resumed), strict=True))
 
 
@@ -130,12 +131,12 @@ def test_a_panel_is_written_once_and_missed_when_it_is_gone(folder):
         return rows * jnp.arange(1.0, 201.0)
 
     initial = lanczos.init(jnp.ones((1, 200)))
-    store = Checkpoint(folder, FINGERPRINT)
+    files = LanczosFiles(Checkpoint(folder, FINGERPRINT))
     state = lanczos.run(product, initial, 40)
-    store.save_state("run", state)
+    files.save("run", state)
     panel = folder / "run-panel-0000.npz"
     written = panel.stat().st_mtime_ns
-    store.save_state("run", lanczos.run(product, state, 40))
+    files.save("run", lanczos.run(product, state, 40))
     assert panel.stat().st_mtime_ns == written
     assert sorted(path.name for path in folder.iterdir()) == [
         "problem.json",
@@ -145,7 +146,7 @@ def test_a_panel_is_written_once_and_missed_when_it_is_gone(folder):
     ]
     panel.unlink()
     with pytest.raises(ValueError, match=r"run-panel-0000\.npz is missing .* remove run\.npz"):
-        store.load_state("run", initial)
+        files.load("run", initial)
 
 
 def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
@@ -154,10 +155,10 @@ def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
     state = lanczos.run(lambda v: 2 * v, lanczos.init(jnp.ones((1, 3))), 1)
     store.save_tree("name", np.ones(3))
     store.save_tree("tree", [np.ones(3)])
-    store.save_state("state", state)
+    LanczosFiles(store).save("state", state)
     assert store.load_tree("name", 0) is None
     assert store.load_tree("tree", [0]) is None
-    assert store.load_state("state", state) is state
+    assert LanczosFiles(store).load("state", state) is state
     assert list(tmp_path.iterdir()) == []
 
 

@@ -17,8 +17,10 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxlimit
-from jaxlimit import __version__, models, presets, training, weights
+from jaxlimit import __version__, models, training
+from jaxlimit.application import presets
 from jaxlimit.cli import default_folder, main, parse
+from jaxlimit.training import model_files
 
 TINY = presets.Preset(
     "tiny", "digits", "64-8-10", epochs=3, learning_rate=0.1, schedule="cosine", l1=5e-4, finetune_steps=5
@@ -125,7 +127,7 @@ def test_a_limit_from_part_of_the_examples_says_so(tmp_path, capsys):
     document = json.loads((folder / "limit.json").read_text())
     found = document["limits"]["gauss_newton"]
     predict, like = models.from_nnx(presets.build_network(TINY, 0))
-    params = weights.load_weights(folder / "weights.safetensors", like)
+    params = model_files.load_weights(folder / "weights.safetensors", like)
     images, labels = presets.load_arrays(TINY, presets.Options())[0]
     operator = jaxlimit.gauss_newton(
         lambda params, batch: predict(params, batch[0]),

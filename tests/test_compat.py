@@ -14,10 +14,13 @@ from flax import nnx
 from scipy.stats import spearmanr
 
 import jaxlimit
-from jaxlimit import compat, data, lanczos, models, training
-from jaxlimit.bracket import SpectralBracket
-from jaxlimit.magnitude import flatten, magnitude_order
-from jaxlimit.roots import width_limit
+from jaxlimit import data, models, training
+from jaxlimit.core.trees import flatten
+from jaxlimit.geometry.magnitude import magnitude_order
+from jaxlimit.limits.roots import width_limit
+from jaxlimit.reference import paper_code
+from jaxlimit.spectrum import lanczos
+from jaxlimit.spectrum.bracket import SpectralBracket
 
 GOLDEN = Path(__file__).parent / "data"
 CASES = {"golden_fc2_mnist": (0.892, 0.0), "golden_lenet_cifar10": (0.566, 0.17)}
@@ -36,15 +39,17 @@ def test_prediction_from_its_ritz_values(golden):
     prediction, zero_share = golden["published"]
     nodes, weights, radii = golden["eigen"], golden["weight"], golden["R_list"]
     eps = golden["summary"]["ep=loss_std"]
-    assert compat.reference_prediction(nodes, weights, radii, eps, zero_share) == prediction
+    assert paper_code.reference_prediction(nodes, weights, radii, eps, zero_share) == prediction
     without = golden["summary"].get("pred_binned_intR_grid_q0", prediction)
-    assert compat.reference_prediction(nodes, weights, radii, eps) == without
+    assert paper_code.reference_prediction(nodes, weights, radii, eps) == without
 
 
 def test_radii_are_its_r_list(golden):
     with np.load(golden["folder"] / "weights.npz") as file:
         kernels = [file[name] for name in file.files if name.endswith("weight")]
-    np.testing.assert_allclose(compat.reference_radii(magnitude_order(kernels)), golden["R_list"], rtol=1e-12)
+    np.testing.assert_allclose(
+        paper_code.reference_radii(magnitude_order(kernels)), golden["R_list"], rtol=1e-12
+    )
 
 
 def test_direct_root_is_the_one_it_would_find_without_binning(golden):
@@ -60,7 +65,9 @@ def test_binned_spectrum_keeps_mass_by_chance():
     """A Gaussian narrower than the spacing: on a point it keeps too much, between two hardly any."""
     spacing = 200.02 / 99_999
     between, on = 50_000.5 * spacing - 0.01, 70_000 * spacing - 0.01
-    points, mass = compat.binned_spectrum(np.array([0.0, between, on, 200.0]), np.array([0.0, 0.5, 0.5, 0.0]))
+    points, mass = paper_code.binned_spectrum(
+        np.array([0.0, between, on, 200.0]), np.array([0.0, 0.5, 0.5, 0.0])
+    )
     assert (points[0], points[-1], len(points)) == (-0.01, 200.01, 100_000)
     assert np.sum(mass) == pytest.approx(1)
     # exp(-x^2 / 2 sigma^2) at twice half a spacing against once 0.
@@ -80,7 +87,7 @@ def test_weights_without_curvature_are_counted():
         return jnp.mean((inputs @ params["kernel"])[:, :6] ** 2) + params["bias"].sum() * 0
 
     curvature = jaxlimit.hessian(loss, {"kernel": kernel, "bias": jnp.ones(3)}, batches)
-    share = compat.zero_row_share(curvature, magnitude_order(curvature.weights))
+    share = paper_code.zero_row_share(curvature, magnitude_order(curvature.weights))
     order = magnitude_order(curvature.weights).order[np.maximum(np.arange(100) * 4, 1) - 1]
     assert share == pytest.approx(np.mean(order % 8 >= 6))
     assert 0.1 < share < 0.4
@@ -91,7 +98,7 @@ def test_spectrum_leaves_out_batch_norm_and_keeps_biases():
         "dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
         "norm": {"scale": jnp.ones(2), "bias": jnp.ones(2), "count": jnp.array(3)},
     }
-    chosen = compat.spectrum_parameters(params)
+    chosen = paper_code.spectrum_parameters(params)
     assert chosen == {
         "dense": {"kernel": True, "bias": True},
         "norm": {"scale": False, "bias": False, "count": False},
@@ -139,10 +146,10 @@ def test_prediction_from_its_weights(tmp_path):
     )
     key = jax.random.key(0)
     start = vectors["v0_sign"]
-    found = compat.reference_limit(curvature, key, loss_tolerance=eps, num_matvecs=64, probe=start)
+    found = paper_code.reference_limit(curvature, key, loss_tolerance=eps, num_matvecs=64, probe=start)
     assert (found.value, found.zero_share, found.num_matvecs) == (0.892, 0.0, 64)
     assert found.direct == pytest.approx(0.8894, abs=5e-4)
-    other = compat.reference_limit(curvature, key, loss_tolerance=eps, num_matvecs=64)
+    other = paper_code.reference_limit(curvature, key, loss_tolerance=eps, num_matvecs=64)
     assert 0.7 < other.value < 0.97
     assert other.value != found.value
 
@@ -174,20 +181,20 @@ def test_prediction_of_a_convolutional_network_from_its_weights(tmp_path, monkey
     curvature, eps, vectors = golden_curvature(
         "golden_lenet_cifar10", models.LeNet, data.load_cifar10, 1024, np.asarray, tmp_path
     )
-    everything = curvature.of(compat.spectrum_parameters(curvature.params))
+    everything = curvature.of(paper_code.spectrum_parameters(curvature.params))
     order = magnitude_order(curvature.weights)
     with np.load(GOLDEN / "golden_lenet_cifar10" / "det64.npz") as file:
         theirs = file["row_norms"]
-    rows = compat.row_norms(everything, compat.percentile_rows(everything, order))
+    rows = paper_code.row_norms(everything, paper_code.percentile_rows(everything, order))
     assert spearmanr(rows, theirs)[0] > 0.95
-    assert np.all(theirs[rows < compat.ROW_NORM] < 1e-7)
+    assert np.all(theirs[rows < paper_code.ROW_NORM] < 1e-7)
 
     tridiagonal = lanczos.tridiagonalize(everything.matvec, vectors["v0_sign"], 64)
     monkeypatch.setattr(lanczos, "tridiagonalize", lambda *_: tridiagonal)  # each time the same
 
     def prediction(norms):
-        monkeypatch.setattr(compat, "row_norms", lambda *_: norms)
-        found = compat.reference_limit(
+        monkeypatch.setattr(paper_code, "row_norms", lambda *_: norms)
+        found = paper_code.reference_limit(
             curvature, jax.random.key(0), loss_tolerance=eps, num_matvecs=64, probe=vectors["v0_sign"]
         )
         return found.value, found.zero_share, found.num_matvecs

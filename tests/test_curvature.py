@@ -18,12 +18,12 @@ from conftest import make_mlp, output_loss, predict
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from jaxlimit import products
-from jaxlimit.batches import batched
-from jaxlimit.curvature import dense_matrix, gauss_newton, hessian
-from jaxlimit.limit import pruning_limit
+from jaxlimit.core.batches import batched
+from jaxlimit.core.trees import combine, is_kernel, partition
+from jaxlimit.curvature import products
+from jaxlimit.curvature.operator import dense_matrix, gauss_newton, hessian
+from jaxlimit.limits.pruning_limit import pruning_limit
 from jaxlimit.models import from_nnx
-from jaxlimit.prunable import combine, is_kernel, partition
 
 RTOL = {"float32": 1e-5, "float64": 1e-10}
 

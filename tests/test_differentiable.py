@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 import jaxlimit
-from jaxlimit import differentiable, geometry, quadrature
+from jaxlimit import geometry
+from jaxlimit.core.trees import flatten, partition
 from jaxlimit.experiments import flatness
 from jaxlimit.experiments.flatness import Flatness, flat_loss
 from jaxlimit.experiments.study import Study
-from jaxlimit.losses import classification_loss
-from jaxlimit.magnitude import flatten
-from jaxlimit.prunable import partition
+from jaxlimit.geometry import differentiable
+from jaxlimit.spectrum import quadrature
+from jaxlimit.training.losses import classification_loss
 
 
 def predict(params, batch):

@@ -15,27 +15,15 @@ from pathlib import Path
 import pytest
 
 import jaxlimit
-from jaxlimit import (
-    allocation,
-    baselines,
-    compat,
-    curvature,
-    data,
-    descent,
-    experiments,
-    geometry,
-    lanczos,
-    magnitude,
-    models,
-    plots,
-    presets,
-    prunable,
-    quadrature,
-    result,
-    roots,
-    training,
-    weights,
-)
+from jaxlimit import baselines, data, experiments, geometry, models, plots, training
+from jaxlimit.application import presets
+from jaxlimit.core import trees
+from jaxlimit.curvature import operator
+from jaxlimit.geometry import magnitude
+from jaxlimit.limits import allocation, result, roots
+from jaxlimit.reference import paper_code
+from jaxlimit.spectrum import lanczos, quadrature
+from jaxlimit.training import descent, model_files
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -76,8 +64,8 @@ def test_every_public_name_is_documented(site):
     top = set(jaxlimit.__all__)
     helpers = {"flatten", "unflatten"}  # between a pytree and one vector
     for module in (
-        compat,
-        curvature,
+        paper_code,
+        operator,
         data,
         geometry,
         lanczos,
@@ -85,14 +73,14 @@ def test_every_public_name_is_documented(site):
         models,
         plots,
         presets,
-        prunable,
+        trees,
         quadrature,
         result,
         roots,
     ):
         missing = public_names(module) - names
         assert not {name for name in missing if name.rpartition(".")[2] not in top | helpers}, module
-    for module in (allocation, baselines, descent, experiments, training, weights):
+    for module in (allocation, baselines, descent, experiments, training, model_files):
         assert not public_names(module) - names
 
 

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from jaxlimit import presets, record
+from jaxlimit.application import presets, run_folder
 from jaxlimit.cli import main
 from jaxlimit.experiments.methods import METHODS, figure, settings_of, table
 
@@ -46,7 +46,7 @@ def test_a_comparison_writes_results_table_and_figure(finished):
     assert document["config"]["settings"]["lomp"]["l1"] == 5e-4
     assert document["config"]["settings"]["dense"]["l1"] == 0
     assert document["config"]["sparsities"] == [0.5, 0.9]
-    made = {"device": record.device(), "versions": record.versions()}
+    made = {"device": run_folder.device(), "versions": run_folder.versions()}
     assert all(made.items() <= piece.items() for piece in document["pieces"].values())
     assert (finished / "figures" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in finished.iterdir()} == {
@@ -99,7 +99,7 @@ def test_ctrl_c_and_the_same_command_goes_on(finished, tmp_path, monkeypatch, ca
     assert main([*COMPARE, "--out", str(folder)]) == 0
     assert started[3:] == ["lomp", "lomp"]
     assert pieces(folder) == pieces(finished)
-    left = record.checkpoint_path(folder, "lomp-seed1")  # by a kill after its piece was written
+    left = run_folder.checkpoint_path(folder, "lomp-seed1")  # by a kill after its piece was written
     left.mkdir()
     assert main([*COMPARE, "--out", str(folder)]) == 0  # nothing is left to do
     assert len(started) == 5

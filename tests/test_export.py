@@ -15,7 +15,12 @@ from conftest import make_mlp
 from jax import export
 
 import jaxlimit
-from jaxlimit import batches, differentiable, lanczos, magnitude, measure, products, quadrature, readjust
+from jaxlimit.core import batches
+from jaxlimit.curvature import products
+from jaxlimit.geometry import differentiable, magnitude
+from jaxlimit.limits import conjugate_gradients
+from jaxlimit.measuring import sweeps
+from jaxlimit.spectrum import lanczos, quadrature
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 DOUBLE = re.compile(r"[<x]f64\b")
@@ -61,7 +66,7 @@ def programs():
     group, one = group[0], jax.tree.map(lambda x: x[0], group[0])
     vectors = quadrature.rademacher(jax.random.key(0), weights, 2)
     panel, scalars = jax.tree.map(lanczos._empty_panel, vectors), jnp.ones(2, jnp.float32)
-    ranks, counts = measure.PrunedNetwork(mlp.params).ranks, jnp.array([3, 20], jnp.int32)
+    ranks, counts = sweeps.PrunedNetwork(mlp.params).ranks, jnp.array([3, 20], jnp.int32)
 
     def start(vectors):
         return jax.tree.map(lambda x: x / lanczos._columns(lanczos._norm(vectors), x), vectors)
@@ -84,7 +89,7 @@ def programs():
             mlp.predict, mlp.output_loss, params, batch, probes, sparsity=0.5, loss_tolerance=0.1
         )
 
-    swept = partial(batches._group_sum, measure._PrunedMetrics(metrics), None)
+    swept = partial(batches._group_sum, sweeps._PrunedMetrics(metrics), None)
     mask = magnitude.magnitude_mask(weights, 0.5)
     return {
         **{
@@ -96,8 +101,8 @@ def programs():
         "lanczos: step": (lanczos_step, vectors, vectors, vectors, scalars, scalars, panel),
         "lanczos: normalize": (lanczos._normalize, vectors, scalars, scalars, scalars),
         "probes": (rademacher, np.zeros(2, np.uint32)),
-        "conjugate gradients: inner": (readjust._inner_device, vectors, vectors),
-        "conjugate gradients: add": (readjust._add, vectors, vectors, np.float32(0.5)),
+        "conjugate gradients: inner": (conjugate_gradients._inner_device, vectors, vectors),
+        "conjugate gradients: add": (conjugate_gradients._add, vectors, vectors, np.float32(0.5)),
         "batch losses": (partial(batches._batch_losses, mlp.loss), mlp.params, group),
         "sparsity sweep": (swept, (weights, rest, ranks, counts), group),
         "masks": (magnitude.apply_mask, mlp.params, mask),

@@ -11,7 +11,8 @@ import pytest
 from scipy.optimize import brentq
 
 import jaxlimit
-from jaxlimit import data, geometry, lanczos, quadrature, training
+from jaxlimit import data, geometry, training
+from jaxlimit.spectrum import lanczos, quadrature
 
 GOLDEN = Path(__file__).parent / "data" / "golden_fc2_mnist"
 

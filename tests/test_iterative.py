@@ -15,7 +15,7 @@ from jaxlimit import models, training
 from jaxlimit.baselines import IterativePruning, Recipe, iterative_pruning
 from jaxlimit.baselines.iterative import rewound, rounds
 from jaxlimit.baselines.network import bare, kernels
-from jaxlimit.losses import classification_loss
+from jaxlimit.training.losses import classification_loss
 
 RECIPE = Recipe(epochs=4, batch_size=8, learning_rate=0.1)  # of 24 examples: 3 updates an epoch
 

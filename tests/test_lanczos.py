@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from matfree import decomp
 
-from jaxlimit import lanczos
-from jaxlimit.lanczos import Tridiagonal, tridiagonalize
+from jaxlimit.spectrum import lanczos
+from jaxlimit.spectrum.lanczos import Tridiagonal, tridiagonalize
 
 
 def symmetric(dim, seed=0, scale=1.0):

@@ -19,11 +19,13 @@ from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
 import jaxlimit
-from jaxlimit import data, models, prunable, roots, training
-from jaxlimit.adaptive import AdaptiveCurvature
-from jaxlimit.curvature import dense_matrix
-from jaxlimit.dense import dense_curvature
-from jaxlimit.magnitude import magnitude_order
+from jaxlimit import data, models, training
+from jaxlimit.core import trees
+from jaxlimit.curvature.operator import dense_matrix
+from jaxlimit.geometry.magnitude import magnitude_order
+from jaxlimit.limits import roots
+from jaxlimit.limits.dense_source import dense_curvature
+from jaxlimit.limits.lanczos_source import AdaptiveCurvature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +67,16 @@ def curvature_of(network: Network, kind: str) -> jaxlimit.Curvature:
 def dense_truth(network: Network, kind: str) -> dict[str, float]:
     """All four limits from a dense float64 matrix, scanning every n."""
     with jax.enable_x64(True):
-        weights, rest = prunable.partition(network.params)
+        weights, rest = trees.partition(network.params)
         flat, unravel = ravel_pytree(jax.tree.map(lambda x: x.astype(jnp.float64), weights))
         inputs, labels = network.batches.arrays
         inputs = jnp.asarray(inputs, jnp.float64)
 
         def loss(w):
-            return network.loss(prunable.combine(unravel(w), rest), (inputs, labels))
+            return network.loss(trees.combine(unravel(w), rest), (inputs, labels))
 
         def outputs(w):
-            return network.predict(prunable.combine(unravel(w), rest), inputs)
+            return network.predict(trees.combine(unravel(w), rest), inputs)
 
         gradient = np.asarray(jax.grad(loss)(flat))
         if kind == "hessian":

@@ -14,15 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlimit.magnitude import (
-    apply_mask,
-    flatten,
-    magnitude_mask,
-    magnitude_order,
-    num_removed,
-    removed_norm,
-    unflatten,
-)
+from jaxlimit.core.trees import flatten, unflatten
+from jaxlimit.geometry.magnitude import apply_mask, magnitude_mask, magnitude_order, num_removed, removed_norm
 
 # Few different magnitudes, of both signs: most of them are tied.
 tied = st.lists(st.sampled_from([0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 2.0, 3.0]), min_size=1, max_size=40)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from jaxlimit.monitor import Interrupt
+from jaxlimit.application.terminal import Interrupt
 
 
 @pytest.fixture(autouse=True)

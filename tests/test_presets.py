@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxlimit import data, presets
-from jaxlimit.presets import PRESETS, build_network, find_preset
+from jaxlimit import data
+from jaxlimit.application import presets
+from jaxlimit.application.presets import PRESETS, build_network, find_preset
 
 # Kernel weights: of 784 and 3072 inputs, of 10, 100 and 200 classes.
 KERNELS = {

@@ -19,11 +19,17 @@ from hypothesis import strategies as st
 from scipy.linalg import circulant, hessenberg
 from scipy.optimize import linprog
 
-from jaxlimit.batches import batched
-from jaxlimit.bracket import SIDES, SIXTEENTHS, SpectralBracket, bracket_indefinite, bracket_semidefinite
-from jaxlimit.curvature import hessian
-from jaxlimit.lanczos import Tridiagonal
-from jaxlimit.quadrature import (
+from jaxlimit.core.batches import batched
+from jaxlimit.curvature.operator import hessian
+from jaxlimit.spectrum.bracket import (
+    SIDES,
+    SIXTEENTHS,
+    SpectralBracket,
+    bracket_indefinite,
+    bracket_semidefinite,
+)
+from jaxlimit.spectrum.lanczos import Tridiagonal
+from jaxlimit.spectrum.quadrature import (
     SpectralMeasure,
     gauss,
     gauss_radau,

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlimit.readjust import readjusted_minimum
+from jaxlimit.limits.conjugate_gradients import readjusted_minimum
 
 DIM = 40
 

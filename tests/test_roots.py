@@ -9,12 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlimit.bracket import SpectralBracket
-from jaxlimit.geometry import cone_dimension
-from jaxlimit.magnitude import magnitude_order
-from jaxlimit.one_shot import PathPoint, loss_between, one_shot_limit
-from jaxlimit.quadrature import SpectralMeasure
-from jaxlimit.roots import BudgetSpent, Estimate, cone_limit, fixed_point, readjusted_limit, width_limit
+from jaxlimit.geometry.dimensions import cone_dimension
+from jaxlimit.geometry.magnitude import magnitude_order
+from jaxlimit.limits.one_shot import PathPoint, loss_between, one_shot_limit
+from jaxlimit.limits.roots import (
+    BudgetSpent,
+    Estimate,
+    cone_limit,
+    fixed_point,
+    readjusted_limit,
+    width_limit,
+)
+from jaxlimit.spectrum.bracket import SpectralBracket
+from jaxlimit.spectrum.quadrature import SpectralMeasure
 
 # Brackets are widened by so many weights to either side.
 WIDENED = 2

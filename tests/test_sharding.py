@@ -21,9 +21,9 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlimit import sharding
+from jaxlimit.core import memory
+from jaxlimit.core.sharding import ExampleSharding, example_sharding, place, sharding_like
 from jaxlimit.data import load_digits
-from jaxlimit.sharding import ExampleSharding, example_sharding, place, sharding_like
 
 KERNELS = {"w0": [1, 64, 48], "w1": [1, 48, 24], "w2": [1, 24, 16]}
 
@@ -136,11 +136,11 @@ def test_two_processes_give_the_same_limits_and_go_on_from_a_checkpoint(problem,
 
 @pytest.mark.parametrize(("allowed", "expected"), [("1048576\n", 2**20), ("max\n", None)])
 def test_a_container_may_use_what_it_is_allowed(allowed, expected, tmp_path, monkeypatch):
-    machine = sharding.device_memory() * jax.local_device_count()
+    machine = memory.device_memory() * jax.local_device_count()
     file = tmp_path / "memory.max"
     file.write_text(allowed)
-    monkeypatch.setattr(sharding, "CONTAINER_MEMORY", file)
-    assert sharding.device_memory() * jax.local_device_count() == pytest.approx(expected or machine, abs=8)
+    monkeypatch.setattr(memory, "CONTAINER_MEMORY", file)
+    assert memory.device_memory() * jax.local_device_count() == pytest.approx(expected or machine, abs=8)
 
 
 def test_examples_divided_in_different_ways_are_refused():

@@ -15,22 +15,23 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from scipy.stats import rv_discrete
 
-from jaxlimit import baselines, batched, hessian, presets, pruning_limit
+from jaxlimit import baselines, batched, hessian, pruning_limit
+from jaxlimit.application import presets
 from jaxlimit.baselines.gems import signed_constants
 from jaxlimit.baselines.network import bare, cut
 from jaxlimit.cli import main
+from jaxlimit.core.trees import flatten, partition, unflatten
 from jaxlimit.experiments import EXPERIMENTS, iterations, methods, study, subject
 from jaxlimit.experiments.anatomy import EDGES, row_norms, sampling_distance, shares, total_variation
 from jaxlimit.experiments.growth import scaled
 from jaxlimit.experiments.iterations import survivors
 from jaxlimit.experiments.study import Study
-from jaxlimit.losses import classification_loss
-from jaxlimit.magnitude import apply_mask, flatten, magnitude_mask, magnitude_order, unflatten
-from jaxlimit.measure import SPARSITIES, sparsity_sweep
+from jaxlimit.geometry.magnitude import apply_mask, magnitude_mask, magnitude_order
+from jaxlimit.measuring.sweeps import SPARSITIES, sparsity_sweep
 from jaxlimit.models import ConvolutionalNetwork, FullyConnected, ResNet, from_nnx
 from jaxlimit.models.convolutional import Convolution, Pool
-from jaxlimit.prunable import partition
-from jaxlimit.training import pure_classifier
+from jaxlimit.training.classifier import pure_classifier
+from jaxlimit.training.losses import classification_loss
 
 TINY = presets.Preset(
     "tiny", "digits", "64-3-10", epochs=2, learning_rate=0.1, schedule="cosine", l1=5e-4, finetune_steps=2

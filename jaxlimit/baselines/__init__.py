@@ -9,10 +9,10 @@ and goes on to the same bits after it was killed, if it is given a folder.
 from jaxlimit.baselines.controls import dense, random_pruning
 from jaxlimit.baselines.gems import RareGems, rare_gems
 from jaxlimit.baselines.iterative import IterativePruning, iterative_pruning
+from jaxlimit.baselines.lomp import LOMP, lomp
 from jaxlimit.baselines.network import SparseNetwork
-from jaxlimit.baselines.one_shot import LOMP, lomp
 from jaxlimit.baselines.ratios import SmartRatio, smart_ratio
-from jaxlimit.baselines.recipe import Recipe, TrainingOptions
+from jaxlimit.training.recipe import Recipe, TrainingOptions
 
 __all__ = [
     "LOMP",

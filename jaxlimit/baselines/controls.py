@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxlimit.baselines.masks import keep_all, kept_counts, random_mask, size
 from jaxlimit.baselines.network import SparseNetwork, kernels, stage
-from jaxlimit.baselines.recipe import Folder, Recipe, TrainingOptions
+from jaxlimit.training.recipe import Folder, Recipe, TrainingOptions
 
 # Of a key: the mask, as against the order of the examples.
 _MASK = 1

@@ -23,11 +23,11 @@ from flax import nnx
 
 from jaxlimit.baselines.masks import keep_all, keep_largest, kept_counts, size
 from jaxlimit.baselines.network import SparseNetwork, bare, kernels, stage, with_params
-from jaxlimit.baselines.recipe import Folder, Recipe, TrainingOptions
-from jaxlimit.descent import minimise, require_count, require_range
-from jaxlimit.prunable import combine, partition
-from jaxlimit.schedule import learning_rate_schedule, steps_per_epoch
-from jaxlimit.training import PureClassifier, pure_classifier
+from jaxlimit.core.trees import combine, partition
+from jaxlimit.training.classifier import PureClassifier, pure_classifier
+from jaxlimit.training.descent import minimise, require_count, require_range
+from jaxlimit.training.recipe import Folder, Recipe, TrainingOptions
+from jaxlimit.training.schedule import learning_rate_schedule, steps_per_epoch
 
 PyTree = Any
 # l2 of the recipe for ResNet-20 on CIFAR-10, by density; between these interpolated in both logarithms.

@@ -19,10 +19,10 @@ from flax import nnx
 
 from jaxlimit.baselines.masks import keep_all, keep_largest, kept_counts, size
 from jaxlimit.baselines.network import SparseNetwork, bare, kernels, stage
-from jaxlimit.baselines.recipe import Folder, Recipe, TrainingOptions
-from jaxlimit.descent import require_range
-from jaxlimit.magnitude import num_removed
-from jaxlimit.schedule import steps_per_epoch
+from jaxlimit.geometry.magnitude import num_removed
+from jaxlimit.training.descent import require_range
+from jaxlimit.training.recipe import Folder, Recipe, TrainingOptions
+from jaxlimit.training.schedule import steps_per_epoch
 
 
 @dataclass(frozen=True)

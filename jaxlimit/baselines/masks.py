@@ -7,7 +7,8 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from jaxlimit.magnitude import flatten, num_removed, unflatten
+from jaxlimit.core.trees import flatten, unflatten
+from jaxlimit.geometry.magnitude import num_removed
 
 PyTree = Any
 

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 from flax import nnx
 
 from jaxlimit.baselines.masks import count, layer_counts, size
-from jaxlimit.baselines.recipe import Folder
-from jaxlimit.magnitude import apply_mask
+from jaxlimit.core.trees import partition
+from jaxlimit.geometry.magnitude import apply_mask
 from jaxlimit.models import from_nnx
-from jaxlimit.prunable import partition
+from jaxlimit.training.recipe import Folder
 
 PyTree = Any
 Model = TypeVar("Model", bound=nnx.Module)

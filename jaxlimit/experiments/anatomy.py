@@ -15,12 +15,13 @@ from scipy.stats import spearmanr
 from tyro.conf import arg
 
 from jaxlimit import plots
-from jaxlimit.compat import ROW_NORM, row_norms
+from jaxlimit.core.trees import flatten
 from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.study import Results, Study
 from jaxlimit.experiments.subject import Task, values
 from jaxlimit.experiments.tables import as_text, by_variant, cell, limit, markdown, over_seeds
-from jaxlimit.magnitude import flatten, magnitude_order
+from jaxlimit.geometry.magnitude import magnitude_order
+from jaxlimit.reference.paper_code import ROW_NORM, row_norms
 
 # Bins of weights: |w| in tenths of a decade from 1e-7 to 10, for either sign; one for all that are smaller.
 _MAGNITUDES = np.geomspace(1e-7, 10, 81)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxlimit import record
-from jaxlimit.monitor import Monitor
+from jaxlimit.application import run_folder
+from jaxlimit.application.terminal import Monitor
 
 RESULTS, TABLE = "results.json", "table.md"
 # note(what a piece is at)
@@ -63,24 +63,24 @@ def execute(experiment: Experiment, command: str, monitor: Monitor) -> str:
     prepare(folder, experiment.name, experiment.config)
     monitor.start(experiment.name, len(experiment.pieces))
     for number, (name, compute) in enumerate(experiment.pieces.items()):
-        path, checkpoint = folder / "pieces" / f"{name}.json", record.checkpoint_path(folder, name)
+        path, checkpoint = folder / "pieces" / f"{name}.json", run_folder.checkpoint_path(folder, name)
         if not path.exists():
             _compute(path, compute, checkpoint, monitor, number, name)
         shutil.rmtree(checkpoint, ignore_errors=True)
-        found[name] = {key: value for key, value in record.read_json(path).items() if key != "format"}
+        found[name] = {key: value for key, value in run_folder.read_json(path).items() if key != "format"}
         monitor.update(number + 1, name)
     results = {
-        "format": record.FORMAT,
+        "format": run_folder.FORMAT,
         "experiment": experiment.name,
         "command": command,
         "config": experiment.config,
         "pieces": found,
     }
-    record.write_json(folder / RESULTS, results)
+    run_folder.write_json(folder / RESULTS, results)
     table = experiment.table(found)
-    record.write_atomic(folder / TABLE, table)
+    run_folder.write_atomic(folder / TABLE, table)
     for name, draw in experiment.figures.items():
-        path = folder / record.FIGURES / name
+        path = folder / run_folder.FIGURES / name
         path.parent.mkdir(exist_ok=True)
         draw(found).savefig(path)
     monitor.finish(str(folder))
@@ -93,8 +93,8 @@ def _compute(
     start = time.perf_counter()
     found = compute(checkpoint, lambda text: monitor.update(number, f"{name}: {text}"))
     seconds = round(time.perf_counter() - start, 1)
-    found |= {"seconds": seconds, "device": record.device(), "versions": record.versions()}
-    record.write_json(path, {"format": record.FORMAT, **found})
+    found |= {"seconds": seconds, "device": run_folder.device(), "versions": run_folder.versions()}
+    run_folder.write_json(path, {"format": run_folder.FORMAT, **found})
 
 
 def on_epoch(note: Note) -> Callable[[int, float], None]:
@@ -108,13 +108,13 @@ def prepare(folder: Path, name: str, config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: it is not, or holds files of something else.
     """
-    wanted = json.loads(json.dumps({"format": record.FORMAT, "experiment": name, **config}))
-    path = folder / record.CONFIG
+    wanted = json.loads(json.dumps({"format": run_folder.FORMAT, "experiment": name, **config}))
+    path = folder / run_folder.CONFIG
     if path.exists():
-        stored = record.read_json(path)
+        stored = run_folder.read_json(path)
         keys = {key for key in {*stored, *wanted} if stored.get(key) != wanted.get(key)}
         if keys == {"seeds"}:  # every piece has one of its own
-            record.write_json(path, wanted)
+            run_folder.write_json(path, wanted)
         elif keys:
             raise ValueError(
                 f"{folder} holds an experiment with other options ({', '.join(sorted(keys))}): give the same "
@@ -123,4 +123,4 @@ def prepare(folder: Path, name: str, config: Mapping[str, Any]) -> None:
         return
     if folder.exists() and (not folder.is_dir() or any(item.suffix != ".tmp" for item in folder.iterdir())):
         raise ValueError(f"{folder} holds something that is not of an experiment: name another --out.")
-    record.write_json(path, wanted)
+    run_folder.write_json(path, wanted)

@@ -8,18 +8,18 @@ import jax.numpy as jnp
 from tyro.conf import arg
 
 from jaxlimit import plots
+from jaxlimit.application.presets import build_network
 from jaxlimit.baselines.masks import size
 from jaxlimit.baselines.network import kernels
-from jaxlimit.differentiable import width_dimension
+from jaxlimit.core.trees import partition
 from jaxlimit.experiments.experiment import Experiment, on_epoch
 from jaxlimit.experiments.study import Results, Study
 from jaxlimit.experiments.subject import Task, trace, values
 from jaxlimit.experiments.tables import by_variant, cell, curve, limit, markdown
-from jaxlimit.losses import Loss, classification_loss, cross_entropy
-from jaxlimit.presets import build_network
-from jaxlimit.prunable import partition
-from jaxlimit.quadrature import rademacher
-from jaxlimit.training import train
+from jaxlimit.geometry.differentiable import width_dimension
+from jaxlimit.spectrum.quadrature import rademacher
+from jaxlimit.training.classifier import train
+from jaxlimit.training.losses import Loss, classification_loss, cross_entropy
 
 PyTree = Any
 WHICH = ("one_shot", "width")

@@ -28,13 +28,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tyro.conf import arg
 
 from jaxlimit import plots
+from jaxlimit.application.presets import build_network
+from jaxlimit.core.trees import is_kernel
 from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.study import Results, Study
 from jaxlimit.experiments.subject import Task, trace, values
 from jaxlimit.experiments.tables import by_variant, cell, curve, is_less, limit, markdown, over_seeds, tally
 from jaxlimit.models import from_nnx
-from jaxlimit.presets import build_network
-from jaxlimit.prunable import is_kernel
 
 PyTree = Any
 Path = tuple[str, ...]

@@ -12,9 +12,11 @@ from jax.flatten_util import ravel_pytree
 from tyro.conf import arg
 
 from jaxlimit import baselines, plots
+from jaxlimit.application.presets import build_network
 from jaxlimit.baselines.gems import recipe_l2, search, searchable, straight_through
 from jaxlimit.baselines.masks import kept_counts
 from jaxlimit.baselines.network import SparseNetwork, kernels, stage
+from jaxlimit.core.trees import combine, flatten, partition
 from jaxlimit.experiments.experiment import Experiment, on_epoch
 from jaxlimit.experiments.methods import CIFAR10, settings_of
 from jaxlimit.experiments.study import Results, Study
@@ -29,10 +31,7 @@ from jaxlimit.experiments.tables import (
     mean_and_spread,
     tally,
 )
-from jaxlimit.magnitude import flatten
 from jaxlimit.models import from_nnx
-from jaxlimit.presets import build_network
-from jaxlimit.prunable import combine, partition
 
 PyTree = Any
 # Up to so many weights an exact limit costs no more than one from probes.

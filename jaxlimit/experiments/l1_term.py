@@ -11,7 +11,7 @@ from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.study import Results, Study
 from jaxlimit.experiments.subject import Task, values
 from jaxlimit.experiments.tables import by_variant, cell, curve, is_less, limit, markdown, tally
-from jaxlimit.measure import ACCURACY_LOSS, finetuned_sweep
+from jaxlimit.measuring.sweeps import ACCURACY_LOSS, finetuned_sweep
 
 WHICH = ("one_shot", "width", "cone")
 # In units of the preset's lambda.

@@ -10,15 +10,15 @@ import jax
 from tyro.conf import Positional, arg
 
 from jaxlimit import baselines, plots
+from jaxlimit.application.presets import Arrays, Options, Preset, build_network, find_preset, load_arrays
 from jaxlimit.baselines.masks import kept_counts
 from jaxlimit.baselines.network import kernels
 from jaxlimit.baselines.ratios import layer_sizes
-from jaxlimit.batches import batched
+from jaxlimit.core.batches import batched
 from jaxlimit.experiments.experiment import Experiment, Note, on_epoch
 from jaxlimit.experiments.tables import Results, by_variant, cell, markdown, over_seeds
-from jaxlimit.losses import classification_metrics
-from jaxlimit.measure import sparsity_sweep
-from jaxlimit.presets import Arrays, Options, Preset, build_network, find_preset, load_arrays
+from jaxlimit.measuring.sweeps import sparsity_sweep
+from jaxlimit.training.losses import classification_metrics
 
 # Training examples of CIFAR-10, for which the recipes were made.
 CIFAR10 = 50_000

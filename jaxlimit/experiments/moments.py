@@ -7,13 +7,14 @@ import numpy as np
 from tyro.conf import arg
 
 from jaxlimit import plots
-from jaxlimit.batches import batched, loss_statistics
+from jaxlimit.core.batches import batched
+from jaxlimit.core.trees import flatten, unflatten
 from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.study import Results, Study
 from jaxlimit.experiments.subject import Task, values
 from jaxlimit.experiments.tables import by_variant, cell, curve, is_less, limit, markdown, over_seeds, tally
-from jaxlimit.magnitude import flatten, unflatten
-from jaxlimit.measure import SPARSITIES
+from jaxlimit.measuring.loss_statistics import loss_statistics
+from jaxlimit.measuring.sweeps import SPARSITIES
 
 WHICH = ("one_shot", "width", "cone")
 # Shares of the epochs after which the limit is computed.

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
+from jaxlimit.application.presets import Options, find_preset, load_arrays
 from jaxlimit.experiments.experiment import Compute, Experiment, Note
 from jaxlimit.experiments.subject import Task
 from jaxlimit.experiments.tables import Results, unresolved
-from jaxlimit.limit import LEAST_MATVECS, MAX_MATVECS
-from jaxlimit.presets import Options, find_preset, load_arrays
+from jaxlimit.limits.pruning_limit import LEAST_MATVECS, MAX_MATVECS
 
 
 def _by(default: str, metavar: str) -> Any:

@@ -16,17 +16,23 @@ import numpy as np
 from flax import nnx
 from numpy.typing import ArrayLike
 
+from jaxlimit.application.presets import Arrays, Preset, build_network
 from jaxlimit.baselines.network import stage
-from jaxlimit.batches import Batches, LossStatistics, batched, loss_statistics
-from jaxlimit.curvature import Curvature
+from jaxlimit.core.batches import Batches, batched
+from jaxlimit.core.trees import partition
+from jaxlimit.curvature.operator import Curvature
 from jaxlimit.experiments.experiment import Note, on_epoch
-from jaxlimit.limit import pruning_limit
-from jaxlimit.losses import Loss, classification_curvature, classification_loss, classification_metrics
-from jaxlimit.measure import ACCURACY_LOSS, SPARSITIES, Metrics, PrunedNetwork, Sweep
+from jaxlimit.limits.pruning_limit import pruning_limit
+from jaxlimit.limits.result import PruningLimit
+from jaxlimit.measuring.loss_statistics import LossStatistics, loss_statistics
+from jaxlimit.measuring.sweeps import ACCURACY_LOSS, SPARSITIES, Metrics, PrunedNetwork, Sweep
 from jaxlimit.models import from_nnx
-from jaxlimit.presets import Arrays, Preset, build_network
-from jaxlimit.prunable import partition
-from jaxlimit.result import PruningLimit
+from jaxlimit.training.losses import (
+    Loss,
+    classification_curvature,
+    classification_loss,
+    classification_metrics,
+)
 
 PyTree = Any
 # Test examples of a step of its search: a tenth of those of CIFAR-10 and MNIST.

@@ -1,0 +1,247 @@
+r"""Batches of examples, and sums over them.
+
+A *batch* is any pytree whose leaves share a leading example axis. *Batches* are anything that can be
+iterated again and again and yields the same batches each time: the result of `batched`, a list, or a
+re-iterable stream. Every sum over examples in this package goes through `example_sum`,
+
+    sum_b n_b f(batch_b),        n_b = number of examples of batch b,
+
+so that an uneven last batch counts for what it holds and no mean of batch means is ever taken.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlimit.core.sharding import ExampleSharding, example_sharding, sharding_like, sum_of_parts
+
+PyTree = Any
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Arrays in memory, cut along the example axis in the order given; the last batch may be smaller.
+
+    Attributes:
+        arrays: pytree of arrays with the same leading axis, the examples.
+        batch_size: number of examples of every batch but the last.
+    """
+
+    arrays: PyTree
+    batch_size: int
+
+    @property
+    def num_examples(self) -> int:
+        """Number of examples in all batches together."""
+        return batch_length(self.arrays)
+
+    def __len__(self) -> int:
+        return -(-self.num_examples // self.batch_size)
+
+    def __iter__(self) -> Iterator[PyTree]:
+        for start in range(0, self.num_examples, self.batch_size):
+            yield jax.tree.map(lambda x, start=start: x[start : start + self.batch_size], self.arrays)
+
+
+def batched(arrays: PyTree, batch_size: int) -> Batches:
+    """Cuts arrays into batches, in order, without shuffling.
+
+    Args:
+        arrays: pytree of arrays with one common leading axis, the examples.
+        batch_size: examples a batch; the last batch holds the remainder.
+
+    Returns:
+        Batches that can be iterated any number of times.
+
+    Raises:
+        ValueError: no examples, leading axes that differ, or a batch size below 1.
+
+    Examples:
+        >>> [len(batch) for batch in batched(np.zeros((5, 2)), batch_size=2)]
+        [2, 2, 1]
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
+    arrays = jax.tree.map(jnp.asarray, arrays)
+    if batch_length(arrays) == 0:
+        raise ValueError("arrays hold no examples (a leading axis of length 0).")
+    return Batches(arrays, int(batch_size))
+
+
+def batch_length(batch: PyTree) -> int:
+    """Number of examples of one batch: the length of its leading axis.
+
+    Raises:
+        ValueError: the batch has no array, a scalar, or leading axes of different lengths.
+
+    Examples:
+        >>> batch_length({"image": np.zeros((3, 4)), "label": np.zeros(3)})
+        3
+    """
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(batch)]
+    if not shapes or any(len(shape) == 0 for shape in shapes):
+        raise ValueError(
+            f"a batch must be a pytree of arrays with a leading example axis, got shapes {shapes}."
+        )
+    lengths = {shape[0] for shape in shapes}
+    if len(lengths) > 1:
+        raise ValueError(f"all arrays of a batch must have the same number of examples, got shapes {shapes}.")
+    return lengths.pop()
+
+
+def grouped(batches: Iterable[PyTree]) -> Iterable[PyTree]:
+    """Stacks equal-shaped batches so that one compiled scan can run over each group.
+
+    Arrays in memory (`Batches`, lists, tuples) become a few groups, made once and kept. Of a stream
+    each batch is a group of its own, made anew in every pass and never kept.
+
+    Returns:
+        Re-iterable of pytrees whose leaves have shape (num_batches, batch_size, ...). Where the examples are
+        divided over devices, each batch is.
+
+    Raises:
+        ValueError: no batches, an iterator that can be used only once, or a batch size that does not divide
+            over the devices.
+    """
+    if isinstance(batches, Batches):
+        size, stop = batches.batch_size, batches.num_examples
+        sharding = example_sharding(batches.arrays)
+        if sharding is not None and size % sharding.num_shards:
+            raise ValueError(
+                f"batch_size must be a multiple of {sharding.num_shards}, the number of parts into which the "
+                f"examples are divided, got {size}."
+            )
+        full = stop // size * size
+        cuts = ((0, full, size), (full, stop, stop - full))
+        return [jax.tree.map(partial(_cut, *cut), batches.arrays) for cut in cuts if cut[0] < cut[1]]
+    if isinstance(batches, (list, tuple)):
+        if not batches:
+            raise ValueError("batches is empty: at least one batch with at least one example is needed.")
+        runs = itertools.groupby(batches, key=_signature)
+        return [jax.tree.map(lambda *xs: jnp.stack(xs), *run) for _, run in runs]
+    if isinstance(batches, Iterator) or not isinstance(batches, Iterable):
+        raise ValueError(
+            f"batches must be iterable more than once, got {type(batches).__name__}: pass batched(arrays, "
+            "batch_size), a list of batches, or an object whose __iter__ starts a new pass."
+        )
+    return _Stream(batches)
+
+
+def _cut(start: int, stop: int, size: int, x: jax.Array) -> jax.Array:
+    """Examples from start to stop as stacked batches, divided over devices as the examples were."""
+
+    def cut(x: jax.Array) -> jax.Array:
+        return x[start:stop].reshape(-1, size, *x.shape[1:])
+
+    sharding = sharding_like(x, new_axes=1)
+    return cut(x) if sharding is None else jax.jit(cut, out_shardings=sharding)(x)
+
+
+@dataclass(frozen=True)
+class _Stream:
+    batches: Iterable[PyTree]
+
+    def __iter__(self) -> Iterator[PyTree]:
+        for batch in self.batches:
+            yield jax.tree.map(_one, batch)
+
+
+def _one(x: Any) -> jax.Array:
+    """A stack of one; of an array on the host without a copy there."""
+    return x[None] if isinstance(x, jax.Array) else jnp.asarray(np.asarray(x)[None])
+
+
+def group_length(group: PyTree) -> int:
+    """Number of examples in a group of stacked batches."""
+    num_batches, batch_size = jax.tree.leaves(group)[0].shape[:2]
+    return num_batches * batch_size
+
+
+def _signature(batch: PyTree) -> tuple:
+    batch_length(batch)  # a clear error before jnp.stack has an unclear one
+    leaves, structure = jax.tree.flatten(batch)
+    return structure, tuple((np.shape(x), np.asarray(x).dtype if np.isscalar(x) else x.dtype) for x in leaves)
+
+
+def example_sum(fn: Callable[..., PyTree], groups: Iterable[PyTree], *args: PyTree) -> tuple[PyTree, int]:
+    """sum_b n_b fn(*args, batch_b) over grouped batches, and the number of examples sum_b n_b.
+
+    One compiled scan for each shape of group; `args` and the data are arguments of the compiled
+    function, and the running sum is donated. Memory: one batch's work and two results. Where the batches are
+    divided over devices, each device sums over its own examples and one reduction a group adds these up.
+
+    Args:
+        fn: `fn(*args, batch) -> pytree`, a mean over the batch's examples. Hashable by value if calls with
+            equal functions are to share one compilation.
+        groups: as `grouped` returns them.
+        *args: pytrees handed to `fn`.
+
+    Raises:
+        ValueError: there was no batch at all.
+    """
+    num_examples = 0
+
+    def parts() -> Iterator[PyTree]:
+        nonlocal num_examples
+        for group in groups:
+            yield _group_sum(fn, example_sharding(group, axis=1), args, group)
+            num_examples += group_length(group)
+
+    total = running_sum(parts())
+    if num_examples == 0:
+        raise ValueError("batches hold no examples.")
+    return total, num_examples
+
+
+@partial(jax.jit, static_argnums=0)
+def _value(fn: Callable[..., PyTree], *args: PyTree) -> PyTree:
+    return fn(*args)
+
+
+def running_sum(parts: Iterable[PyTree]) -> PyTree:
+    """Sum of pytrees that are computed one after the other; None of none.
+
+    A part begins while the device works on the one before, but gets no further ahead: streams do not pile up,
+    and devices that are parts of one processor do not wait for each other in several calls at once.
+    """
+    total = previous = None
+    for part in parts:
+        jax.block_until_ready(previous)
+        total, previous = part if total is None else _add(total, part), part
+    return total
+
+
+@partial(jax.jit, donate_argnums=0)
+def _add(total: PyTree, part: PyTree) -> PyTree:
+    return jax.tree.map(jnp.add, total, part)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _group_sum(
+    fn: Callable[..., PyTree], sharding: ExampleSharding | None, args: tuple[PyTree, ...], group: PyTree
+) -> PyTree:
+    def batch_sum(args: tuple[PyTree, ...], group: PyTree) -> PyTree:
+        def add(total: PyTree, batch: PyTree) -> tuple[PyTree, None]:
+            size = batch_length(batch)
+            return jax.tree.map(lambda t, x: t + size * x, total, _value(fn, *args, batch)), None
+
+        first = jax.tree.map(lambda x: x[0], group)
+        like = jax.eval_shape(partial(_value, fn), *args, first)  # traced once for both
+        return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), group)[0]
+
+    return sum_of_parts(batch_sum, sharding, (None, 1))(args, group)
+
+
+def check_scalar(loss: PyTree) -> None:
+    """Refuses a loss that is not a scalar, with a ValueError; for use while tracing."""
+    shape = () if isinstance(loss, (int, float)) else getattr(loss, "shape", type(loss).__name__)
+    if shape != ():
+        raise ValueError(
+            f"loss_fn must return a scalar, the mean over the batch's examples; got shape {shape}."
+        )

@@ -1,0 +1,53 @@
+"""Memory of a device: how much there is, what arrays take of it, and what to do when it runs out."""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PyTree = Any
+# Bytes that a container may use under Linux (cgroup v2), or "max".
+CONTAINER_MEMORY = Path("/sys/fs/cgroup/memory.max")
+
+
+def device_bytes(tree: PyTree) -> int:
+    """Memory that a pytree of arrays takes on each of its devices."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def device_memory() -> int:
+    """Bytes that JAX may use on a device; of the processor's memory each of its devices has a part.
+
+    The processor's is that of the machine, or what a container is allowed. Where neither JAX nor the system
+    tells: 8 GiB.
+    """
+    device = jax.local_devices()[0]
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    if not hasattr(os, "sysconf"):  # as on Windows
+        return 2**33
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    allowed = CONTAINER_MEMORY.read_text().strip() if CONTAINER_MEMORY.exists() else "max"
+    return min(memory, int(allowed) if allowed.isdigit() else memory) // jax.local_device_count()
+
+
+@contextmanager
+def advice_on_memory() -> Iterator[None]:
+    """Says what needs less memory where a device runs out of it, as a MemoryError."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:  # JAX raises either, depending on the backend
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError(
+            "a device ran out of memory. Give pruning_limit a smaller basis_bytes (0 keeps three vectors); "
+            "give hessian or gauss_newton linear_bytes=0, or smaller batches: list(batched(arrays, 16))."
+        ) from error

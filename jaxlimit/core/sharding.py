@@ -1,0 +1,138 @@
+"""Where arrays live: on one device, or divided over the devices of a `jax.sharding.Mesh`.
+
+The caller decides by placing the data and the parameters. Data divided along their examples make every device
+work on its own part of each batch, and one reduction adds the results up; vectors lie as the parameters do,
+replicated or divided. With several processes (`jax.distributed`) all run the same program, and what the host
+computes it computes in each.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from numpy.typing import ArrayLike, NDArray
+
+PyTree = Any
+
+
+@dataclass(frozen=True)
+class ExampleSharding:
+    """Along which axes of a mesh the examples are divided.
+
+    Attributes:
+        mesh: of the devices.
+        axes: names of its axes; the others are left to the compiler.
+    """
+
+    mesh: Mesh
+    axes: tuple[str, ...]
+
+    @property
+    def num_shards(self) -> int:
+        """Number of parts."""
+        return int(np.prod([self.mesh.shape[axis] for axis in self.axes]))
+
+
+def example_sharding(tree: PyTree, axis: int = 0) -> ExampleSharding | None:
+    """How the examples, along `axis` of every leaf, are divided; None if they are not.
+
+    Raises:
+        ValueError: leaves that are divided in different ways.
+    """
+    found = {_axes(leaf, axis) for leaf in jax.tree.leaves(tree)}
+    if len(found) > 1:
+        raise ValueError(
+            "the arrays of a batch are divided over devices in different ways: place all of them with the "
+            f"same jax.sharding.NamedSharding along the examples; got {sorted(map(str, found))}."
+        )
+    return found.pop() if found else None
+
+
+def on_parts(fn: Callable, sharding: ExampleSharding | None, divided: tuple[int | None, ...]) -> Callable:
+    """`fn` of each device's part of its arguments; the results are joined along their first axes.
+
+    Args:
+        fn: function of pytrees. Derivatives that it takes stay on their device.
+        sharding: of the examples; None leaves `fn` as it is.
+        divided: for each argument the axis along which it is divided, or None.
+    """
+    if sharding is None:
+        return fn
+    return _shard_map(fn, sharding, divided, PartitionSpec(sharding.axes))
+
+
+def sum_of_parts(fn: Callable, sharding: ExampleSharding | None, divided: tuple[int | None, ...]) -> Callable:
+    """Sum over the devices of `fn` of their parts, by one reduction; arguments as for `on_parts`."""
+    if sharding is None:
+        return fn
+    return _shard_map(
+        lambda *args: jax.lax.psum(fn(*args), sharding.axes), sharding, divided, PartitionSpec()
+    )
+
+
+def _shard_map(
+    fn: Callable, sharding: ExampleSharding, divided: tuple[int | None, ...], out_specs: PartitionSpec
+) -> Callable:
+    in_specs = tuple(
+        PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, sharding.axes) for axis in divided
+    )
+    return jax.shard_map(
+        fn,
+        mesh=sharding.mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names={*sharding.axes},
+        check_vma=False,
+    )
+
+
+def _axes(leaf: Any, axis: int) -> ExampleSharding | None:
+    sharding = _named(leaf)
+    if sharding is None or len(sharding.spec) <= axis or sharding.spec[axis] is None:
+        return None
+    names = sharding.spec[axis]
+    names = names if isinstance(names, tuple) else (names,)
+    named = ExampleSharding(sharding.mesh, names)  # pyright: ignore[reportArgumentType]
+    return named if named.num_shards > 1 else None
+
+
+def _named(leaf: Any) -> NamedSharding | None:
+    sharding = getattr(leaf, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None
+
+
+def sharding_like(leaf: Any, new_axes: int = 0, without: int = 0) -> NamedSharding | None:
+    """How arrays shaped like `leaf`, with other leading axes, lie beside it.
+
+    Args:
+        leaf: an array.
+        new_axes: number of leading axes that are not divided.
+        without: number of leading axes of `leaf` that they take the place of.
+
+    Returns:
+        None where JAX chooses the device.
+    """
+    sharding = _named(leaf)
+    if sharding is None:
+        return None
+    return NamedSharding(sharding.mesh, PartitionSpec(*[None] * new_axes, *sharding.spec[without:]))
+
+
+def place(array: ArrayLike, sharding: NamedSharding | None) -> jax.Array:
+    """An array of the host on its devices."""
+    if sharding is None:
+        return jnp.asarray(array)
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def to_host(array: Any) -> NDArray[Any]:
+    """The whole array on the host of every process."""
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)

@@ -1,0 +1,241 @@
+"""Products of one batch with the matrices of `jaxlimit.curvature`, and what does not depend on the vector.
+
+`linearize` computes what depends on the weights and the batch alone, as a pytree that is a function of the
+vector; `apply` does the rest, without a forward pass.
+
+These functions are static arguments of compiled ones. As frozen dataclasses they are equal when their fields
+are, so a second curvature of the same loss does not compile again.
+"""
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlimit.core.batches import batch_length, check_scalar, running_sum
+from jaxlimit.core.sharding import ExampleSharding, example_sharding, on_parts, sum_of_parts
+from jaxlimit.core.trees import combine
+
+PyTree = Any
+# Memory of a linearised batch, and so the examples at once in a product. On a CPU it should stay in the
+# cache; but it may take five times the memory of the weights, which are read for every batch, and with fewer
+# than four examples the calls of a deep network cost more than its products: measured by
+# benchmarks/products.py. Elsewhere it is 2 GiB, which fills the device.
+BATCH_BYTES = {"cpu": 2**24}
+WEIGHT_COPIES, LEAST_EXAMPLES = 5, 4
+
+
+@dataclass(frozen=True)
+class HessianProduct:
+    """Of a loss: `loss_fn(params, batch) -> scalar`."""
+
+    loss_fn: Callable
+    precision: str
+
+    def loss(self, params: PyTree, batch: PyTree) -> jax.Array:
+        """Mean loss of the batch."""
+        return self.loss_fn(params, batch)
+
+    def linearize(self, weights: PyTree, rest: PyTree, batch: PyTree) -> PyTree:
+        """d/dt grad L(w + t v) as a function of v."""
+        with jax.default_matmul_precision(self.precision):
+            gradient = jax.grad(lambda w: self.loss(combine(w, rest), batch))
+            return jax.linearize(gradient, weights)[1]
+
+    def apply(self, linear: PyTree, vectors: PyTree) -> PyTree:
+        """H V, from what `linearize` returned."""
+        return each(linear, vectors)
+
+    def __call__(self, weights: PyTree, rest: PyTree, vectors: PyTree, batch: PyTree) -> PyTree:
+        """H V."""
+        return self.apply(self.linearize(weights, rest, batch), vectors)
+
+
+@dataclass(frozen=True)
+class GaussNewtonProduct:
+    """Of outputs `predict_fn(params, batch)` and their loss `output_loss(outputs, batch) -> scalar`."""
+
+    predict_fn: Callable
+    output_loss: Callable
+    precision: str
+
+    def loss(self, params: PyTree, batch: PyTree) -> jax.Array:
+        """Mean loss of the batch."""
+        return self.output_loss(self.predict_fn(params, batch), batch)
+
+    def linearize(self, weights: PyTree, rest: PyTree, batch: PyTree) -> PyTree:
+        """J, and the second derivative of the loss of the outputs, as functions of a vector."""
+        with jax.default_matmul_precision(self.precision):
+            outputs, push_forward = jax.linearize(lambda w: self.predict_fn(combine(w, rest), batch), weights)
+            curve = jax.linearize(jax.grad(lambda z: self.output_loss(z, batch)), outputs)[1]
+            return push_forward, curve
+
+    def apply(self, linear: PyTree, vectors: PyTree) -> PyTree:
+        """G V, from what `linearize` returned."""
+        push_forward, curve = linear
+        pull_back = jax.linear_transpose(push_forward, jax.tree.map(lambda v: v[0], vectors))
+        return each(lambda v: pull_back(curve(push_forward(v)))[0], vectors)
+
+    def __call__(self, weights: PyTree, rest: PyTree, vectors: PyTree, batch: PyTree) -> PyTree:
+        """G V."""
+        return self.apply(self.linearize(weights, rest, batch), vectors)
+
+
+Product = HessianProduct | GaussNewtonProduct
+
+
+def each(fn: Callable[[PyTree], PyTree], vectors: PyTree) -> PyTree:
+    """A function of every vector along the leading axis.
+
+    Side by side, except on a CPU: there what the network computes from several would leave the cache, which
+    costs large networks more than small ones gain (benchmarks/products.py).
+    """
+    one_by_one = jax.default_backend() == "cpu" or jax.tree.leaves(vectors)[0].shape[0] == 1
+    return jax.lax.map(fn, vectors) if one_by_one else jax.vmap(fn)(vectors)
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The gradient of a product's loss."""
+
+    product: Product
+
+    def __call__(self, weights: PyTree, rest: PyTree, batch: PyTree) -> PyTree:
+        """With respect to the weights."""
+        with jax.default_matmul_precision(self.product.precision):
+            return jax.grad(lambda w: self.product.loss(combine(w, rest), batch))(weights)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A product's loss."""
+
+    product: Product
+
+    def __call__(self, weights: PyTree, rest: PyTree, batch: PyTree) -> PyTree:
+        """Mean over the batch; a ValueError if it is no scalar."""
+        with jax.default_matmul_precision(self.product.precision):
+            loss = self.product.loss(combine(weights, rest), batch)
+        check_scalar(loss)
+        return loss
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["linear"], meta_fields=["batch_size", "sharding"])
+@dataclass(frozen=True)
+class LinearGroup:
+    """Batches of one shape, linearised: the leaves of `linear` have a leading axis of batches.
+
+    Where the batches are divided over devices, `linear` holds the parts, and `batch_size` is theirs.
+    """
+
+    linear: PyTree
+    batch_size: int
+    sharding: ExampleSharding | None
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def linearize_group(
+    product: Product, sharding: ExampleSharding | None, weights: PyTree, rest: PyTree, group: PyTree
+) -> LinearGroup:
+    """Linearises stacked batches, one after the other."""
+
+    def linearize(weights: PyTree, rest: PyTree, group: PyTree) -> PyTree:
+        return jax.lax.map(lambda batch: product.linearize(weights, rest, batch), group)
+
+    linear = on_parts(linearize, sharding, (None, None, 1))(weights, rest, group)
+    batch_size = batch_length(jax.tree.map(lambda x: x[0], group))
+    return LinearGroup(linear, batch_size // _num_shards(sharding), sharding)
+
+
+def linear_mean(product: Product, groups: list[LinearGroup], num_examples: int, vectors: PyTree) -> PyTree:
+    """sum_b n_b H_b V / N over linearised batches: a compiled call for each group."""
+    return running_sum(_group_mean(product, num_examples, group, vectors) for group in groups)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _group_mean(product: Product, num_examples: int, group: LinearGroup, vectors: PyTree) -> PyTree:
+    def batch_sum(vectors: PyTree, linear: PyTree) -> PyTree:
+        def add(total: PyTree, linear: PyTree) -> tuple[PyTree, None]:
+            part = product.apply(linear, vectors)
+            return jax.tree.map(lambda t, x: t + group.batch_size * x, total, part), None
+
+        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, vectors), linear)[0]
+
+    total = sum_of_parts(batch_sum, group.sharding, (None, 0))(vectors, group.linear)
+    return jax.tree.map(lambda x: x / num_examples, total)
+
+
+def num_bytes(tree: PyTree) -> int:
+    """Of all leaves, arrays or their shapes."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def linearize_groups(
+    product: Product, weights: PyTree, rest: PyTree, groups: list[PyTree], linear_bytes: int
+) -> list[LinearGroup] | None:
+    """Grouped batches, linearised; None where they take more than `linear_bytes` on each device.
+
+    A compiled scan over stacked batches copies each before its use; one that does not stay in the cache is
+    not worth that, and becomes a group of its own.
+    """
+    measured = []
+    for group in groups:
+        sharding = example_sharding(group, axis=1)
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), group)
+        size = batch_length(batch) // _num_shards(sharding)
+        measured.append((group, sharding, _linear_bytes(product, weights, rest, batch, size)))
+    if sum(batch_length(group) * batch_bytes for group, _, batch_bytes in measured) > linear_bytes:
+        return None
+    return [
+        linearize_group(product, sharding, weights, rest, part)
+        for group, sharding, batch_bytes in measured
+        for part in (_apart(group) if batch_bytes > _batch_bytes() else [group])
+    ]
+
+
+def _apart(group: PyTree) -> list[PyTree]:
+    """Every batch of a group as a group of its own."""
+    slices = (slice(i, i + 1) for i in range(batch_length(group)))
+    return [jax.tree.map(operator.itemgetter(part), group) for part in slices]
+
+
+def suitable_batch_size(product: Product, weights: PyTree, rest: PyTree, arrays: PyTree) -> int:
+    """Examples at once in a product: see `BATCH_BYTES`; a divisor of all if there is one near it.
+
+    With a divisor all batches have one shape, and a product compiles once. Of examples that are divided over
+    devices so many on each.
+    """
+    num_shards = _num_shards(example_sharding(arrays))
+    num_examples = batch_length(arrays) // num_shards
+    two, four = (_linear_bytes(product, weights, rest, arrays, size) for size in (2, 4))
+    per_example = max((four - two) // 2, 1)
+    batch_bytes, least = _batch_bytes(), 1
+    if jax.default_backend() in BATCH_BYTES:
+        batch_bytes, least = max(batch_bytes, WEIGHT_COPIES * num_bytes(weights)), LEAST_EXAMPLES
+    wanted = min(max(batch_bytes // per_example, least), num_examples)
+    smallest = max(wanted // 2 + 1, min(least, wanted))
+    divisors = (size for size in range(wanted, smallest - 1, -1) if num_examples % size == 0)
+    return num_shards * next(divisors, wanted)
+
+
+def _batch_bytes() -> int:
+    return BATCH_BYTES.get(jax.default_backend(), 2**31)
+
+
+def _num_shards(sharding: ExampleSharding | None) -> int:
+    return 1 if sharding is None else sharding.num_shards
+
+
+def _linear_bytes(product: Product, weights: PyTree, rest: PyTree, like: PyTree, size: int) -> int:
+    """Memory of `size` linearised examples like these."""
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), like)
+    return num_bytes(_linearize.eval_shape(product, weights, rest, batch))
+
+
+@partial(jax.jit, static_argnums=0)
+def _linearize(product: Product, weights: PyTree, rest: PyTree, batch: PyTree) -> PyTree:
+    return product.linearize(weights, rest, batch)

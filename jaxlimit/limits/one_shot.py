@@ -1,0 +1,142 @@
+"""The one-shot limit: where the predicted loss of the pruned network first exceeds the tolerance.
+
+    q(n) = -g^T c + c^T H c / 2,      c the n smallest weights
+
+is no monotone function of n, and every n costs a product with H. It is interpolated between points, and
+where it may cross eps, points are added.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxlimit.limits.roots import BudgetSpent, Estimate
+
+# Intervals of the first grid, and pieces of an interval that is looked at again.
+INTERVALS, PIECES = 32, 8
+
+
+class PathPoint(NamedTuple):
+    """The predicted loss after n removals, and its slope along every weight in order of removal.
+
+    Attributes:
+        num_removed: n.
+        loss: q(n) = -g^T c + c^T H c / 2.
+        slope: (D,) (H c - g)_i w_i: what removing weight i adds, to first order.
+    """
+
+    num_removed: int
+    loss: float
+    slope: NDArray[np.float64]
+
+
+def loss_between(left: PathPoint, right: PathPoint) -> tuple[NDArray[np.float64], float]:
+    r"""The predicted loss at every n between two points, from their slopes.
+
+    With d the weights removed since `left` and e those still to be removed until `right`,
+
+        q(n) = q(left) + slope_left . d + x = q(right) - slope_right . e + y
+
+    and x = d^T H d / 2, y = e^T H e / 2.
+
+    x - y is known from these, and x + y lies between Q (weights that do not interact) and
+    (u^2 + (1-u)^2) Q (weights that act as one), where Q is x at `right` and u the fraction removed; the
+    middle is taken. The largest |x - y| serves as uncertainty: an estimate, no bound (on digits networks
+    the error stayed below it in every interval).
+
+    Returns:
+        losses: q(n) for n = left + 1 ... right; and the uncertainty.
+    """
+    span = slice(left.num_removed, right.num_removed)
+    from_left = left.loss + np.cumsum(left.slope[span])
+    from_right = right.loss - np.sum(right.slope[span]) + np.cumsum(right.slope[span])
+    remainder = right.loss - from_left[-1]
+    part = np.arange(1, len(from_left) + 1) / len(from_left)
+    both = remainder * (1 + part**2 + (1 - part) ** 2) / 2
+    difference = from_right - from_left
+    return from_left + (both + difference) / 2, float(np.max(np.abs(difference)))
+
+
+def one_shot_limit(
+    path: Callable[[int], PathPoint],
+    start: PathPoint,
+    loss_tolerance: float,
+    tolerance: float,
+) -> Estimate:
+    """First crossing of eps by the predicted loss of the pruned network.
+
+    The loss is known at a grid of n up to its first point above eps, and between by `loss_between`. The
+    intervals in which it may cross are divided again, the first one first, until one that does is no wider
+    than the tolerance.
+
+    Args:
+        path: the point at n (one product with H).
+        start: the point n = 0.
+        loss_tolerance: eps.
+        tolerance: width at which an interval is not divided further, in units of s.
+
+    Returns:
+        The crossing, between the ends of the last interval; 1 if there is none. Where `path` ran out of
+        products, the crossing lies between the first interval in doubt and a point above eps: these are its
+        bounds then, and their distance its spread.
+
+    Raises:
+        BudgetSpent: by `path`, before a crossing was known.
+        FloatingPointError: a predicted loss is not finite.
+    """
+    dim = len(start.slope)
+    narrow = max(1, int(tolerance * dim))
+
+    def crossing(intervals: list[tuple[PathPoint, PathPoint, NDArray[np.float64]]]) -> Estimate:
+        """Between the ends of intervals of which one crosses at least."""
+        value = next(
+            left.num_removed + 1 + int(np.argmax(losses > loss_tolerance))
+            for left, _, losses in intervals
+            if np.max(losses) > loss_tolerance
+        )
+        lower, upper = intervals[0][0].num_removed, intervals[-1][1].num_removed
+        return Estimate.between(value / dim, lower / dim, upper / dim, dim)
+
+    def points(counts: NDArray[np.int64]) -> Iterator[PathPoint]:
+        for count in counts.tolist():
+            point = path(count)
+            if not np.isfinite(point.loss):
+                raise FloatingPointError(f"the predicted loss after {count} removals is not finite.")
+            yield point
+
+    def search(left: PathPoint, grid: Iterable[PathPoint]) -> Estimate | None:
+        doubtful: list[tuple[PathPoint, PathPoint, NDArray[np.float64]]] = []
+        for right in grid:
+            losses, uncertainty = loss_between(left, right)
+            losses[-1] = right.loss  # to the last bit
+            wide = right.num_removed - left.num_removed > narrow
+            if np.max(losses) + (uncertainty if wide else 0.0) > loss_tolerance:
+                doubtful.append((left, right, losses))
+            left = right
+            if right.loss > loss_tolerance:
+                break
+        for i, (left, right, _) in enumerate(doubtful):
+            if right.num_removed - left.num_removed <= narrow:
+                return crossing(doubtful[i : i + 1])
+            between = _grid(left.num_removed, right.num_removed, PIECES)[:-1]
+            try:
+                found = search(left, chain(points(between), [right]))
+            except BudgetSpent:
+                if doubtful[-1][1].loss <= loss_tolerance:
+                    raise  # they need not cross at all
+                found = crossing(doubtful[i:])
+                found = replace(found, spread=found.upper - found.lower)
+            if found is not None:
+                return found
+        return None
+
+    return search(start, points(_grid(0, dim, INTERVALS))) or Estimate.between(1.0, 1.0, 1.0, dim)
+
+
+def _grid(start: int, end: int, pieces: int) -> NDArray[np.int64]:
+    """Whole numbers that divide the way from start to end; without start."""
+    return np.unique(np.linspace(start, end, pieces + 1).round().astype(np.int64))[1:]

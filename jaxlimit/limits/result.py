@@ -1,0 +1,193 @@
+r"""What `pruning_limit` returns: the limits, what they rest on, and how far to trust them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from jaxlimit.geometry.dimensions import transition_halfwidth, width_ridge
+from jaxlimit.geometry.magnitude import MagnitudeOrder, num_removed
+from jaxlimit.limits.roots import LIMITS, Estimate, cone_point, cone_root, removed_radius, width_limit
+from jaxlimit.reference.paper_code import ReferenceLimit
+from jaxlimit.spectrum.bracket import Side, SpectralBracket
+from jaxlimit.spectrum.quadrature import SpectralMeasure
+
+# The window in which the probability falls from 95 % to 5 %.
+ETA = 0.05
+
+
+@dataclass(frozen=True)
+class LimitCurve:
+    """The two sides of the phase-transition equation, for plots: the limit is where delta / D crosses s.
+
+    Attributes:
+        sparsity: (m,) s.
+        removed_norm: (m,) R(s).
+        width_dimension: (m,) delta_width(s) / D.
+        lower, upper: (m,) bounds of width_dimension, without probe error.
+        cone_sparsity: (p,) sparsities at which the cone was computed.
+        cone_dimension: (p,) delta_cone / D there.
+    """
+
+    sparsity: NDArray[np.float64]
+    removed_norm: NDArray[np.float64]
+    width_dimension: NDArray[np.float64]
+    lower: NDArray[np.float64]
+    upper: NDArray[np.float64]
+    cone_sparsity: NDArray[np.float64]
+    cone_dimension: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Limits against the loss tolerance, from the spectra at hand.
+
+    Attributes:
+        loss_tolerance: (m,) eps.
+        width: (m,) width limit.
+        cone: (m,) cone limit, or None if it was not computed. Its ridge is interpolated between the
+            sparsities at hand, and held constant beyond them.
+    """
+
+    loss_tolerance: NDArray[np.float64]
+    width: NDArray[np.float64]
+    cone: NDArray[np.float64] | None
+
+
+@dataclass(frozen=True, repr=False)
+class PruningLimit:
+    """The sparsity that a network stands, as `pruning_limit` found it. Prints as a table.
+
+    Attributes:
+        one_shot, width, cone, readjusted: the limits, None where not asked for or not to be had.
+        measure: spectral measure behind width and cone: one row a probe.
+        loss_tolerance: eps, in units of the loss.
+        tolerance: accuracy asked for, in units of sparsity.
+        num_matvecs: products spent with the curvature.
+        num_probes, num_steps: random probes and Lanczos steps of each; 0 and D when dense.
+        num_examples: examples the curvature is a mean over.
+        dim: number of prunable weights D.
+        positive_semidefinite: True for Gauss-Newton, False for the Hessian (|H| is then used).
+        method: "dense eigendecomposition" or "Lanczos".
+        reorthogonalized: whether Lanczos kept all of its vectors orthogonal.
+        largest_eigenvalue: of |H|.
+        ridge: a = 2 eps / R^2 at the width limit; largest_eigenvalue / ridge is what Lanczos must resolve.
+        status: a sentence: converged or not, why, and what to do.
+        reference: what the paper's own code would predict, where that was asked for.
+    """
+
+    one_shot: Estimate | None
+    width: Estimate | None
+    cone: Estimate | None
+    readjusted: Estimate | None
+    measure: SpectralMeasure
+    loss_tolerance: float
+    tolerance: float
+    num_matvecs: int
+    num_probes: int
+    num_steps: int
+    num_examples: int
+    dim: int
+    positive_semidefinite: bool
+    method: str
+    reorthogonalized: bool
+    largest_eigenvalue: float
+    ridge: float
+    status: str
+    reference: ReferenceLimit | None
+    _order: MagnitudeOrder = field(repr=False)
+    _bracket: SpectralBracket = field(repr=False)
+    _removed: dict[int, SpectralBracket] = field(repr=False)
+
+    @property
+    def transition_halfwidth(self) -> float:
+        """Half the window of s around width and cone in which the transition takes place (95 % to 5 %)."""
+        return transition_halfwidth(self.dim, ETA)
+
+    def estimates(self) -> dict[str, Estimate]:
+        """The limits that were computed, by name."""
+        limits = {name: getattr(self, name) for name in LIMITS}
+        return {name: limit for name, limit in limits.items() if limit is not None}
+
+    def curve(self, sparsities: ArrayLike | None = None) -> LimitCurve:
+        """R(s) and delta(s) / D on a grid of sparsities (default: 201 from 0 to 1), for plots."""
+        grid = np.linspace(0, 1, 201) if sparsities is None else _numbers(sparsities)
+        counts = num_removed(self.dim, grid)
+        radii = np.sqrt(self._order.squared_norm[counts])
+
+        def dimension(side: Side) -> NDArray[np.float64]:
+            ridges = (width_ridge(float(radius), self.loss_tolerance) for radius in radii)
+            return np.array([self._bracket.dimension(side, a) for a in ridges])
+
+        counts = sorted(self._removed)
+        cone = np.array([self._cone_dimension(n) for n in counts])
+        bounds = dimension("lower"), dimension("upper")
+        return LimitCurve(grid, radii, dimension("value"), *bounds, np.array(counts) / self.dim, cone)
+
+    def _cone_dimension(self, n: int) -> float:
+        radius = removed_radius(self._order, n)
+        point = cone_point(n, self._removed[n], radius, self.loss_tolerance)
+        ridge = width_ridge(radius, self.loss_tolerance) * np.exp(point.log_rho["value"])
+        return self._bracket.dimension("value", ridge)
+
+    def sensitivity(self, loss_tolerances: ArrayLike | None = None) -> Sensitivity:
+        """How the limits move with the loss tolerance; costs no product.
+
+        Args:
+            loss_tolerances: positive numbers; default: 13 values from an eighth to eight times eps.
+
+        Raises:
+            ValueError: a tolerance that is not positive and finite.
+        """
+        if loss_tolerances is None:
+            loss_tolerances = self.loss_tolerance * np.geomspace(1 / 8, 8, 13)
+        grid = _numbers(loss_tolerances)
+        if not np.all(np.isfinite(grid) & (grid > 0)):
+            raise ValueError(f"loss_tolerances must be positive and finite, got {grid}.")
+
+        def cone(eps: float) -> float:
+            points = [cone_point(n, m, removed_radius(self._order, n), eps) for n, m in self._removed.items()]
+            return cone_root(self._bracket, self._order, points, eps).value
+
+        width = np.array([width_limit(self._bracket, self._order, eps).value for eps in grid])
+        return Sensitivity(grid, width, np.array([cone(eps) for eps in grid]) if self._removed else None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the arrays, as JSON values."""
+        names = (
+            "loss_tolerance tolerance num_matvecs num_probes num_steps num_examples dim "
+            "positive_semidefinite method reorthogonalized largest_eigenvalue ridge status "
+            "transition_halfwidth"
+        )
+        limits = {name: vars(estimate) for name, estimate in self.estimates().items()}
+        reference = {} if self.reference is None else {"reference": vars(self.reference)}
+        return {**limits, **{name: getattr(self, name) for name in names.split()}, **reference}
+
+    def __repr__(self) -> str:
+        kind = "Gauss-Newton" if self.positive_semidefinite else "Hessian, |H|"
+        lines = [
+            f"Pruning limit for a loss increase of {self.loss_tolerance:.4g} "
+            f"({self.dim:,} weights, {self.num_examples:,} examples)",
+            f"{'':12}{'sparsity':>9}  {'interval':^18}{'probe error':>12}{'spread':>9}",
+        ]
+        for name, limit in self.estimates().items():
+            interval = f"[{limit.lower:.4f}, {limit.upper:.4f}]"
+            lines.append(
+                f"{name:<12}{limit.value:>9.4f}  {interval:^18}{limit.probe_error:>12.4f}{limit.spread:>9.4f}"
+            )
+        probes = f", {self.num_probes} probes of {self.num_steps} steps" if self.num_probes else ""
+        lines += [
+            f"transition window of width and cone: +-{self.transition_halfwidth:.4f} (95 % to 5 %)",
+            f"{kind}; {self.method}{probes}; {self.num_matvecs:,} products; "
+            f"lambda_max / a = {self.largest_eigenvalue / self.ridge:.3g}",
+            f"status: {self.status}",
+        ]
+        if self.reference is not None and self.width is not None:
+            lines.append(self.reference.against(self.width.value))
+        return "\n".join(lines)
+
+
+def _numbers(values: ArrayLike) -> NDArray[np.float64]:
+    """One number or several, as a vector."""
+    return np.atleast_1d(np.asarray(values, np.float64))

@@ -1,0 +1,150 @@
+"""Loss, metrics and curvature of classification, and the L1 norm."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlimit.curvature.operator import Curvature, gauss_newton, hessian
+
+# The two curvatures: the one that predicts, then the one that is cheap to resolve.
+CURVATURES = ("hessian", "gauss_newton")
+
+PyTree = Any
+Predict = Callable[[PyTree, jax.Array], jax.Array]
+Loss = Callable[[PyTree, Any], jax.Array]
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean cross entropy of softmax outputs with integer labels.
+
+        mean_i [ log sum_c exp(logits_ic) - logits_i,label_i ]
+
+    Args:
+        logits: floating array of shape (batch, classes).
+        labels: integer array of shape (batch,), values 0 to classes - 1.
+
+    Returns:
+        A scalar, in nats.
+
+    Raises:
+        ValueError: if the labels are not integers or do not match the logits in shape.
+
+    Examples:
+        >>> round(float(cross_entropy(jnp.zeros((3, 2)), jnp.array([0, 1, 1]))), 5)  # log 2
+        0.69315
+    """
+    if not jnp.issubdtype(labels.dtype, jnp.integer) or labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels must be integers of shape {logits.shape[:-1]} for logits of shape {logits.shape}, "
+            f"got {labels.dtype} of shape {labels.shape}"
+        )
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def classification_loss(predict: Predict) -> Loss:
+    """The mean cross entropy of a batch, without any L1 term, as a function of the parameters.
+
+    Args:
+        predict: `predict(params, inputs) -> logits` of shape (batch, classes).
+
+    Returns:
+        `loss(params, (inputs, labels)) -> scalar`, in nats, the mean over the batch's examples.
+
+    Examples:
+        >>> loss = classification_loss(lambda params, inputs: inputs @ params)
+        >>> round(float(loss(jnp.zeros((4, 2)), (jnp.ones((3, 4)), jnp.array([0, 1, 1])))), 5)
+        0.69315
+    """
+
+    def loss(params: PyTree, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+        inputs, labels = batch
+        return cross_entropy(predict(params, inputs), labels)
+
+    return loss
+
+
+def classification_metrics(predict: Predict) -> Callable[[PyTree, Any], dict[str, jax.Array]]:
+    """The loss and the accuracy of a batch, as a function of the parameters.
+
+    Args:
+        predict: `predict(params, inputs) -> logits` of shape (batch, classes).
+
+    Returns:
+        `metrics(params, (inputs, labels)) -> {"loss": ..., "accuracy": ...}`: two scalars, means over the
+        batch's examples; the loss is the cross entropy in nats, the accuracy a share between 0 and 1.
+
+    Examples:
+        >>> metrics = classification_metrics(lambda params, inputs: inputs @ params)
+        >>> values = metrics(jnp.eye(2), (jnp.eye(2), jnp.array([0, 0])))
+        >>> float(values["accuracy"])
+        0.5
+    """
+
+    def metrics(params: PyTree, batch: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
+        inputs, labels = batch
+        logits = predict(params, inputs)
+        return {"loss": cross_entropy(logits, labels), "accuracy": jnp.mean(logits.argmax(-1) == labels)}
+
+    return metrics
+
+
+def classification_curvature(
+    name: str, predict: Predict, params: PyTree, batches: Iterable[tuple[Any, Any]]
+) -> Curvature:
+    """Hessian or Gauss-Newton matrix of the mean cross entropy.
+
+    Args:
+        name: "hessian" or "gauss_newton".
+        predict: `predict(params, inputs) -> logits` of shape (batch, classes).
+        params: pytree of arrays, where the curvature is taken.
+        batches: (inputs, labels), as in `hessian`.
+
+    Returns:
+        The curvature with respect to the weights that can be pruned, as `hessian` and `gauss_newton` give it.
+
+    Raises:
+        ValueError: another name; or as `hessian` and `gauss_newton`.
+
+    Examples:
+        >>> from jaxlimit import batched
+        >>> data = batched((jnp.eye(2), jnp.array([0, 1])), 2)
+        >>> predict = lambda params, inputs: inputs @ params
+        >>> for name in CURVATURES:  # the same, for a linear network
+        ...     print(classification_curvature(name, predict, jnp.zeros((2, 2)), data).dense()[0])
+        [ 0.125 -0.125  0.     0.   ]
+        [ 0.125 -0.125  0.     0.   ]
+    """
+    if name == "hessian":
+        return hessian(classification_loss(predict), params, batches)
+    if name == "gauss_newton":
+        return gauss_newton(
+            lambda params, batch: predict(params, batch[0]),
+            lambda logits, batch: cross_entropy(logits, batch[1]),
+            params,
+            batches,
+        )
+    raise ValueError(f"name must be one of {', '.join(CURVATURES)}, got {name!r}.")
+
+
+def l1_norm(params: PyTree) -> jax.Array:
+    """Sum of the magnitudes of every parameter: weights, biases and normalisation alike.
+
+        sum_j |w_j|
+
+    The paper's code penalises all of them, not only the weights that can be pruned.
+
+    Args:
+        params: any pytree of floating arrays.
+
+    Returns:
+        A scalar. Its gradient is sign(w_j), and 0 where a parameter is exactly 0, as in the paper's code.
+
+    Examples:
+        >>> float(l1_norm({"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([-0.5])}))
+        3.5
+    """
+    # Not jnp.abs: its derivative at 0 is 1, which would push biases off their start and zeros off zero.
+    return jnp.asarray(sum((leaf * jnp.sign(leaf)).sum() for leaf in jax.tree.leaves(params)))
