@@ -24,7 +24,7 @@ from flax.core import FrozenDict
 import jaxlimit
 from jaxlimit.core.trees import partition
 from jaxlimit.models import from_equinox, from_linen
-from jaxlimit.training.classifier import classification_loss, classification_metrics
+from jaxlimit.training import classification_loss, classification_metrics
 from jaxlimit.training.model_files import load_weights, save_weights
 
 KERNEL_WEIGHTS, PARAMETERS = 114, 114 + (2 + 3) + (2 + 2)

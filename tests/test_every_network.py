@@ -13,7 +13,7 @@ from flax import nnx
 
 from jaxlimit import batched, hessian, models
 from jaxlimit.models import from_nnx
-from jaxlimit.training.classifier import classification_loss, train_model
+from jaxlimit.training import classification_loss, train_model
 
 NETWORKS = {
     "digits_net": models.digits_net,

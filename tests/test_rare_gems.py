@@ -23,7 +23,7 @@ from jaxlimit.baselines.gems import (
 from jaxlimit.baselines.masks import keep_all, random_mask
 from jaxlimit.baselines.network import bare, kernels
 from jaxlimit.models import FullyConnected
-from jaxlimit.training.classifier import pure_classifier
+from jaxlimit.training import pure_classifier
 
 
 @given(st.integers(1, 5000), st.integers(1, 40), st.data())

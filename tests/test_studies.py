@@ -30,7 +30,7 @@ from jaxlimit.geometry.magnitude import apply_mask, magnitude_mask, magnitude_or
 from jaxlimit.measuring.sweeps import SPARSITIES, sparsity_sweep
 from jaxlimit.models import ConvolutionalNetwork, FullyConnected, ResNet, from_nnx
 from jaxlimit.models.convolutional import Convolution, Pool
-from jaxlimit.training.classifier import pure_classifier
+from jaxlimit.training import pure_classifier
 from jaxlimit.training.losses import classification_loss
 
 TINY = presets.Preset(

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxlimit import data, magnitude_mask
 from jaxlimit.core.trees import partition
 from jaxlimit.models import FullyConnected, from_nnx
-from jaxlimit.training.classifier import classification_loss, train, train_model
+from jaxlimit.training import classification_loss, train, train_model
 from jaxlimit.training.schedule import steps_per_epoch
 
 SETTINGS = {"epochs": 4, "batch_size": 8, "learning_rate": 0.1, "l1": 1e-3}

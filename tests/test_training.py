@@ -9,7 +9,7 @@ from flax import nnx
 from scipy.special import log_softmax, softmax
 
 from jaxlimit.models import FullyConnected, from_nnx
-from jaxlimit.training.classifier import (
+from jaxlimit.training import (
     classification_loss,
     classification_metrics,
     cross_entropy,
