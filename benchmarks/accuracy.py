@@ -37,8 +37,7 @@ from jaxlimit import data, models, training
 from jaxlimit.application import run_folder
 from jaxlimit.core import trees
 from jaxlimit.geometry import magnitude
-from jaxlimit.geometry.dimensions import width_ridge
-from jaxlimit.limits.roots import fixed_point
+from jaxlimit.geometry.dimensions import fixed_point, width_ridge
 from jaxlimit.reference import paper_code
 from jaxlimit.spectrum import lanczos, quadrature
 from jaxlimit.spectrum.bracket import Side, bracket_indefinite, bracket_semidefinite

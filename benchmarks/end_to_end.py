@@ -163,7 +163,7 @@ def the_rest(num_weights: int = MANY_WEIGHTS, num_steps: int = 256) -> dict[str,
     indefinite = timed("bracket, indefinite", lambda: bracket_indefinite([run], order.dim, ridge=ridge))
     timed("width root, indefinite", lambda: roots.width_limit(indefinite, order, eps))
     n = num_weights // 2
-    radius = roots.removed_radius(order, n)
+    radius = order.radius(n)
     removed = bracket_indefinite([run], ridge=ridge)
     point = timed("cone's ridge", lambda: roots.cone_point(n, removed, radius, eps))
     timed("cone root", lambda: roots.cone_root(indefinite, order, [point], eps))

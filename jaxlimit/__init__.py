@@ -11,6 +11,7 @@ from jaxlimit.limits.result import PruningLimit
 from jaxlimit.limits.roots import Estimate
 from jaxlimit.measuring.loss_statistics import LossStatistics, loss_statistics
 from jaxlimit.measuring.sweeps import Sweep, finetuned_sweep, sparsity_sweep
+from jaxlimit.reference.paper_code import reference_limit
 from jaxlimit.spectrum.lanczos import Tridiagonal, tridiagonalize
 from jaxlimit.spectrum.quadrature import SpectralMeasure, spectral_measure
 
@@ -36,6 +37,7 @@ __all__ = [
     "loss_statistics",
     "magnitude_mask",
     "pruning_limit",
+    "reference_limit",
     "removed_norm",
     "sparsity_sweep",
     "spectral_measure",

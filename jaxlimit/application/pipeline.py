@@ -30,6 +30,7 @@ from jaxlimit.limits import pruning_limit
 from jaxlimit.measuring import sweeps
 from jaxlimit.measuring.loss_statistics import loss_statistics
 from jaxlimit.measuring.sweeps import ACCURACY_LOSS, SPARSITIES
+from jaxlimit.reference.paper_code import reference_limit
 from jaxlimit.training import model_files
 
 # Sparsities of the fine-tuned sweep: first these (in steps of .01) and the predicted limits, then steps of
@@ -208,28 +209,26 @@ class _Run:
             bracket = "" if dense else f"{state.stage}, limit in [{state.lower:.3f}, {state.upper:.3f}]"
             self.monitor.update(state.num_matvecs, bracket or last)
 
-        def limits_of(
-            num_examples: int | None, which: Sequence[str], folder: Path, compat: str | None = None
-        ) -> pruning_limit.PruningLimit:
+        def limits_of(curvature: Curvature, which: Sequence[str], folder: Path) -> pruning_limit.PruningLimit:
             return pruning_limit.pruning_limit(
-                self._curvature(name, num_examples),
+                curvature,
                 self.key(1),
                 loss_tolerance=self.document["loss_tolerance"],
                 tolerance=self.options.tolerance,
                 which=which,
                 checkpoint=str(folder),
                 progress=progress,
-                compat=compat,
             )
 
         num_examples, checkpoint = self.options.num_examples, run_folder.checkpoint_path(self.folder, name)
         with self.stage(stage, title, dim if dense else pruning_limit.MAX_MATVECS):
-            compat = "reference" if name == "hessian" else None
-            found = limits_of(num_examples, pruning_limit.LIMITS, checkpoint / "all", compat)
+            curvature = self._curvature(name, num_examples)
+            reference = self._reference(curvature) if name == "hessian" else {}
+            found = limits_of(curvature, pruning_limit.LIMITS, checkpoint / "all")
             run_folder.save_spectrum(run_folder.spectrum_path(self.folder, name), found, SPARSITIES)
-            self.document["limits"][name] = found.to_json()
+            self.document["limits"][name] = found.to_json() | reference
             if num_examples is not None and 1 < num_examples < len(self.arrays["train"][1]):
-                half = limits_of(num_examples // 2, ["width"], checkpoint / "half")
+                half = limits_of(self._curvature(name, num_examples // 2), ["width"], checkpoint / "half")
                 self.document["limits"][name][comparison.HALF] = half.estimates()["width"].value
         shutil.rmtree(checkpoint, ignore_errors=True)
         self.monitor.finish(", ".join(f"{key} {value.value:.3f}" for key, value in found.estimates().items()))
@@ -238,6 +237,12 @@ class _Run:
         """Of the loss over the first so many training examples."""
         data = self.batches([array[:num_examples] for array in self.arrays["train"]])
         return training.classification_curvature(name, self.predict, self.params, data)
+
+    def _reference(self, hessian: Curvature) -> dict[str, Any]:
+        """What the paper's own code would predict, from a probe of its own."""
+        key = jax.random.fold_in(self.key(1), 1)
+        found = reference_limit(hessian, key, loss_tolerance=self.document["loss_tolerance"])
+        return {"reference": vars(found)}
 
     def sweep(self) -> None:
         title = "sparsity sweep"

@@ -144,6 +144,27 @@ def cone_dimension(
     return effective_dimension(measure, cone_ridge(rank, radius, loss_tolerance))
 
 
+def fixed_point(dimension: Callable[[int], float], dim: int) -> float:
+    """The s that solves the phase-transition equation delta(s) / D = s, where delta falls with s.
+
+    delta depends on s through n = floor(s D) and is constant between; the root of this step function is
+    returned exactly: bisection finds the last n with delta / D >= n / D. Cost: log2(D) evaluations.
+
+    Args:
+        dimension: n -> delta / D after n removals; it must not rise with n.
+        dim: D.
+
+    Examples:
+        >>> fixed_point(lambda n: 1 - n / 10, dim=10)
+        0.5
+    """
+    low, high = 0, dim + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if dimension(middle) >= middle / dim else (low, middle)
+    return min(max(dimension(low), low / dim), (low + 1) / dim, 1.0)
+
+
 def transition_halfwidth(dim: int, eta: float) -> float:
     r"""Half the width of the window of s in which the probability of meeting S falls from 1-eta to eta.
 

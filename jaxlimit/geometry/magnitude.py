@@ -45,6 +45,10 @@ class MagnitudeOrder:
         """Number of weights that are exactly zero, as far as they are the first to go."""
         return int(np.sum(self.squared_norm[1:] == 0))
 
+    def radius(self, num_removed: int) -> float:
+        """R = ||c||, the norm of the first `num_removed` weights to go."""
+        return float(np.sqrt(self.squared_norm[num_removed]))
+
     def removed_vector(self, num_removed: int) -> PyTree:
         """c(s) as a pytree: the first `num_removed` weights to go, and zero elsewhere. Cost O(D)."""
         flat = flatten(self.like)

@@ -22,7 +22,7 @@ from jaxlimit.geometry.dimensions import width_ridge
 from jaxlimit.geometry.magnitude import MagnitudeOrder, num_removed
 from jaxlimit.limits.conjugate_gradients import readjusted_minimum
 from jaxlimit.limits.one_shot import PathPoint, one_shot_limit
-from jaxlimit.limits.roots import BudgetSpent, Estimate, cone_point, removed_radius, width_limit
+from jaxlimit.limits.roots import BudgetSpent, Estimate, cone_point, width_limit
 from jaxlimit.spectrum import lanczos
 from jaxlimit.spectrum.bracket import SpectralBracket, bracket_indefinite, bracket_semidefinite
 from jaxlimit.spectrum.lanczos import Tridiagonal
@@ -155,7 +155,7 @@ class AdaptiveCurvature:
 
         def error(n: int, run: Tridiagonal) -> float:
             """Of the dimension, by d delta / d log a <= D - delta, and so of s."""
-            radius = removed_radius(self.order, n)
+            radius = self.order.radius(n)
             point = cone_point(n, self._bracket([run], None), radius, self.loss_tolerance)
             return point.spread * (1 - n / self.order.dim)
 
@@ -288,6 +288,6 @@ class AdaptiveCurvature:
         """With rigorous bounds for an indefinite matrix only around the ridge at `num_removed`."""
         if self.products.curvature.positive_semidefinite:
             return bracket_semidefinite(runs, dim)
-        radius = None if num_removed is None else removed_radius(self.order, num_removed)
+        radius = None if num_removed is None else self.order.radius(num_removed)
         ridge = None if radius is None else width_ridge(radius, self.loss_tolerance)
         return bracket_indefinite(runs, dim, ridge=ridge)

@@ -30,10 +30,8 @@ from jaxlimit.limits.roots import (
     Estimate,
     cone_limit,
     readjusted_limit,
-    removed_radius,
     width_limit,
 )
-from jaxlimit.reference.paper_code import reference_limit
 from jaxlimit.spectrum.bracket import SpectralBracket
 
 PyTree = Any
@@ -56,7 +54,6 @@ def pruning_limit(
     which: Sequence[str] = LIMITS,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
-    compat: str | None = None,
     basis_bytes: int | None = None,
     scores: PyTree | None = None,
 ) -> PruningLimit:
@@ -83,8 +80,6 @@ def pruning_limit(
         checkpoint: folder for intermediate results. A run that was interrupted goes on from there and
             gives the same bits; a folder of a different problem is refused.
         progress: called with a `Progress` after every block of products.
-        compat: "reference" adds what the paper's own code would predict (`compat.reference_limit`, for a
-            Hessian), by 232 products outside the budget; None leaves it out.
         basis_bytes: memory on each device for the vectors that Lanczos keeps orthogonal. Where they do not
             fit, the first ones are kept and the status says so; with 0 three vectors do, and the spectrum
             takes more products. None: half of the device's memory.
@@ -113,8 +108,6 @@ def pruning_limit(
     `roots` (one_shot, readjusted).
     """
     _check_arguments(loss_tolerance, tolerance, max_matvecs, num_probes, which, basis_bytes)
-    if compat not in (None, "reference"):
-        raise ValueError(f'compat must be None or "reference", got {compat!r}.')
     loss_tolerance, tolerance, max_matvecs = float(loss_tolerance), float(tolerance), int(max_matvecs)
     num_probes = None if num_probes is None else int(num_probes)
     order = magnitude_order(curvature.weights, scores)
@@ -124,9 +117,6 @@ def pruning_limit(
         basis_bytes = device_memory() // 2
     fingerprint = _fingerprint(curvature, order, key, loss_tolerance, tolerance, num_probes)
     store = Checkpoint(checkpoint, fingerprint)
-    reference = None
-    if compat is not None:
-        reference = reference_limit(curvature, jax.random.fold_in(key, 1), loss_tolerance=loss_tolerance)
     products = Products(curvature, max_matvecs, progress)
 
     def dense() -> DenseCurvature:
@@ -193,9 +183,8 @@ def pruning_limit(
         method="dense eigendecomposition" if exact else "Lanczos",
         reorthogonalized=source.reorthogonalized,
         largest_eigenvalue=float(np.max(np.abs(measure.nodes))),
-        ridge=width_ridge(removed_radius(order, n), loss_tolerance),
+        ridge=width_ridge(order.radius(n), loss_tolerance),
         status=status,
-        reference=reference,
         _order=order,
         _bracket=bracket,
         _removed=removed,

@@ -8,8 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from jaxlimit.geometry.dimensions import transition_halfwidth, width_ridge
 from jaxlimit.geometry.magnitude import MagnitudeOrder, num_removed
-from jaxlimit.limits.roots import LIMITS, Estimate, cone_point, cone_root, removed_radius, width_limit
-from jaxlimit.reference.paper_code import ReferenceLimit
+from jaxlimit.limits.roots import LIMITS, Estimate, cone_point, cone_root, width_limit
 from jaxlimit.spectrum.bracket import Side, SpectralBracket
 from jaxlimit.spectrum.quadrature import SpectralMeasure
 
@@ -74,7 +73,6 @@ class PruningLimit:
         largest_eigenvalue: of |H|.
         ridge: a = 2 eps / R^2 at the width limit; largest_eigenvalue / ridge is what Lanczos must resolve.
         status: a sentence: converged or not, why, and what to do.
-        reference: what the paper's own code would predict, where that was asked for.
     """
 
     one_shot: Estimate | None
@@ -95,7 +93,6 @@ class PruningLimit:
     largest_eigenvalue: float
     ridge: float
     status: str
-    reference: ReferenceLimit | None
     _order: MagnitudeOrder = field(repr=False)
     _bracket: SpectralBracket = field(repr=False)
     _removed: dict[int, SpectralBracket] = field(repr=False)
@@ -126,7 +123,7 @@ class PruningLimit:
         return LimitCurve(grid, radii, dimension("value"), *bounds, np.array(counts) / self.dim, cone)
 
     def _cone_dimension(self, n: int) -> float:
-        radius = removed_radius(self._order, n)
+        radius = self._order.radius(n)
         point = cone_point(n, self._removed[n], radius, self.loss_tolerance)
         ridge = width_ridge(radius, self.loss_tolerance) * np.exp(point.log_rho["value"])
         return self._bracket.dimension("value", ridge)
@@ -147,7 +144,7 @@ class PruningLimit:
             raise ValueError(f"loss_tolerances must be positive and finite, got {grid}.")
 
         def cone(eps: float) -> float:
-            points = [cone_point(n, m, removed_radius(self._order, n), eps) for n, m in self._removed.items()]
+            points = [cone_point(n, m, self._order.radius(n), eps) for n, m in self._removed.items()]
             return cone_root(self._bracket, self._order, points, eps).value
 
         width = np.array([width_limit(self._bracket, self._order, eps).value for eps in grid])
@@ -161,8 +158,7 @@ class PruningLimit:
             "transition_halfwidth"
         )
         limits = {name: vars(estimate) for name, estimate in self.estimates().items()}
-        reference = {} if self.reference is None else {"reference": vars(self.reference)}
-        return {**limits, **{name: getattr(self, name) for name in names.split()}, **reference}
+        return {**limits, **{name: getattr(self, name) for name in names.split()}}
 
     def __repr__(self) -> str:
         kind = "Gauss-Newton" if self.positive_semidefinite else "Hessian, |H|"
@@ -183,8 +179,6 @@ class PruningLimit:
             f"lambda_max / a = {self.largest_eigenvalue / self.ridge:.3g}",
             f"status: {self.status}",
         ]
-        if self.reference is not None and self.width is not None:
-            lines.append(self.reference.against(self.width.value))
         return "\n".join(lines)
 
 

@@ -19,7 +19,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from jaxlimit.geometry.dimensions import LOG_INFINITE, cone_ridge, width_ridge
+from jaxlimit.geometry.dimensions import LOG_INFINITE, cone_ridge, fixed_point, width_ridge
 from jaxlimit.geometry.magnitude import MagnitudeOrder
 from jaxlimit.spectrum.bracket import SIDES, Side, SpectralBracket
 
@@ -78,23 +78,6 @@ class Estimate:
         return f"{self.value:.4f} [{self.lower:.4f}, {self.upper:.4f}]"
 
 
-def fixed_point(dimension: Callable[[int], float], dim: int) -> float:
-    """The s at which delta / D = s, for a dimension that falls with the number of removed weights n.
-
-    delta is constant while floor(s D) = n, and the root of that step function is returned exactly:
-    bisection finds the last n with dimension(n) >= n / D. Cost: log2(D) evaluations.
-
-    Examples:
-        >>> fixed_point(lambda n: 1 - n / 10, dim=10)
-        0.5
-    """
-    low, high = 0, dim + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if dimension(middle) >= middle / dim else (low, middle)
-    return min(max(dimension(low), low / dim), (low + 1) / dim, 1.0)
-
-
 def dimension_root(
     bracket: SpectralBracket,
     order: MagnitudeOrder,
@@ -120,14 +103,9 @@ def dimension_root(
     return Estimate.between(root("value"), lower, upper, order.dim, probe_error, bracket.spread(root))
 
 
-def removed_radius(order: MagnitudeOrder, num_removed: int) -> float:
-    """R after n removals."""
-    return float(np.sqrt(order.squared_norm[num_removed]))
-
-
 def width_limit(bracket: SpectralBracket, order: MagnitudeOrder, loss_tolerance: float) -> Estimate:
     """The paper's limit: delta_width(s) / D = s."""
-    return dimension_root(bracket, order, lambda _, n: width_ridge(removed_radius(order, n), loss_tolerance))
+    return dimension_root(bracket, order, lambda _, n: width_ridge(order.radius(n), loss_tolerance))
 
 
 @dataclass(frozen=True)
@@ -172,7 +150,7 @@ def cone_root(
 
     def ridges(side: Side, n: int) -> float:
         share = float(np.interp(n, at, shares[side]))
-        return width_ridge(removed_radius(order, n), loss_tolerance) / share
+        return width_ridge(order.radius(n), loss_tolerance) / share
 
     return dimension_root(bracket, order, ridges)
 
@@ -209,7 +187,7 @@ def cone_limit(
 
     def evaluate(counts: list[int]) -> list[ConePoint]:
         return [
-            cone_point(n, measure, removed_radius(order, n), loss_tolerance)
+            cone_point(n, measure, order.radius(n), loss_tolerance)
             for n, measure in zip(counts, removed(counts), strict=True)
         ]
 

@@ -25,13 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from jaxlimit.core.memory import advice_on_memory
 from jaxlimit.core.trees import combine, flatten
 from jaxlimit.curvature.operator import Curvature, unit_vectors
-from jaxlimit.geometry.dimensions import width_dimension
+from jaxlimit.geometry.dimensions import fixed_point, width_dimension
 from jaxlimit.geometry.magnitude import MagnitudeOrder, magnitude_order
-from jaxlimit.limits.roots import width_limit
 from jaxlimit.spectrum import lanczos
-from jaxlimit.spectrum.bracket import SpectralBracket
 from jaxlimit.spectrum.quadrature import SpectralMeasure, gauss, rademacher
 
 PyTree = Any
@@ -71,6 +70,7 @@ class ReferenceLimit:
         )
 
 
+@advice_on_memory()
 def reference_limit(
     curvature: Curvature,
     key: jax.Array,
@@ -79,18 +79,38 @@ def reference_limit(
     num_matvecs: int = NUM_MATVECS,
     probe: PyTree | None = None,
 ) -> ReferenceLimit:
-    """The prediction of the paper's code from a network's weights.
+    """The sparsity that the paper's own code would predict for a network, beside `pruning_limit`'s.
 
     Its Lanczos divides by the norm plus 1e-6 and works in float32 with one Gram-Schmidt pass; here `lanczos`
     is used, which moves the prediction by no more than a step of its grid on the networks tested. Cost:
     `num_matvecs` products, and 104 for 100 rows in blocks.
 
     Args:
-        curvature: a Hessian; its prunable weights are the kernels.
-        key: of the random sign vector.
+        curvature: from `hessian`; its prunable weights are the kernels.
+        key: of the random sign vector. `jaxlimit run` gives `jax.random.fold_in(key, 1)` with the key of its
+            limits.
         loss_tolerance: eps; its code takes `loss_statistics(...).batch_std`.
         num_matvecs: Lanczos steps, at least 1.
         probe: a start vector instead, with a leaf for each parameter in the spectrum (`spectrum_parameters`).
+
+    Returns:
+        The prediction; `against(width)` says why it differs from a width limit.
+
+    Raises:
+        ValueError: num_matvecs below 1.
+        FloatingPointError: a product with the curvature is not finite.
+        MemoryError: a device ran out of memory; says what needs less.
+
+    Examples:
+        H = I, so that delta / D = 1 / (1 + R^2). Up to s = .468 its R is rounded to 1, which makes 1/2.
+
+        >>> from jaxlimit import batched, hessian
+        >>> def loss(w, x): return jnp.mean((x @ (w - 1.0)) ** 2) / 2
+        >>> weights = jnp.linspace(0.0, 1.0, 64).reshape(64, 1)
+        >>> curvature = hessian(loss, weights, batched(8 * jnp.eye(64), 64))
+        >>> found = reference_limit(curvature, jax.random.key(0), loss_tolerance=0.5)
+        >>> found.value, round(found.direct, 4)
+        (0.468, 0.4181)
     """
     kernels = magnitude_order(curvature.weights)
     everything = curvature.of(spectrum_parameters(curvature.params))
@@ -102,7 +122,7 @@ def reference_limit(
     measure = SpectralMeasure(nodes, weights)
     return ReferenceLimit(
         reference_prediction(nodes, weights, radii, loss_tolerance, zero_share),
-        width_limit(SpectralBracket.exact(measure), kernels, loss_tolerance).value,
+        fixed_point(lambda n: width_dimension(measure, kernels.radius(n), loss_tolerance), kernels.dim),
         zero_share,
         len(nodes),
     )
