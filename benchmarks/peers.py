@@ -34,7 +34,6 @@ from scipy.linalg import eigh_tridiagonal
 from twins import Twin, make_twin
 
 import jaxlimit
-from jaxlimit.curvature.products import linear_mean
 
 PyTree = Any
 OPERATORS = ("hessian", "gauss_newton")
@@ -276,7 +275,7 @@ class Matfree:
 
     def lanczos(self, start: jax.Array, num_steps: int) -> Rule:
         """A whole run; `compile` it first, or the first of each number of steps does."""
-        return gauss_rule(*self.compile(num_steps)(start, self.curvature._linear))
+        return gauss_rule(*self.compile(num_steps)(start, self.curvature.linear))
 
     def _compile(self, num_steps: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
         curvature = self.curvature
@@ -286,10 +285,10 @@ class Matfree:
         # The linearised batches are arguments: as constants of the program they would be compiled into it.
         def matvec(vector: jax.Array, linear: PyTree) -> jax.Array:
             vectors = jax.tree.map(lambda x: x[None], unravel(vector))
-            return ravel_pytree(linear_mean(curvature._product, linear, curvature.num_examples, vectors))[0]
+            return ravel_pytree(curvature.product.linear_mean(linear, curvature.num_examples, vectors))[0]
 
         program = jax.jit(lambda start, linear: decompose(matvec, start, linear).J_small)
-        return program.lower(flat, curvature._linear).compile()
+        return program.lower(flat, curvature.linear).compile()
 
 
 PEERS: tuple[type[Peer], ...] = (DoubleBackward, HessianEigenthings, Curvlinops, PyHessian)

@@ -100,10 +100,10 @@ def own_functions(
     """The curvature, and what is timed of jaxlimit."""
     curvature = problem.curvature(operator, precision=precision)
     one = vectors_like(curvature.weights, 1)
-    anew = replace(curvature, _linear_bytes=0)
+    anew = replace(curvature, linear_bytes=0)
     vector = jax.tree.map(lambda x: x[0], one)
     functions: Functions = {
-        "gradient": differentiated(problem, list(curvature._groups), vector)["gradient"],
+        "gradient": differentiated(problem, list(curvature.groups), vector)["gradient"],
         "jaxlimit": lambda: curvature.matmat(one),
         "jaxlimit, anew": lambda: anew.matmat(one),
     }
@@ -138,7 +138,7 @@ def peer_functions(found: list[peers.Peer], dim: int, blocks: bool) -> Functions
 
 def counted_operations(problem: networks.Problem, curvature: jaxlimit.Curvature) -> dict[str, float]:
     """Of the gradient, and of the product linearised anew and kept, for all examples."""
-    product, weights, rest = curvature._product, curvature.weights, curvature._rest
+    product, weights, rest = curvature.product, curvature.weights, curvature.rest
     # Few examples stand for all: the count is proportional to them.
     share = min(len(problem.inputs), 32)
     batch = problem.inputs[:share], problem.labels[:share]
@@ -186,8 +186,8 @@ def measure(name: str, operator: str, precision: str) -> dict[str, Any]:
         "page_faults": faults,
         "first_call": compilation,
         "operations": counted_operations(problem, curvature),
-        "linear_bytes": sum(x.nbytes for x in jax.tree.leaves(curvature._linear)),
-        "batch_size": int(jax.tree.leaves(curvature._groups)[0].shape[1]),
+        "linear_bytes": sum(x.nbytes for x in jax.tree.leaves(curvature.linear)),
+        "batch_size": int(jax.tree.leaves(curvature.groups)[0].shape[1]),
         "versions": {peer.name: peer.version for peer in found},
         "difference": differences,
     }

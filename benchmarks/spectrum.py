@@ -28,7 +28,6 @@ import peers
 import jaxlimit
 from jaxlimit.application import run_folder
 from jaxlimit.application.presets import Options, build_network, find_preset, load_arrays
-from jaxlimit.curvature import products
 from jaxlimit.models import from_nnx
 from jaxlimit.spectrum import lanczos, quadrature
 from jaxlimit.training.losses import classification_curvature
@@ -98,9 +97,9 @@ def overhead(num_examples: int, num_steps: int = STEPS[-1]) -> dict[str, Any]:
             "steps without reorthogonalisation": partial(steps_alone, 0),
         }
     )
-    linear = curvature._linear
+    linear = curvature.linear
     assert linear is not None
-    program = products._group_mean.lower(curvature._product, curvature.num_examples, linear[0], start)
+    program = curvature.product.group_mean.lower(linear[0], curvature.num_examples, start)
     memory: Any = program.compile().memory_analysis()
     panel_bytes = 4 * curvature.dim * lanczos.PANEL
     panels = sum(j // lanczos.PANEL + 1 for j in range(num_steps))

@@ -3,7 +3,8 @@
 from jaxlimit import geometry
 from jaxlimit.core.batches import Batches, batched
 from jaxlimit.core.trees import is_kernel
-from jaxlimit.curvature.operator import Curvature, gauss_newton, hessian
+from jaxlimit.curvature.makers import gauss_newton, hessian
+from jaxlimit.curvature.operator import Curvature
 from jaxlimit.geometry.magnitude import apply_mask, magnitude_mask, removed_norm
 from jaxlimit.limits.lanczos_source import Progress
 from jaxlimit.limits.pruning_limit import pruning_limit

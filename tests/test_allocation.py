@@ -10,7 +10,7 @@ import pytest
 import jaxlimit
 from jaxlimit.baselines.masks import layer_counts
 from jaxlimit.core.trees import flatten
-from jaxlimit.curvature.operator import gauss_newton, hessian
+from jaxlimit.curvature.makers import gauss_newton, hessian
 from jaxlimit.geometry.magnitude import magnitude_mask
 from jaxlimit.limits.allocation import LayerCosts, allocated_mask, layer_costs, uniform_mask
 

@@ -6,6 +6,7 @@ float64. `jax.hessian` is forward over reverse too, but builds the whole matrix;
 multiplies out an explicit Jacobian, and a second one writes the softmax Hessian in closed form.
 """
 
+import re
 from functools import cache, cached_property
 from itertools import pairwise
 
@@ -16,12 +17,13 @@ import numpy as np
 import pytest
 from conftest import make_mlp, output_loss, predict
 from flax import nnx
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from jaxlimit.core.batches import batched
 from jaxlimit.core.trees import combine, is_kernel, partition
 from jaxlimit.curvature import products
-from jaxlimit.curvature.operator import dense_matrix, gauss_newton, hessian
+from jaxlimit.curvature.dense_matrix import dense_matrix
+from jaxlimit.curvature.makers import gauss_newton, hessian
 from jaxlimit.limits.pruning_limit import pruning_limit
 from jaxlimit.models import from_nnx
 
@@ -169,13 +171,12 @@ def test_products(kind, dtype, oracle):
 
 @in_float32
 @kinds
-def test_a_block_is_multiplied_side_by_side_but_on_a_cpu(kind, dtype, oracle, monkeypatch):
-    curvature, matrix = standard(kind, dtype), getattr(oracle, kind)
+def test_a_block_is_multiplied_side_by_side_but_on_a_cpu(kind, mlp, dtype, oracle, monkeypatch):
+    curvature, matrix = curvature_of(kind, mlp), getattr(oracle, kind)
     curvature.matvec(curvature.weights)  # linearises
-    vectors = random_vectors(curvature.weights, 7)  # as many as in no other test: nothing is compiled yet
+    vectors = random_vectors(curvature.weights, 7)
 
     def loops():
-        products._group_mean.clear_cache()
         found = subjaxprs(jax.make_jaxpr(curvature.matmat)(vectors).jaxpr)
         return sum(e.primitive.name == "scan" for e in found)
 
@@ -186,7 +187,6 @@ def test_a_block_is_multiplied_side_by_side_but_on_a_cpu(kind, dtype, oracle, mo
     for i in range(7):
         row, found = (flat(jax.tree.map(lambda x, i=i: x[i], tree)) for tree in (vectors, product))
         assert_close(found, row @ matrix, dtype)
-    products._group_mean.clear_cache()
 
 
 @kinds
@@ -255,7 +255,7 @@ def test_arrays_in_memory_are_cut_to_suit_the_products(kind, mlp, dtype, oracle,
 
 
 def batch_sizes(curvature):
-    return [group["x"].shape[1] for group in curvature._groups]
+    return [group["x"].shape[1] for group in curvature.groups]
 
 
 def bytes_per_example(curvature):
@@ -263,7 +263,7 @@ def bytes_per_example(curvature):
     sizes = []
     for count in (2, 4):
         arrays = jax.tree.map(lambda x, n=count: x[:n], make_mlp(np.float32).arrays)
-        linear = curvature._product.linearize(curvature.weights, curvature._rest, arrays)
+        linear = curvature.product.linearize(curvature.weights, curvature.rest, arrays)
         sizes.append(sum(x.nbytes for x in jax.tree.leaves(linear)))
     return (sizes[1] - sizes[0]) // 2
 
@@ -418,62 +418,6 @@ def test_dense_of_more_weights_than_a_block(width, x64):
 # Compilation.
 
 
-def counting(function):
-    """The function, and the list of the batch shapes it is traced with."""
-    traces = []
-
-    def counted(*args):
-        traces.append(jax.tree.map(jnp.shape, args[-1]))
-        return function(*args)
-
-    return counted, traces
-
-
-def counted_curvature(kind, mlp):
-    """A function of the data that makes curvatures of one loss, and the list of its traces."""
-    loss, traces = counting(mlp.loss if kind == "hessian" else mlp.output_loss)
-
-    def make(arrays):
-        if kind == "hessian":
-            return hessian(loss, mlp.params, batched(arrays, 5))
-        return gauss_newton(mlp.predict, loss, mlp.params, batched(arrays, 5))
-
-    return make, traces
-
-
-@in_float32
-@kinds
-def test_products_do_not_compile_twice(kind, mlp):
-    make, traces = counted_curvature(kind, mlp)
-    first = make(mlp.arrays)
-    vector, block = random_vectors(first.weights, 1), random_vectors(first.weights, 4)
-    before = jax.tree.map(np.asarray, (first.matmat(vector), first.matmat(block)))
-    assert traces
-    del traces[:]
-    first.matmat(jax.tree.map(lambda x: 2 * x, vector))
-    first.matmat(jax.tree.map(lambda x: 2 * x, block))
-    assert not traces, "a product with another vector was compiled again"
-
-    other = make({"x": mlp.arrays["x"] + 1, "y": mlp.arrays["y"]})
-    del traces[:]
-    after = other.matmat(vector), other.matmat(block)
-    assert not traces, "a product with a second Curvature of the same loss was compiled again"
-    # Had the data been compiled in as constants, the results would be the old ones.
-    for new, old in zip(after, before, strict=True):
-        assert np.max(np.abs(flat(new) - flat(old))) > 0.01 * np.max(np.abs(flat(old)))
-
-
-@in_float32
-@kinds
-def test_a_second_curvature_compiles_nothing(kind, mlp):
-    make, traces = counted_curvature(kind, mlp)
-    assert make(mlp.arrays).gradient is not None
-    del traces[:]
-    assert make(jax.tree.map(lambda x: x + 1, mlp.arrays)).gradient is not None
-    # What looks at the loss of a batch and of its halves does so outside compiled functions.
-    assert len(traces) <= 3
-
-
 def subjaxprs(jaxpr):
     """All equations, those inside scans, compiled functions and so on included."""
     for equation in jaxpr.eqns:
@@ -487,49 +431,39 @@ def subjaxprs(jaxpr):
                 yield from subjaxprs(value)
 
 
-def compiled_parts(jaxpr, name):
-    return [e for e in subjaxprs(jaxpr) if e.primitive.name in ("jit", "pjit") and e.params["name"] == name]
-
-
-def assert_no_constants(part):
-    assert sum(np.size(c) for c in part.params["jaxpr"].consts) <= 1
-    for equation in subjaxprs(part.params["jaxpr"].jaxpr):
-        for variable in equation.invars:
-            if isinstance(variable, Literal):
-                assert np.size(variable.val) <= 1
+def assert_arguments(program, args, expected):
+    """Arrays of these shapes are arguments of a program, and none is a constant in it."""
+    lowered = program.lower(*args)
+    shapes = {x.shape for x in jax.tree.leaves(lowered.in_avals)}
+    assert expected <= shapes
+    # A constant of one number is written as such, of several as a list or in hexadecimal.
+    assert not re.search(r'dense<["\[]', lowered.as_text())
+    return lowered.as_text()
 
 
 @in_float32
 @kinds
 def test_data_and_parameters_are_arguments_of_the_compiled_function(kind, mlp):
-    curvature = curvature_of(kind, mlp, linear_bytes=0)
-    jaxpr = jax.make_jaxpr(curvature.matvec)(curvature.weights)
-    parts = compiled_parts(jaxpr.jaxpr, "_group_sum")
-    assert len(parts) == 2  # three batches of 5, and one of 2
-    for part, data in zip(parts, [(3, 5, 4), (1, 2, 4)], strict=True):
-        shapes = [x.aval.shape for x in part.invars]
-        assert data in shapes
-        assert {(4, 5), (5, 3)} <= set(shapes)  # the kernels
-        assert {(1, 4, 5), (1, 5, 3)} <= set(shapes)  # the vectors
-        assert {(5,), (3,)} <= set(shapes)  # the biases
-        assert_no_constants(part)
+    curvature = curvature_of(kind, mlp)
+    args, vectors = (curvature.weights, curvature.rest), random_vectors(curvature.weights, 1)
+    for group, data in zip(curvature.groups, [(3, 5, 4), (1, 2, 4)], strict=True):
+        weights = {(4, 5), (5, 3), (5,), (3,)}
+        program = curvature.product.sum.program(None)
+        assert_arguments(program, ((*args, vectors), group), {data, *weights, (1, 4, 5), (1, 5, 3)})
+        assert_arguments(curvature.product.gradient_sum.program(None), (args, group), {data, *weights})
 
 
 @in_float32
 @kinds
 def test_linearised_batches_are_arguments_of_the_compiled_function(kind, mlp):
     curvature = curvature_of(kind, mlp)
-    curvature.matvec(curvature.weights)
-    jaxpr = jax.make_jaxpr(curvature.matvec)(curvature.weights)
-    parts = compiled_parts(jaxpr.jaxpr, "_group_mean")
-    for part, inputs in zip(parts, [(3, 5, 4), (1, 2, 4)], strict=True):
-        shapes = {x.aval.shape for x in part.invars}
-        assert inputs in shapes  # of which the first layer's products are made
-        assert {(1, 4, 5), (1, 5, 3)} <= shapes  # the vectors
-        assert_no_constants(part)
-    # The forward pass is not in it: neither the activation function nor the logarithm of the softmax.
-    names = {equation.primitive.name for equation in subjaxprs(jaxpr.jaxpr)}
-    assert not names & {"tanh", "log", "exp", "logistic"}
+    vectors = random_vectors(curvature.weights, 1)
+    for group, inputs in zip(curvature.linear, [(3, 5, 4), (1, 2, 4)], strict=True):
+        # Of the inputs the first layer's products are made.
+        args = group, curvature.num_examples, vectors
+        text = assert_arguments(curvature.product.group_mean, args, {inputs, (1, 4, 5), (1, 5, 3)})
+        # The forward pass is not in it: neither the activation function nor the logarithm of the softmax.
+        assert not re.search(r"stablehlo\.(tanh|log|exponential|logistic)\b", text)
 
 
 @kinds
@@ -545,7 +479,7 @@ def test_products_are_the_same_with_and_without_linearised_batches(kind, count, 
 def test_batches_that_take_much_memory_are_kept_apart(kind, mlp, dtype, oracle, monkeypatch):
     monkeypatch.setitem(products.BATCH_BYTES, "cpu", 1)
     curvature = curvature_of(kind, mlp, list(batched(mlp.arrays, 3)))
-    assert len(curvature._linear) == 6  # five batches of 3, and one of 2
+    assert len(curvature.linear) == 6  # five batches of 3, and one of 2
     assert_close(curvature.dense(), getattr(oracle, kind), dtype)
 
 
@@ -556,20 +490,18 @@ def test_another_compiled_function_holds_linearised_batches_that_are_there_and_s
 
     def is_kept():
         jaxpr = jax.make_jaxpr(lambda v: curvature.matvec(v))(curvature.weights).jaxpr  # traced each time
-        kept, anew = (compiled_parts(jaxpr, name) for name in ("_group_mean", "_group_sum"))
-        assert bool(kept) != bool(anew)
-        return bool(kept)
+        return "tanh" not in {equation.primitive.name for equation in subjaxprs(jaxpr)}
 
     assert not is_kept()
-    assert "_linear" not in vars(curvature)
+    assert "linear" not in vars(curvature)
     curvature.matvec(curvature.weights)
     assert is_kept()
-    monkeypatch.setattr("jaxlimit.curvature.CONSTANT_BYTES", 1)
+    monkeypatch.setattr("jaxlimit.curvature.operator.CONSTANT_BYTES", 1)
     assert not is_kept()
 
 
 def kept_bytes(curvature):
-    return sum(x.nbytes for x in jax.tree.leaves(curvature._linear))
+    return sum(x.nbytes for x in jax.tree.leaves(curvature.linear))
 
 
 @in_float32
@@ -578,9 +510,9 @@ def test_linearised_batches_stay_within_their_budget(kind, mlp):
     kept = kept_bytes(curvature_of(kind, mlp))
     assert kept > 17 * 4 * (4 + 5 + 3)  # inputs, activations and probabilities of every example
     assert kept_bytes(curvature_of(kind, mlp, linear_bytes=kept)) == kept
-    assert curvature_of(kind, mlp, linear_bytes=kept - 1)._linear is None
+    assert curvature_of(kind, mlp, linear_bytes=kept - 1).linear is None
     stream = Stream(mlp.arrays, [5, 5, 5, 2])
-    assert curvature_of(kind, mlp, batches=stream)._linear is None
+    assert curvature_of(kind, mlp, batches=stream).linear is None
     with pytest.raises(ValueError, match="linear_bytes must be at least 0, got -1"):
         curvature_of(kind, mlp, linear_bytes=-1)
 

@@ -15,11 +15,11 @@ from conftest import make_mlp
 from jax import export
 
 import jaxlimit
-from jaxlimit.core import batches
+from jaxlimit.core.batches import ExampleSum
 from jaxlimit.curvature import products
 from jaxlimit.geometry import differentiable, magnitude
 from jaxlimit.limits import conjugate_gradients
-from jaxlimit.measuring import sweeps
+from jaxlimit.measuring import loss_statistics, sweeps
 from jaxlimit.spectrum import lanczos, quadrature
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -38,19 +38,18 @@ def exported(function, *args, platforms=PLATFORMS):
 
 def products_of(curvature, vectors):
     """Products with a curvature: linearised in each of them, or once for all."""
-    product, weights, rest = curvature._product, curvature.weights, curvature._rest
-    group = curvature._groups[0]
-    linearize = partial(products.linearize_group, product, None)
-
-    def kept(linear, vectors):
-        return products.linear_mean(product, linear, curvature.num_examples, vectors)
-
+    product, weights, rest = curvature.product, curvature.weights, curvature.rest
+    group, linear = curvature.groups[0], curvature.linear[:1]
     return {
-        "anew": (partial(batches._group_sum, product, None), (weights, rest, vectors), group),
-        "linearize_group": (linearize, weights, rest, group),
-        "linear_mean": (kept, [linearize(weights, rest, group)], vectors),
-        "gradient": (partial(batches._group_sum, products.Gradient(product), None), (weights, rest), group),
-        "loss": (partial(batches._group_sum, products.Loss(product), None), (weights, rest), group),
+        "anew": (product.sum.program(None), (weights, rest, vectors), group),
+        "linearize_group": (partial(products.linearize_group, product, None), weights, rest, group),
+        "linear_mean": (
+            lambda linear, vectors: product.linear_mean(linear, curvature.num_examples, vectors),
+            linear,
+            vectors,
+        ),
+        "gradient": (product.gradient_sum.program(None), (weights, rest), group),
+        "loss": (ExampleSum(products.Loss(product)).program(None), (weights, rest), group),
     }
 
 
@@ -62,11 +61,11 @@ def programs():
         "hessian": jaxlimit.hessian(mlp.loss, mlp.params, cut),
         "gauss_newton": jaxlimit.gauss_newton(mlp.predict, mlp.output_loss, mlp.params, cut),
     }
-    weights, rest, group = (getattr(curvatures["hessian"], name) for name in ("weights", "_rest", "_groups"))
+    weights, rest, group = (getattr(curvatures["hessian"], name) for name in ("weights", "rest", "groups"))
     group, one = group[0], jax.tree.map(lambda x: x[0], group[0])
     vectors = quadrature.rademacher(jax.random.key(0), weights, 2)
     panel, scalars = jax.tree.map(lanczos._empty_panel, vectors), jnp.ones(2, jnp.float32)
-    ranks, counts = sweeps.PrunedNetwork(mlp.params).ranks, jnp.array([3, 20], jnp.int32)
+    counts = jnp.array([3, 20], jnp.int32)
 
     def start(vectors):
         return jax.tree.map(lambda x: x / lanczos._columns(lanczos._norm(vectors), x), vectors)
@@ -89,7 +88,7 @@ def programs():
             mlp.predict, mlp.output_loss, params, batch, probes, sparsity=0.5, loss_tolerance=0.1
         )
 
-    swept = partial(batches._group_sum, sweeps._PrunedMetrics(metrics), None)
+    pruned = sweeps.PrunedNetwork(mlp.params, metrics)
     mask = magnitude.magnitude_mask(weights, 0.5)
     return {
         **{
@@ -101,10 +100,14 @@ def programs():
         "lanczos: step": (lanczos_step, vectors, vectors, vectors, scalars, scalars, panel),
         "lanczos: normalize": (lanczos._normalize, vectors, scalars, scalars, scalars),
         "probes": (rademacher, np.zeros(2, np.uint32)),
-        "conjugate gradients: inner": (conjugate_gradients._inner_device, vectors, vectors),
-        "conjugate gradients: add": (conjugate_gradients._add, vectors, vectors, np.float32(0.5)),
-        "batch losses": (partial(batches._batch_losses, mlp.loss), mlp.params, group),
-        "sparsity sweep": (swept, (weights, rest, ranks, counts), group),
+        "conjugate gradients: inner": (conjugate_gradients.inner_products, vectors, vectors),
+        "conjugate gradients: add": (conjugate_gradients.add_scaled, vectors, vectors, np.float32(0.5)),
+        "batch losses": (partial(loss_statistics.batch_losses, mlp.loss), mlp.params, group),
+        "sparsity sweep": (
+            pruned.metrics_sum.program(None),
+            (weights, rest, pruned.ranks, counts),
+            group,
+        ),
         "masks": (magnitude.apply_mask, mlp.params, mask),
         "differentiable width": (width_dimension, mlp.params, one, vectors),
     }

@@ -21,7 +21,7 @@ from jax.flatten_util import ravel_pytree
 import jaxlimit
 from jaxlimit import data, models, training
 from jaxlimit.core import trees
-from jaxlimit.curvature.operator import dense_matrix
+from jaxlimit.curvature.dense_matrix import dense_matrix
 from jaxlimit.geometry.magnitude import magnitude_order
 from jaxlimit.limits import roots
 from jaxlimit.limits.dense_source import dense_curvature

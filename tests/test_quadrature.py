@@ -20,7 +20,7 @@ from scipy.linalg import circulant, hessenberg
 from scipy.optimize import linprog
 
 from jaxlimit.core.batches import batched
-from jaxlimit.curvature.operator import hessian
+from jaxlimit.curvature.makers import hessian
 from jaxlimit.spectrum.bracket import (
     SIDES,
     SIXTEENTHS,

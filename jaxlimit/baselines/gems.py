@@ -23,9 +23,10 @@ from flax import nnx
 
 from jaxlimit.baselines.masks import keep_all, keep_largest, kept_counts, size
 from jaxlimit.baselines.network import SparseNetwork, bare, kernels, stage, with_params
+from jaxlimit.core.checks import require_count, require_range
 from jaxlimit.core.trees import combine, partition
 from jaxlimit.training.classifier import PureClassifier, pure_classifier
-from jaxlimit.training.descent import minimise, require_count, require_range
+from jaxlimit.training.descent import minimise
 from jaxlimit.training.recipe import Folder, Recipe, TrainingOptions
 from jaxlimit.training.schedule import learning_rate_schedule, steps_per_epoch
 

@@ -19,8 +19,8 @@ from flax import nnx
 
 from jaxlimit.baselines.masks import keep_all, keep_largest, kept_counts, size
 from jaxlimit.baselines.network import SparseNetwork, bare, kernels, stage
+from jaxlimit.core.checks import require_range
 from jaxlimit.geometry.magnitude import num_removed
-from jaxlimit.training.descent import require_range
 from jaxlimit.training.recipe import Folder, Recipe, TrainingOptions
 from jaxlimit.training.schedule import steps_per_epoch
 

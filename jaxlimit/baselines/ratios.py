@@ -21,7 +21,7 @@ from flax import nnx, traverse_util
 
 from jaxlimit.baselines.masks import keep_largest, kept_counts, random_mask, size
 from jaxlimit.baselines.network import SparseNetwork, kernels, stage
-from jaxlimit.training.descent import require_range
+from jaxlimit.core.checks import require_range
 from jaxlimit.training.recipe import Folder, Recipe, TrainingOptions
 
 PyTree = Any

@@ -2,7 +2,7 @@ r"""Batches of examples, and sums over them.
 
 A *batch* is any pytree whose leaves share a leading example axis. *Batches* are anything that can be
 iterated again and again and yields the same batches each time: the result of `batched`, a list, or a
-re-iterable stream. Every sum over examples in this package goes through `example_sum`,
+re-iterable stream. Every sum over examples in this package goes through `ExampleSum`,
 
     sum_b n_b f(batch_b),        n_b = number of examples of batch b,
 
@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlimit.core.checks import require_count
+from jaxlimit.core.programs import Program, Traced
 from jaxlimit.core.sharding import ExampleSharding, example_sharding, sharding_like, sum_of_parts
 
 PyTree = Any
@@ -66,8 +68,7 @@ def batched(arrays: PyTree, batch_size: int) -> Batches:
         >>> [len(batch) for batch in batched(np.zeros((5, 2)), batch_size=2)]
         [2, 2, 1]
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
-        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
+    require_count("batch_size", batch_size)
     arrays = jax.tree.map(jnp.asarray, arrays)
     if batch_length(arrays) == 0:
         raise ValueError("arrays hold no examples (a leading axis of length 0).")
@@ -119,12 +120,13 @@ def grouped(batches: Iterable[PyTree]) -> Iterable[PyTree]:
             )
         full = stop // size * size
         cuts = ((0, full, size), (full, stop, stop - full))
-        return [jax.tree.map(partial(_cut, *cut), batches.arrays) for cut in cuts if cut[0] < cut[1]]
+        # Divided over devices as the examples were.
+        lie = tuple(sharding_like(x, new_axes=1) for x in jax.tree.leaves(batches.arrays))
+        return [_cut(batches.arrays, *cut, lie) for cut in cuts if cut[0] < cut[1]]
     if isinstance(batches, (list, tuple)):
         if not batches:
             raise ValueError("batches is empty: at least one batch with at least one example is needed.")
-        runs = itertools.groupby(batches, key=_signature)
-        return [jax.tree.map(lambda *xs: jnp.stack(xs), *run) for _, run in runs]
+        return [_stacked(list(run)) for _, run in itertools.groupby(batches, key=_signature)]
     if isinstance(batches, Iterator) or not isinstance(batches, Iterable):
         raise ValueError(
             f"batches must be iterable more than once, got {type(batches).__name__}: pass batched(arrays, "
@@ -133,17 +135,30 @@ def grouped(batches: Iterable[PyTree]) -> Iterable[PyTree]:
     return _Stream(batches)
 
 
-def _cut(start: int, stop: int, size: int, x: jax.Array) -> jax.Array:
-    """Examples from start to stop as stacked batches, divided over devices as the examples were."""
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _cut(arrays: PyTree, start: int, stop: int, size: int, shardings: tuple) -> PyTree:
+    """Examples from start to stop as stacked batches, which lie as `shardings` says."""
+    leaves, structure = jax.tree.flatten(arrays)
+    cut = [x[start:stop].reshape(-1, size, *x.shape[1:]) for x in leaves]
+    constrain = jax.lax.with_sharding_constraint
+    return structure.unflatten(
+        [x if like is None else constrain(x, like) for x, like in zip(cut, shardings, strict=True)]
+    )
 
-    def cut(x: jax.Array) -> jax.Array:
-        return x[start:stop].reshape(-1, size, *x.shape[1:])
 
-    sharding = sharding_like(x, new_axes=1)
-    return cut(x) if sharding is None else jax.jit(cut, out_shardings=sharding)(x)
+@jax.jit
+def _stack(batches: list[PyTree]) -> PyTree:
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *batches)
 
 
-@dataclass(frozen=True)
+def _stacked(batches: list[PyTree]) -> PyTree:
+    """Batches of one shape in one; those on the host are stacked there."""
+    if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batches)):
+        return _stack(batches)
+    return jax.tree.map(lambda *xs: jax.device_put(np.stack(xs)), *batches)
+
+
+@dataclass(frozen=True, eq=False)
 class _Stream:
     batches: Iterable[PyTree]
 
@@ -169,39 +184,54 @@ def _signature(batch: PyTree) -> tuple:
     return structure, tuple((np.shape(x), np.asarray(x).dtype if np.isscalar(x) else x.dtype) for x in leaves)
 
 
-def example_sum(fn: Callable[..., PyTree], groups: Iterable[PyTree], *args: PyTree) -> tuple[PyTree, int]:
+class ExampleSum:
     """sum_b n_b fn(*args, batch_b) over grouped batches, and the number of examples sum_b n_b.
 
-    One compiled scan for each shape of group; `args` and the data are arguments of the compiled
-    function, and the running sum is donated. Memory: one batch's work and two results. Where the batches are
-    divided over devices, each device sums over its own examples and one reduction a group adds these up.
+    One compiled scan for each shape of group; `args` and the data are arguments of the compiled function, and
+    the running sum is donated. `fn` is traced once for each shape of a batch in the life of this object.
+    Memory: one batch's work and two results. Where the batches are divided over devices, each device sums
+    over its own examples and one reduction a group adds these up.
 
     Args:
-        fn: `fn(*args, batch) -> pytree`, a mean over the batch's examples. Hashable by value if calls with
-            equal functions are to share one compilation.
-        groups: as `grouped` returns them.
-        *args: pytrees handed to `fn`.
+        fn: `fn(*args, batch) -> pytree`, a mean over the batch's examples.
 
-    Raises:
-        ValueError: there was no batch at all.
+    Examples:
+        >>> total = ExampleSum(lambda scale, x: jnp.mean(scale * x))
+        >>> total(grouped(batched(np.array([1.0, 2.0, 6.0]), batch_size=2)), 10.0)
+        (Array(90., dtype=float32), 3)
     """
-    num_examples = 0
 
-    def parts() -> Iterator[PyTree]:
-        nonlocal num_examples
-        for group in groups:
-            yield _group_sum(fn, example_sharding(group, axis=1), args, group)
-            num_examples += group_length(group)
+    def __init__(self, fn: Callable[..., PyTree]) -> None:
+        self._fn, self._programs = Traced(fn), {}
 
-    total = running_sum(parts())
-    if num_examples == 0:
-        raise ValueError("batches hold no examples.")
-    return total, num_examples
+    def __call__(self, groups: Iterable[PyTree], *args: PyTree) -> tuple[PyTree, int]:
+        """The sum.
 
+        Args:
+            groups: as `grouped` returns them.
+            *args: pytrees handed to `fn`.
 
-@partial(jax.jit, static_argnums=0)
-def _value(fn: Callable[..., PyTree], *args: PyTree) -> PyTree:
-    return fn(*args)
+        Raises:
+            ValueError: there was no batch at all.
+        """
+        num_examples = 0
+
+        def parts() -> Iterator[PyTree]:
+            nonlocal num_examples
+            for group in groups:
+                yield self.program(example_sharding(group, axis=1))(args, group)
+                num_examples += group_length(group)
+
+        total = running_sum(parts())
+        if num_examples == 0:
+            raise ValueError("batches hold no examples.")
+        return total, num_examples
+
+    def program(self, sharding: ExampleSharding | None) -> Program:
+        """`(args, group) -> sum over a group` of batches that are divided so."""
+        if sharding not in self._programs:
+            self._programs[sharding] = Program(partial(_group_sum, self._fn, sharding))
+        return self._programs[sharding]
 
 
 def running_sum(parts: Iterable[PyTree]) -> PyTree:
@@ -217,25 +247,33 @@ def running_sum(parts: Iterable[PyTree]) -> PyTree:
     return total
 
 
-@partial(jax.jit, donate_argnums=0)
-def _add(total: PyTree, part: PyTree) -> PyTree:
-    return jax.tree.map(jnp.add, total, part)
+# Programs, for JAX's own compiled functions would become part of what is being traced, if anything is.
+_add = Program(lambda total, part: jax.tree.map(jnp.add, total, part), donate_first=True)
+_quotient = Program(lambda total, divisor: jax.tree.map(lambda x: x / divisor, total))
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+def mean_of_sum(total: PyTree, num_examples: int) -> PyTree:
+    """A sum over examples, divided by their number."""
+    return _quotient(total, num_examples)
+
+
 def _group_sum(
-    fn: Callable[..., PyTree], sharding: ExampleSharding | None, args: tuple[PyTree, ...], group: PyTree
+    fn: Traced, sharding: ExampleSharding | None, args: tuple[PyTree, ...], group: PyTree
 ) -> PyTree:
     def batch_sum(args: tuple[PyTree, ...], group: PyTree) -> PyTree:
         def add(total: PyTree, batch: PyTree) -> tuple[PyTree, None]:
             size = batch_length(batch)
-            return jax.tree.map(lambda t, x: t + size * x, total, _value(fn, *args, batch)), None
+            return jax.tree.map(lambda t, x: t + size * x, total, fn(*args, batch)), None
 
-        first = jax.tree.map(lambda x: x[0], group)
-        like = jax.eval_shape(partial(_value, fn), *args, first)  # traced once for both
+        like = fn.shape(*args, first_of(group))
         return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), group)[0]
 
     return sum_of_parts(batch_sum, sharding, (None, 1))(args, group)
+
+
+def first_of(tree: PyTree) -> PyTree:
+    """The first entry of every leaf along its leading axis."""
+    return jax.tree.map(lambda x: x[0], tree)
 
 
 def check_scalar(loss: PyTree) -> None:

@@ -10,6 +10,7 @@ from jax import dtypes
 from jax.core import Tracer
 from numpy.typing import ArrayLike, NDArray
 
+from jaxlimit.core.checks import are_finite
 from jaxlimit.core.sharding import place, sharding_like, to_host
 
 PyTree = Any
@@ -67,11 +68,12 @@ def _check_weights(weights: PyTree) -> None:
             raise ValueError(
                 f"prunable leaf {name} has dtype {jnp.result_type(leaf)}: floating-point needed."
             )
-        if isinstance(leaf, Tracer):  # under jit or grad nothing is known of its values
-            continue
-        with jax.ensure_compile_time_eval():
-            if not bool(jnp.all(jnp.isfinite(leaf))):
-                raise ValueError(f"prunable leaf {name} holds NaN or infinite weights.")
+    known = [(path, leaf) for path, leaf in leaves if not isinstance(leaf, Tracer)]  # not under jit or grad
+    with jax.ensure_compile_time_eval():
+        finite = are_finite([leaf for _, leaf in known])
+    for (path, _), is_finite in zip(known, finite, strict=True):
+        if not is_finite:
+            raise ValueError(f"prunable leaf {jax.tree_util.keystr(path)} holds NaN or infinite weights.")
 
 
 def flatten(weights: PyTree) -> NDArray[np.float64]:

@@ -3,20 +3,20 @@
 `linearize` computes what depends on the weights and the batch alone, as a pytree that is a function of the
 vector; `apply` does the rest, without a forward pass.
 
-These functions are static arguments of compiled ones. As frozen dataclasses they are equal when their fields
-are, so a second curvature of the same loss does not compile again.
+A product traces the loss once for batches of each shape, and all derivatives are taken of that trace: it is
+of the loss as it was then. Every curvature has a product of its own, equal to no other.
 """
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxlimit.core.batches import batch_length, check_scalar, running_sum
+from jaxlimit.core.batches import ExampleSum, batch_length, check_scalar, first_of, running_sum
+from jaxlimit.core.programs import Program, Traced
 from jaxlimit.core.sharding import ExampleSharding, example_sharding, on_parts, sum_of_parts
 from jaxlimit.core.trees import combine
 
@@ -29,18 +29,67 @@ BATCH_BYTES = {"cpu": 2**24}
 WEIGHT_COPIES, LEAST_EXAMPLES = 5, 4
 
 
-@dataclass(frozen=True)
-class HessianProduct:
+class _Product:
+    """What the two products have in common."""
+
+    precision: str
+
+    def loss(self, params: PyTree, batch: PyTree) -> jax.Array:
+        """Mean loss of the batch."""
+        raise NotImplementedError
+
+    def _linearized(self, weights: PyTree, rest: PyTree, batch: PyTree) -> PyTree:
+        raise NotImplementedError
+
+    def apply(self, linear: PyTree, vectors: PyTree) -> PyTree:
+        """Products with several vectors, from what `linearize` returned."""
+        raise NotImplementedError
+
+    @cached_property
+    def linearize(self) -> Traced:
+        """`(weights, rest, batch) -> linear`: what does not depend on the vector."""
+        return Traced(self._linearized)
+
+    def __call__(self, weights: PyTree, rest: PyTree, vectors: PyTree, batch: PyTree) -> PyTree:
+        """Products with several vectors."""
+        return self.apply(self.linearize(weights, rest, batch), vectors)
+
+    @cached_property
+    def sum(self) -> ExampleSum:
+        """Sum of the products over batches, each of them linearised anew."""
+        return ExampleSum(self)
+
+    @cached_property
+    def gradient_sum(self) -> ExampleSum:
+        """Sum of the gradients over batches."""
+        return ExampleSum(Gradient(self))
+
+    @cached_property
+    def group_mean(self) -> Program:
+        """`(linear_group, num_examples, vectors)`: its share of the mean over `num_examples`."""
+        return Program(partial(_group_mean, self))
+
+    def linear_mean(self, groups: list["LinearGroup"], num_examples: int, vectors: PyTree) -> PyTree:
+        """sum_b n_b H_b V / N over linearised batches: a compiled call for each group."""
+        return running_sum(self.group_mean(group, num_examples, vectors) for group in groups)
+
+
+@dataclass(frozen=True, eq=False)
+class HessianProduct(_Product):
     """Of a loss: `loss_fn(params, batch) -> scalar`."""
 
     loss_fn: Callable
     precision: str
 
+    @cached_property
+    def _loss(self) -> Traced:
+        return Traced(self.loss_fn)
+
     def loss(self, params: PyTree, batch: PyTree) -> jax.Array:
         """Mean loss of the batch."""
-        return self.loss_fn(params, batch)
+        return self._loss(params, batch)
 
-    def linearize(self, weights: PyTree, rest: PyTree, batch: PyTree) -> PyTree:
+    def _linearized(self, weights: PyTree, rest: PyTree, batch: PyTree) -> PyTree:
         """d/dt grad L(w + t v) as a function of v."""
         with jax.default_matmul_precision(self.precision):
             gradient = jax.grad(lambda w: self.loss(combine(w, rest), batch))
@@ -50,28 +99,32 @@ class HessianProduct:
         """H V, from what `linearize` returned."""
         return each(linear, vectors)
 
-    def __call__(self, weights: PyTree, rest: PyTree, vectors: PyTree, batch: PyTree) -> PyTree:
-        """H V."""
-        return self.apply(self.linearize(weights, rest, batch), vectors)
 
-
-@dataclass(frozen=True)
-class GaussNewtonProduct:
+@dataclass(frozen=True, eq=False)
+class GaussNewtonProduct(_Product):
     """Of outputs `predict_fn(params, batch)` and their loss `output_loss(outputs, batch) -> scalar`."""
 
     predict_fn: Callable
     output_loss: Callable
     precision: str
 
+    @cached_property
+    def _predict(self) -> Traced:
+        return Traced(self.predict_fn)
+
+    @cached_property
+    def _output_loss(self) -> Traced:
+        return Traced(self.output_loss)
+
     def loss(self, params: PyTree, batch: PyTree) -> jax.Array:
         """Mean loss of the batch."""
-        return self.output_loss(self.predict_fn(params, batch), batch)
+        return self._output_loss(self._predict(params, batch), batch)
 
-    def linearize(self, weights: PyTree, rest: PyTree, batch: PyTree) -> PyTree:
+    def _linearized(self, weights: PyTree, rest: PyTree, batch: PyTree) -> PyTree:
         """J, and the second derivative of the loss of the outputs, as functions of a vector."""
         with jax.default_matmul_precision(self.precision):
-            outputs, push_forward = jax.linearize(lambda w: self.predict_fn(combine(w, rest), batch), weights)
-            curve = jax.linearize(jax.grad(lambda z: self.output_loss(z, batch)), outputs)[1]
+            outputs, push_forward = jax.linearize(lambda w: self._predict(combine(w, rest), batch), weights)
+            curve = jax.linearize(jax.grad(lambda z: self._output_loss(z, batch)), outputs)[1]
             return push_forward, curve
 
     def apply(self, linear: PyTree, vectors: PyTree) -> PyTree:
@@ -79,10 +132,6 @@ class GaussNewtonProduct:
         push_forward, curve = linear
         pull_back = jax.linear_transpose(push_forward, jax.tree.map(lambda v: v[0], vectors))
         return each(lambda v: pull_back(curve(push_forward(v)))[0], vectors)
-
-    def __call__(self, weights: PyTree, rest: PyTree, vectors: PyTree, batch: PyTree) -> PyTree:
-        """G V."""
-        return self.apply(self.linearize(weights, rest, batch), vectors)
 
 
 Product = HessianProduct | GaussNewtonProduct
@@ -98,11 +147,11 @@ def each(fn: Callable[[PyTree], PyTree], vectors: PyTree) -> PyTree:
     return jax.lax.map(fn, vectors) if one_by_one else jax.vmap(fn)(vectors)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gradient:
     """The gradient of a product's loss."""
 
-    product: Product
+    product: _Product
 
     def __call__(self, weights: PyTree, rest: PyTree, batch: PyTree) -> PyTree:
         """With respect to the weights."""
@@ -110,11 +159,11 @@ class Gradient:
             return jax.grad(lambda w: self.product.loss(combine(w, rest), batch))(weights)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Loss:
     """A product's loss."""
 
-    product: Product
+    product: _Product
 
     def __call__(self, weights: PyTree, rest: PyTree, batch: PyTree) -> PyTree:
         """Mean over the batch; a ValueError if it is no scalar."""
@@ -137,7 +186,6 @@ class LinearGroup:
     sharding: ExampleSharding | None
 
 
-@partial(jax.jit, static_argnums=(0, 1))
 def linearize_group(
     product: Product, sharding: ExampleSharding | None, weights: PyTree, rest: PyTree, group: PyTree
 ) -> LinearGroup:
@@ -147,17 +195,11 @@ def linearize_group(
         return jax.lax.map(lambda batch: product.linearize(weights, rest, batch), group)
 
     linear = on_parts(linearize, sharding, (None, None, 1))(weights, rest, group)
-    batch_size = batch_length(jax.tree.map(lambda x: x[0], group))
+    batch_size = batch_length(jax.eval_shape(first_of, group))
     return LinearGroup(linear, batch_size // _num_shards(sharding), sharding)
 
 
-def linear_mean(product: Product, groups: list[LinearGroup], num_examples: int, vectors: PyTree) -> PyTree:
-    """sum_b n_b H_b V / N over linearised batches: a compiled call for each group."""
-    return running_sum(_group_mean(product, num_examples, group, vectors) for group in groups)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _group_mean(product: Product, num_examples: int, group: LinearGroup, vectors: PyTree) -> PyTree:
+def _group_mean(product: _Product, group: LinearGroup, num_examples: int, vectors: PyTree) -> PyTree:
     def batch_sum(vectors: PyTree, linear: PyTree) -> PyTree:
         def add(total: PyTree, linear: PyTree) -> tuple[PyTree, None]:
             part = product.apply(linear, vectors)
@@ -190,8 +232,9 @@ def linearize_groups(
         measured.append((group, sharding, _linear_bytes(product, weights, rest, batch, size)))
     if sum(batch_length(group) * batch_bytes for group, _, batch_bytes in measured) > linear_bytes:
         return None
+    programs = {sharding: Program(partial(linearize_group, product, sharding)) for _, sharding, _ in measured}
     return [
-        linearize_group(product, sharding, weights, rest, part)
+        programs[sharding](weights, rest, part)
         for group, sharding, batch_bytes in measured
         for part in (_apart(group) if batch_bytes > _batch_bytes() else [group])
     ]
@@ -199,8 +242,8 @@ def linearize_groups(
 
 def _apart(group: PyTree) -> list[PyTree]:
     """Every batch of a group as a group of its own."""
-    slices = (slice(i, i + 1) for i in range(batch_length(group)))
-    return [jax.tree.map(operator.itemgetter(part), group) for part in slices]
+    one_of = Program(lambda i: jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1), group))
+    return [one_of(i) for i in range(batch_length(group))]
 
 
 def suitable_batch_size(product: Product, weights: PyTree, rest: PyTree, arrays: PyTree) -> int:
@@ -233,9 +276,4 @@ def _num_shards(sharding: ExampleSharding | None) -> int:
 def _linear_bytes(product: Product, weights: PyTree, rest: PyTree, like: PyTree, size: int) -> int:
     """Memory of `size` linearised examples like these."""
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), like)
-    return num_bytes(_linearize.eval_shape(product, weights, rest, batch))
-
-
-@partial(jax.jit, static_argnums=0)
-def _linearize(product: Product, weights: PyTree, rest: PyTree, batch: PyTree) -> PyTree:
-    return product.linearize(weights, rest, batch)
+    return num_bytes(product.linearize.shape(weights, rest, batch))

@@ -131,7 +131,7 @@ class Subject:
 
     @cached_property
     def metrics(self) -> Metrics:
-        """Loss and accuracy of a batch; one function, so that it is compiled once for all sweeps."""
+        """Loss and accuracy of a batch."""
         return classification_metrics(self.predict)
 
     @cached_property
@@ -178,7 +178,7 @@ class Subject:
 
     def sweep(self, sparsities: ArrayLike, batches: Batches, scores: PyTree | None = None) -> Sweep:
         """Loss and accuracy of the network as it is pruned, without fine-tuning."""
-        return PrunedNetwork(self.params, scores=scores).sweep(self.metrics, batches, sparsities)
+        return PrunedNetwork(self.params, self.metrics, scores=scores).sweep(batches, sparsities)
 
     def test_accuracy(self, sparsities: Sequence[float]) -> list[float]:
         """Test accuracies of the pruned network, in the order of the sparsities."""
@@ -191,11 +191,12 @@ class Subject:
 
     def loss_threshold(self) -> float:
         """The last sparsity before the training loss first exceeds L + eps."""
-        network, bound = PrunedNetwork(self.params), self.statistics.mean + self.statistics.batch_std
+        network = PrunedNetwork(self.params, self.metrics)
+        bound = self.statistics.mean + self.statistics.batch_std
         threshold = 0.0  # a network as it is loses nothing
         for grid in SPARSITIES[1:].reshape(-1, 8):
             self.note(f"measured loss, s = {grid[0]:.2f}")
-            crossing = network.sweep(self.metrics, self.batches, grid).first_crossing("loss", bound)
+            crossing = network.sweep(self.batches, grid).first_crossing("loss", bound)
             threshold = crossing or threshold
             if crossing < grid[-1]:
                 break
@@ -206,11 +207,11 @@ class Subject:
 
         From above, and of each network no more of the test examples than it takes to see that it costs more.
         """
-        network = PrunedNetwork(self.params, scores=scores)
+        network = PrunedNetwork(self.params, self.metrics, scores=scores)
         parts = [batched(part, self.test.batch_size) for part in batched(self.test.arrays, PART)]
 
         def errors(sparsity: float, part: Batches) -> int:
-            found = network.sweep(self.metrics, part, [sparsity], chunk_size=1)
+            found = network.sweep(part, [sparsity], chunk_size=1)
             return round(part.num_examples * (1 - found.metrics["accuracy"][0]))
 
         allowed = sum(errors(0.0, part) for part in parts) + ACCURACY_LOSS * self.test.num_examples

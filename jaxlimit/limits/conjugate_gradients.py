@@ -68,31 +68,32 @@ def readjusted_minimum(
         if curvature <= 0:  # a flat direction, to rounding: nothing more to gain
             break
         step = squared / curvature
-        kept = _add(kept, direction, step)
+        kept = add_scaled(kept, direction, step)
         residual = jax.tree.map(
             lambda keep, r, p, s=step: jnp.where(keep, r - s * p, 0), mask, residual, product
         )
         loss = max(loss - step * squared / 2, 0.0)
         squared, previous = _inner(residual, residual), squared
-        direction = _add(residual, direction, squared / previous)
+        direction = add_scaled(residual, direction, squared / previous)
         losses.append(loss)
     recent = losses[-WINDOW - 1] - loss if len(losses) > WINDOW else loss
     return (loss if squared == 0 else max(0.0, loss - recent / DECISIVE * 0.99)), loss, kept
 
 
 @jax.jit
-def _inner_device(x: PyTree, y: PyTree) -> jax.Array:
+def inner_products(x: PyTree, y: PyTree) -> jax.Array:
+    """Of each leaf of two vectors."""
     return jnp.stack(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), x, y)))
 
 
 def _inner(x: PyTree, y: PyTree) -> float:
-    value = float(np.sum(np.asarray(_inner_device(x, y), np.float64)))
+    value = float(np.sum(np.asarray(inner_products(x, y), np.float64)))
     if not np.isfinite(value):
         raise FloatingPointError("a product with the curvature is not finite: look for overflow in the loss.")
     return value
 
 
 @jax.jit
-def _add(x: PyTree, y: PyTree, factor: float) -> PyTree:
+def add_scaled(x: PyTree, y: PyTree, factor: float) -> PyTree:
     """X + factor y."""
     return jax.tree.map(lambda a, b: a + jnp.asarray(factor, a.dtype) * b, x, y)

@@ -18,7 +18,8 @@ import numpy as np
 from jaxlimit.core.memory import advice_on_memory, device_memory
 from jaxlimit.core.storage import Checkpoint, ordered_sum
 from jaxlimit.core.trees import flatten
-from jaxlimit.curvature.operator import Curvature, dense_matrix
+from jaxlimit.curvature.dense_matrix import dense_matrix
+from jaxlimit.curvature.operator import Curvature
 from jaxlimit.geometry.dimensions import width_ridge
 from jaxlimit.geometry.magnitude import MagnitudeOrder, magnitude_order, num_removed
 from jaxlimit.limits.dense_source import DenseCurvature, dense_curvature

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxlimit.core.batches import check_scalar, grouped
+from jaxlimit.core.programs import Program
 
 PyTree = Any
 
@@ -44,14 +45,16 @@ def loss_statistics(
         ValueError: no batches, or a loss that is not finite.
 
     Examples:
+        >>> from jaxlimit import batched
         >>> batches = batched(np.array([1.0, 2.0, 3.0, 6.0, 5.0]), batch_size=2)
-        >>> statistics = loss_statistics(lambda scale, x: jnp.mean(scale * x), 1.0, batches)
+        >>> statistics = loss_statistics(lambda scale, x: (scale * x).mean(), 1.0, batches)
         >>> print(f"{statistics.mean:.2f} {statistics.batch_std:.2f}")
         3.40 1.55
     """
     losses, sizes = [], []
+    losses_of = Program(partial(batch_losses, loss_fn))
     for group in grouped(batches):
-        losses.append(np.asarray(_batch_losses(loss_fn, params, group), np.float64))
+        losses.append(np.asarray(losses_of(params, group), np.float64))
         sizes += [jax.tree.leaves(group)[0].shape[1]] * len(losses[-1])
     if not losses:
         raise ValueError("batches hold no examples.")
@@ -61,8 +64,9 @@ def loss_statistics(
     return LossStatistics(float(np.average(values, weights=sizes)), float(np.std(values)), int(sum(sizes)))
 
 
-@partial(jax.jit, static_argnums=0)
-def _batch_losses(loss_fn: Callable, params: PyTree, group: PyTree) -> jax.Array:
+def batch_losses(loss_fn: Callable, params: PyTree, group: PyTree) -> jax.Array:
+    """Mean loss of each of several stacked batches."""
+
     def loss(batch: PyTree) -> jax.Array:
         value = loss_fn(params, batch)
         check_scalar(value)

@@ -16,7 +16,9 @@ import numpy as np
 import optax
 from numpy.typing import ArrayLike, NDArray
 
-from jaxlimit.core.batches import batch_length, example_sum, group_length, grouped
+from jaxlimit.core.batches import ExampleSum, batch_length, group_length, grouped
+from jaxlimit.core.checks import require_count
+from jaxlimit.core.programs import Program, Traced
 from jaxlimit.core.trees import Prunable, combine, is_kernel, partition, unflatten
 from jaxlimit.curvature.products import each
 from jaxlimit.geometry.magnitude import magnitude_order, num_removed
@@ -95,15 +97,16 @@ def sparsity_sweep(
         >>> sweep.metrics["output"].tolist()
         [4.0, 3.0, 0.0]
     """
-    network = PrunedNetwork(params, prunable=prunable, scores=scores)
-    return network.sweep(metrics_fn, batches, sparsities, chunk_size=chunk_size)
+    network = PrunedNetwork(params, metrics_fn, prunable=prunable, scores=scores)
+    return network.sweep(batches, sparsities, chunk_size=chunk_size)
 
 
 class PrunedNetwork:
-    """A network sorted once, for metrics at one sparsity after the other.
+    """A network sorted once, for metrics at one sparsity after the other. The metrics are traced once, too.
 
     Args:
         params: as for `sparsity_sweep`.
+        metrics_fn: as for `sparsity_sweep`.
         prunable: as for `sparsity_sweep`.
         scores: as for `sparsity_sweep`.
 
@@ -112,35 +115,25 @@ class PrunedNetwork:
     """
 
     def __init__(
-        self, params: PyTree, *, prunable: Prunable = is_kernel, scores: PyTree | None = None
+        self,
+        params: PyTree,
+        metrics_fn: Metrics,
+        *,
+        prunable: Prunable = is_kernel,
+        scores: PyTree | None = None,
     ) -> None:
+        self.metrics_sum = ExampleSum(_PrunedMetrics(metrics_fn))
         self.weights, self.rest = partition(params, prunable)
-        order = magnitude_order(self.weights, scores)
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.int32), order.like)
-        self.dim, self.ranks = order.dim, unflatten(order.rank, like)
+        self.dim, self.ranks = _ranks(self.weights, scores)
 
-    def grid(self, sparsities: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """The sparsities, ascending, and how many weights each removes.
-
-        Raises:
-            ValueError: none at all, or one outside [0, 1].
-        """
-        grid = np.unique(np.asarray(sparsities, np.float64))
-        if grid.size == 0:
-            raise ValueError("sparsities is empty.")
-        return grid, num_removed(self.dim, grid)
-
-    def sweep(
-        self, metrics_fn: Metrics, batches: Iterable[PyTree], sparsities: ArrayLike, *, chunk_size: int = 8
-    ) -> Sweep:
+    def sweep(self, batches: Iterable[PyTree], sparsities: ArrayLike, *, chunk_size: int = 8) -> Sweep:
         """As `sparsity_sweep`."""
-        grid, counts = self.grid(sparsities)
-        groups, fn = grouped(batches), _PrunedMetrics(metrics_fn)
-        parts = []
+        grid, counts = _removals(self.dim, sparsities)
+        groups, parts = grouped(batches), []
         for chunk, used in _chunks(counts, chunk_size):
-            total, num_examples = example_sum(fn, groups, self.weights, self.rest, self.ranks, chunk)
-            parts.append({name: np.asarray(x, np.float64)[:used] / num_examples for name, x in total.items()})
-        return Sweep(grid, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+            total, num_examples = self.metrics_sum(groups, self.weights, self.rest, self.ranks, chunk)
+            parts.append(_means(total, num_examples, used))
+        return _joined(grid, parts)
 
 
 def finetuned_sweep(
@@ -192,42 +185,62 @@ def finetuned_sweep(
         >>> sweep.metrics["loss"].round(3).tolist()  # 1.5 alone can learn to be 2; nothing is left at s = 1
         [0.0, 4.0]
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
-    network = PrunedNetwork(params, prunable=prunable, scores=scores)
-    grid, removed = network.grid(sparsities)
+    require_count("num_steps", num_steps)
+    weights, rest = partition(params, prunable)
+    dim, ranks = _ranks(weights, scores)
+    grid, removed = _removals(dim, sparsities)
     groups = list(grouped(batches))
     eval_groups = groups if eval_batches is None else grouped(eval_batches)
+    finetune = Program(partial(_finetune, Traced(loss_fn), num_steps))
+    metrics_sum = None if metrics_fn is None else ExampleSum(_TunedMetrics(metrics_fn))
     parts: list[dict[str, NDArray[np.float64]]] = []
     for counts, used in _chunks(removed, chunk_size):
-        losses, tuned = _finetune(
-            loss_fn, num_steps, network.weights, network.rest, network.ranks, counts, groups, learning_rate
-        )
+        losses, tuned = finetune(weights, rest, ranks, counts, groups, learning_rate)
         part = {"loss": np.asarray(losses, np.float64)[:used]}
-        if metrics_fn is not None:
-            total, num_examples = example_sum(_TunedMetrics(metrics_fn), eval_groups, tuned, network.rest)
-            part |= {f"eval_{k}": np.asarray(x, np.float64)[:used] / num_examples for k, x in total.items()}
+        if metrics_sum is not None:
+            means = _means(*metrics_sum(eval_groups, tuned, rest), used)
+            part |= {f"eval_{name}": values for name, values in means.items()}
         parts.append(part)
         if progress is not None:
             progress(sum(len(p["loss"]) for p in parts), len(grid))
-    return Sweep(grid, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    return _joined(grid, parts)
 
 
-def _chunks(counts: NDArray[np.int64], size: int) -> Iterable[tuple[jax.Array, int]]:
+def _ranks(weights: PyTree, scores: PyTree | None) -> tuple[int, PyTree]:
+    """Number of weights, and when each of them is removed, shaped like them."""
+    order = magnitude_order(weights, scores)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.int32), order.like)
+    return order.dim, unflatten(order.rank, like)
+
+
+def _removals(dim: int, sparsities: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """The sparsities, ascending, and how many weights each removes; a ValueError if there are none."""
+    grid = np.unique(np.asarray(sparsities, np.float64))
+    if grid.size == 0:
+        raise ValueError("sparsities is empty.")
+    return grid, num_removed(dim, grid)
+
+
+def _chunks(counts: NDArray[np.int64], size: int) -> Iterable[tuple[NDArray[np.int32], int]]:
     """Equal-sized chunks, the last one filled up with its own last entry, and how many entries count."""
     for start in range(0, len(counts), size):
-        chunk = counts[start : start + size]
-        yield (
-            jnp.asarray(np.pad(chunk, (0, min(size, len(counts)) - len(chunk)), mode="edge"), jnp.int32),
-            len(chunk),
-        )
+        chunk = counts[start : start + size].astype(np.int32)
+        yield np.pad(chunk, (0, min(size, len(counts)) - len(chunk)), mode="edge"), len(chunk)
+
+
+def _means(total: dict[str, jax.Array], num_examples: int, used: int) -> dict[str, NDArray[np.float64]]:
+    return {name: np.asarray(x, np.float64)[:used] / num_examples for name, x in total.items()}
+
+
+def _joined(grid: NDArray[np.float64], parts: list[dict[str, NDArray[np.float64]]]) -> Sweep:
+    return Sweep(grid, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
 
 def _prune(weights: PyTree, ranks: PyTree, count: jax.Array) -> PyTree:
     return jax.tree.map(lambda w, rank: jnp.where(rank < count, 0, w), weights, ranks)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _PrunedMetrics:
     metrics_fn: Metrics
 
@@ -237,7 +250,7 @@ class _PrunedMetrics:
         return each(lambda n: self.metrics_fn(combine(_prune(weights, ranks, n), rest), batch), counts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _TunedMetrics:
     metrics_fn: Metrics
 
@@ -245,7 +258,6 @@ class _TunedMetrics:
         return each(lambda w: self.metrics_fn(combine(w, rest), batch), weights)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
 def _finetune(loss_fn, num_steps, weights, rest, ranks, counts, groups, learning_rate):
     """Lowest losses (chunk,) and the weights there, leading axis chunk."""
     optimizer = optax.adam(learning_rate)

@@ -27,7 +27,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from jaxlimit.core.memory import advice_on_memory
 from jaxlimit.core.trees import combine, flatten
-from jaxlimit.curvature.operator import Curvature, unit_vectors
+from jaxlimit.curvature.dense_matrix import unit_vectors
+from jaxlimit.curvature.operator import Curvature
 from jaxlimit.geometry.dimensions import fixed_point, width_dimension
 from jaxlimit.geometry.magnitude import MagnitudeOrder, magnitude_order
 from jaxlimit.spectrum import lanczos

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlimit.curvature.operator import Curvature, gauss_newton, hessian
+from jaxlimit.curvature.makers import gauss_newton, hessian
+from jaxlimit.curvature.operator import Curvature
 
 # The two curvatures: the one that predicts, then the one that is cheap to resolve.
 CURVATURES = ("hessian", "gauss_newton")

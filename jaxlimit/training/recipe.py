@@ -10,8 +10,8 @@ import jax
 import optax
 from flax import nnx
 
+from jaxlimit.core.checks import require_count, require_range
 from jaxlimit.training.classifier import train_model
-from jaxlimit.training.descent import require_count, require_range
 from jaxlimit.training.schedule import SCHEDULES, learning_rate_schedule, steps_per_epoch
 
 PyTree = Any

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import optax
 
-from jaxlimit.training.descent import require_count, require_range
+from jaxlimit.core.checks import require_count, require_range
 
 SCHEDULES = ("constant", "cosine", "steps")
 

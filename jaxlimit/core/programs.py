@@ -1,0 +1,177 @@
+"""Functions that are traced anew for every use, and compiled programs that are shared where traces agree.
+
+A network that is like one before it, of another seed or with other running statistics, needs no new program.
+A function that is not what it was, though it is the same object, must never be served the old one: a bound
+method whose object has changed, a loss that reads a module variable. Python's equality of functions cannot
+tell the two apart. So every `Program` traces its function itself, and compiled programs are found by what
+was traced: the StableHLO text of the whole program, after all derivatives were taken. Arrays that the
+function closes over are arguments of the program, so that none is part of the text, nor kept by it.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.core import ShapedArray, Tracer
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+
+PyTree = Any
+# Compiled programs that are kept for others to use. A run of the command line has about a hundred.
+MAX_SHARED = 256
+# What calls back into this process is not told by its text.
+NOT_IN_THE_TEXT = ("callback", "stablehlo.send", "stablehlo.recv")
+
+_config: Any = jax.config
+_shared: OrderedDict[tuple, Callable[..., list[jax.Array]]] = OrderedDict()
+
+
+class _Trace(NamedTuple):
+    jaxpr: ClosedJaxpr
+    structure: Any  # of the results
+
+
+class Traced:
+    """A function of pytrees that is traced once for arguments of each shape.
+
+    What it reads beside its arguments counts as it is at that time.
+
+    Args:
+        fn: function of pytrees of arrays.
+    """
+
+    def __init__(self, fn: Callable[..., PyTree]) -> None:
+        self._fn, self._traces = fn, {}
+
+    def __call__(self, *args: PyTree) -> PyTree:
+        """The result, as part of what is being traced or computed."""
+        trace = self._trace(args)
+        return trace.structure.unflatten(jaxpr_as_fun(trace.jaxpr)(*jax.tree.leaves(args)))
+
+    def shape(self, *args: PyTree) -> PyTree:
+        """Shapes and dtypes of the result for arguments of these."""
+        trace = self._trace(args)
+        return trace.structure.unflatten(
+            [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in trace.jaxpr.out_avals]
+        )
+
+    def _trace(self, args: tuple[PyTree, ...]) -> _Trace:
+        leaves, structure = jax.tree.flatten(args)
+        key = structure, _context(), tuple(map(_type, leaves))
+        if key not in self._traces:
+            self._traces[key] = _trace(self._fn, structure, [_like(x) for x in leaves])
+        return self._traces[key]
+
+
+class Program:
+    """A function of pytrees, compiled where no program with its text is there already.
+
+    It is traced once for arguments of each shape in the life of this object, whatever it was before. Within
+    another compiled function it is a part of that.
+
+    Args:
+        fn: function of pytrees of arrays.
+        donate_first: whether the memory of its first argument may be used for the results.
+    """
+
+    def __init__(self, fn: Callable[..., PyTree], *, donate_first: bool = False) -> None:
+        self._fn, self._donate_first, self._calls = fn, donate_first, {}
+
+    def __call__(self, *args: PyTree) -> PyTree:
+        """The result."""
+        leaves, structure = jax.tree.flatten(args)
+        if _config.jax_disable_jit or any(isinstance(x, Tracer) for x in leaves):
+            return self._fn(*args)
+        key = structure, _context(), tuple(map(_placed, leaves))
+        if key not in self._calls:
+            self._calls[key] = self._compile(args, leaves, structure)
+        call, consts, result = self._calls[key]
+        return result.unflatten(call(*consts, *leaves))
+
+    def lower(self, *args: PyTree) -> jax.stages.Lowered:
+        """What is compiled for these arguments: a function of the arrays closed over, then of all leaves."""
+        leaves, structure = jax.tree.flatten(args)
+        return self._lower(args, leaves, structure)[0]
+
+    def _lower(self, args: tuple[PyTree, ...], leaves: list, structure: Any) -> tuple:
+        trace = _trace(self._fn, structure, leaves)
+        # A copy of what the host may change.
+        consts = [x if isinstance(x, jax.Array) else jax.device_put(np.array(x)) for x in trace.jaxpr.consts]
+        num_donated = len(jax.tree.leaves(args[0])) if self._donate_first else 0
+        donated = tuple(range(len(consts), len(consts) + num_donated))
+        run = jax.jit(_without_consts(trace.jaxpr), donate_argnums=donated, keep_unused=True)
+        return run.lower(*consts, *leaves), trace, consts
+
+    def _compile(self, args: tuple[PyTree, ...], leaves: list, structure: Any) -> tuple[Callable, list, Any]:
+        lowered, trace, consts = self._lower(args, leaves, structure)
+        return _shared_program(lowered, trace.jaxpr, [*consts, *leaves]), consts, trace.structure
+
+
+def _shared_program(lowered: jax.stages.Lowered, jaxpr: ClosedJaxpr, args: list) -> Callable:
+    """The compiled program of a lowered one: one with the same text, types and devices, or a new one."""
+    text, devices = lowered.as_text(), getattr(lowered._lowering, "_device_list", None)
+    const_args = getattr(lowered._lowering, "const_args", None)
+    if jaxpr.effects or devices is None or const_args != [] or any(s in text for s in NOT_IN_THE_TEXT):
+        return lowered.compile()
+    types = tuple(map(str, (jaxpr.out_avals, [jax.typeof(x) for x in args], lowered.donate_argnums)))
+    digest = hashlib.sha256(text.encode()).digest()
+    key = digest, types, tuple(devices), tuple(map(_placement, args))
+    if key not in _shared:
+        _shared[key] = lowered.compile()
+    _shared.move_to_end(key)
+    while len(_shared) > MAX_SHARED:
+        _shared.popitem(last=False)
+    return _shared[key]
+
+
+def _trace(fn: Callable[..., PyTree], structure: Any, leaves: list) -> _Trace:
+    result = None
+
+    def flat(*leaves: Any) -> list:  # made anew each time, since JAX keeps traces by function
+        nonlocal result
+        values, result = jax.tree.flatten(fn(*structure.unflatten(leaves)))
+        return values
+
+    return _Trace(jax.make_jaxpr(flat)(*leaves), result)
+
+
+def _without_consts(jaxpr: ClosedJaxpr) -> Callable[..., list]:
+    """The function of a jaxpr whose constants are its first arguments."""
+    count = len(jaxpr.consts)
+
+    def program(*args: Any) -> list:
+        return jaxpr_as_fun(ClosedJaxpr(jaxpr.jaxpr, args[:count]))(*args[count:])
+
+    return program
+
+
+def _context() -> tuple:
+    """What decides how a function is traced, beside its arguments."""
+    return (
+        _config.jax_enable_x64,
+        _config.jax_default_matmul_precision,
+        _config.jax_default_device,
+        _config.jax_numpy_dtype_promotion,
+        jax.sharding.get_abstract_mesh(),
+    )
+
+
+def _type(x: Any) -> Any:
+    return ShapedArray(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+
+
+def _like(x: Any) -> Any:
+    """An argument without its values."""
+    x = _type(x)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type)
+
+
+def _placed(x: Any) -> tuple:
+    return jax.typeof(x), _placement(x)
+
+
+def _placement(x: Any) -> Any:
+    """Where an array lies, if that is not for JAX to choose."""
+    return x.sharding if isinstance(x, jax.Array) and x.committed else None
