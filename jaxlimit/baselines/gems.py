@@ -26,7 +26,7 @@ from jaxlimit.baselines.network import SparseNetwork, bare, kernels, stage, with
 from jaxlimit.core.checks import require_count, require_range
 from jaxlimit.core.trees import combine, partition
 from jaxlimit.training.classifier import PureClassifier, pure_classifier
-from jaxlimit.training.descent import minimise
+from jaxlimit.training.descent import Settings, minimise
 from jaxlimit.training.recipe import Folder, Recipe, TrainingOptions
 from jaxlimit.training.schedule import learning_rate_schedule, steps_per_epoch
 
@@ -175,18 +175,16 @@ def search(
             return scores, state
         return scores, (keep_largest(scores, flagged[number], alive=state[0]), *state[1:])
 
+    rate = learning_rate_schedule(
+        "cosine", settings.learning_rate, epochs=settings.epochs, updates_per_epoch=per_epoch
+    )
     scores, (flags, _, _, statistics) = minimise(
         score_objective(network, l2),
         scores,
         (keep_all(weights), weights, rest, network.state),
         arrays,
         order_key,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        learning_rate=learning_rate_schedule(
-            "cosine", settings.learning_rate, epochs=settings.epochs, updates_per_epoch=per_epoch
-        ),
-        momentum=settings.momentum,
+        Settings(settings.epochs, settings.batch_size, rate, settings.momentum),
         project=lambda scores: jax.tree.map(lambda p: jnp.clip(p, 0, 1), scores),
         after_epoch=drop,
         on_epoch=on_epoch,

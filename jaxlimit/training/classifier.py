@@ -16,8 +16,9 @@ import jax
 import optax
 from flax import nnx, traverse_util
 
+from jaxlimit.core.programs import Program
 from jaxlimit.geometry.magnitude import apply_mask
-from jaxlimit.training.descent import Objective, minimise
+from jaxlimit.training.descent import Objective, Settings, minimise
 from jaxlimit.training.losses import Loss, cross_entropy
 
 PyTree = Any
@@ -99,21 +100,11 @@ def train(
         # Weights that start at zero and have no gradient stay there, exactly.
         return loss_fn(apply_mask(params, mask), batch), mask
 
-    return minimise(
-        objective,
-        apply_mask(params, mask),
-        mask,
-        arrays,
-        key,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        l1=l1,
-        on_epoch=on_epoch,
-        checkpoint=checkpoint,
-    )[0]
+    settings = Settings(epochs, batch_size, learning_rate, momentum, weight_decay, l1)
+    start = _masked(params, mask)
+    return minimise(objective, start, mask, arrays, key, settings, on_epoch=on_epoch, checkpoint=checkpoint)[
+        0
+    ]
 
 
 def train_model(
@@ -181,21 +172,21 @@ def train_model(
 
     params, (_, state) = minimise(
         objective,
-        apply_mask(network.params, mask),
+        _masked(network.params, mask),
         (mask, network.state),
         arrays,
         key,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        l1=l1,
+        Settings(epochs, batch_size, learning_rate, momentum, weight_decay, l1),
         on_epoch=on_epoch,
         checkpoint=checkpoint,
         identity=network.identity,
     )
     return network.rebuild(params, state)
+
+
+def _masked(params: PyTree, mask: PyTree | None) -> PyTree:
+    """`apply_mask` in one program, for single operations compile one by one."""
+    return params if mask is None else Program(apply_mask)(params, mask)
 
 
 class PureClassifier(NamedTuple):

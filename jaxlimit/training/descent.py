@@ -6,14 +6,17 @@
 import math
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxlimit.core.checks import named_leaves, require_count, require_finite, require_floating, require_range
+from jaxlimit.core.programs import Program
 from jaxlimit.core.sharding import to_host
 from jaxlimit.core.storage import Checkpoint, ordered_sum
 from jaxlimit.training.losses import l1_norm
@@ -23,19 +26,70 @@ PyTree = Any
 Objective = Callable[[PyTree, PyTree, PyTree, jax.Array], tuple[jax.Array, PyTree]]
 
 
+@dataclass(frozen=True)
+class Settings:
+    """The numbers of a descent.
+
+    Attributes:
+        epochs: as for `jaxlimit.training.train`, and so are the others.
+        batch_size: examples per update.
+        learning_rate: a positive number, or an optax schedule over updates.
+        momentum: 0 or more and below 1.
+        weight_decay: 0 or more.
+        l1: weight of the L1 term.
+
+    Raises:
+        ValueError: a number outside its range.
+    """
+
+    epochs: int
+    batch_size: int
+    learning_rate: float | optax.Schedule
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    l1: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_count("epochs", self.epochs)
+        require_count("batch_size", self.batch_size)
+        require_range("momentum", self.momentum, 0 <= self.momentum < 1, "at least 0 and below 1")
+        for name in ("l1", "weight_decay"):
+            value = getattr(self, name)
+            require_range(name, value, 0 <= value < math.inf, "finite and at least 0")
+        if not callable(self.learning_rate):
+            allowed = "finite and above 0, or an optax schedule over updates"
+            require_range("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, allowed)
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What is an argument of a compiled epoch, so that other values share it: all but a schedule.
+
+        Without weight decay there is no term for it.
+        """
+        numbers = {"momentum": self.momentum, "l1": self.l1}
+        if self.weight_decay:
+            numbers["weight_decay"] = self.weight_decay
+        if not callable(self.learning_rate):
+            numbers["learning_rate"] = self.learning_rate
+        return numbers
+
+
+class _Carry(NamedTuple):
+    """What an epoch changes."""
+
+    params: PyTree
+    momenta: PyTree  # state of the optimiser
+    state: PyTree
+
+
 def minimise(
     objective: Objective,
     params: PyTree,
     state: PyTree,
     arrays: PyTree,
     key: jax.Array,
+    settings: Settings,
     *,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float | optax.Schedule,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
-    l1: float = 0.0,
     project: Callable[[PyTree], PyTree] | None = None,
     after_epoch: Callable[[int, PyTree, PyTree], tuple[PyTree, PyTree]] | None = None,
     on_epoch: Callable[[int, float], None] | None = None,
@@ -44,23 +98,21 @@ def minimise(
 ) -> tuple[PyTree, PyTree]:
     """Parameters and state after training as `jaxlimit.training.train` describes it.
 
+    Functions are traced anew for each training. A training that is like one before it, but for the values
+    of its arrays and settings, compiles nothing.
+
     Args:
         objective: `objective(params, state, batch, key) -> (mean loss of the batch, state after it)`.
         params: pytree of floating arrays to start from.
         state: pytree of arrays that no gradient is taken of: running statistics, masks.
-        arrays: as for `train`.
-        key: as for `train`.
-        epochs: as for `train`.
-        batch_size: as for `train`.
-        learning_rate: as for `train`.
-        momentum: as for `train`.
-        weight_decay: as for `train`.
-        l1: as for `train`.
+        arrays: pytree of arrays with a common leading example axis.
+        key: random key for the order of the examples, and of the objective.
+        settings: the numbers.
         project: `project(params) -> params`, applied before each update; not after the last one.
         after_epoch: `after_epoch(epoch, params, state) -> (params, state)` to go on with, of the same shapes
             and dtypes; momentum and learning rate go on. It must depend on its arguments alone.
-        on_epoch: as for `train`.
-        checkpoint: as for `train`.
+        on_epoch: called after each epoch as `on_epoch(epoch, mean_loss)`.
+        checkpoint: folder in which every finished epoch is kept.
         identity: what else decides the result, as JSON values, so that a checkpoint with others is refused:
             the settings of objective, project and after_epoch.
 
@@ -73,76 +125,25 @@ def minimise(
 
         >>> still = lambda params, state, batch, key: (0.0 * params, state)
         >>> halve = lambda epoch, params, state: (params / 2, state)
-        >>> settings = {"epochs": 3, "batch_size": 1, "learning_rate": 1.0}
-        >>> w, _ = minimise(still, 8.0, (), jnp.ones(1), jax.random.key(0), after_epoch=halve, **settings)
+        >>> settings = Settings(epochs=3, batch_size=1, learning_rate=1.0)
+        >>> w, _ = minimise(still, 8.0, (), jnp.ones(1), jax.random.key(0), settings, after_epoch=halve)
         >>> float(w)
         1.0
     """
-    require_count("epochs", epochs)
-    require_count("batch_size", batch_size)
-    require_range("momentum", momentum, 0 <= momentum < 1, "at least 0 and below 1")
-    for name, value in (("l1", l1), ("weight_decay", weight_decay)):
-        require_range(name, value, 0 <= value < math.inf, "finite and at least 0")
-    if not callable(learning_rate):
-        allowed = "finite and above 0, or an optax schedule over updates"
-        require_range("learning_rate", learning_rate, 0 < learning_rate < math.inf, allowed)
-    num_examples = _count_examples(arrays)
-    _require_finite("arrays", arrays)
-    _require_floating("params", params)
-    _require_finite("params", params)
-
-    optimizer = optax.sgd(learning_rate, momentum=momentum)
-    if weight_decay:
-        optimizer = optax.chain(optax.add_decayed_weights(weight_decay), optimizer)
-    batch_size = min(batch_size, num_examples)
-    num_full = num_examples // batch_size * batch_size
-
-    def regularised(params: PyTree, state: PyTree, batch: PyTree, key: jax.Array) -> tuple[jax.Array, PyTree]:
-        loss, state = objective(params, state, batch, key)
-        return loss + l1 * l1_norm(params), state
-
-    @partial(jax.jit, donate_argnums=0)
-    def run_epoch(carry: PyTree, arrays: PyTree, key: jax.Array, epoch: int) -> tuple[PyTree, Any, Any]:
-        key = jax.random.fold_in(key, epoch)
-
-        def update(carry: PyTree, at: tuple[jax.Array, Any]) -> tuple[PyTree, jax.Array]:
-            (params, momenta, state), (indices, number) = carry, at
-            params = params if project is None else project(params)
-            batch = jax.tree.map(lambda array: array[indices], arrays)
-            with_gradient = jax.value_and_grad(regularised, has_aux=True)
-            (value, state), gradient = with_gradient(params, state, batch, jax.random.fold_in(key, number))
-            changes, momenta = optimizer.update(gradient, momenta, params)
-            return (optax.apply_updates(params, changes), momenta, state), value * len(indices)
-
-        order = jax.random.permutation(key, num_examples)
-        full = order[:num_full].reshape(-1, batch_size)
-        carry, values = jax.lax.scan(update, carry, (full, jnp.arange(len(full))))
-        total = values.sum()
-        if num_full < num_examples:
-            carry, value = update(carry, (order[num_full:], len(full)))
-            total += value
-        finite = jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(carry[0])]).all()
-        return carry, total / num_examples, finite
-
-    # A copy, since each epoch donates its carry; strongly typed, or the second epoch would compile again.
-    params, state = jax.tree.map(lambda leaf: jnp.array(leaf, dtype=jnp.result_type(leaf)), (params, state))
-    carry = (params, optimizer.init(params), state)
-    problem: dict[str, Any] = {
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "momentum": momentum,
-        "weight_decay": weight_decay,
-        "l1": l1,
-    }
-    if checkpoint is not None:  # a pass over all data
-        updates = epochs * -(-num_examples // batch_size)
-        problem |= _fingerprint((params, state), arrays, key, learning_rate, updates) | dict(identity or {})
-    store = Checkpoint(checkpoint, problem)
+    num_examples = count_examples(arrays)
+    require_finite("arrays", arrays)
+    require_floating("params", params)
+    require_finite("params", params)
+    carry = Program(partial(_start, settings))(params, state)
+    store = Checkpoint(checkpoint, _identity(settings, carry, arrays, key, checkpoint, identity or {}))
     stored = store.load_tree("epoch", (0, carry))
     done, carry = (0, carry) if stored is None else (int(stored[0]), jax.tree.map(jnp.asarray, stored[1]))
     arrays = jax.tree.map(jnp.asarray, arrays)
-    for epoch in range(done, epochs):
-        carry, mean_loss, finite = run_epoch(carry, arrays, key, epoch)
+    batch_size = min(settings.batch_size, num_examples)
+    schedule = settings.learning_rate if callable(settings.learning_rate) else None
+    run_epoch = Program(partial(_epoch, objective, project, schedule, batch_size), donate_first=True)
+    for epoch in range(done, settings.epochs):
+        carry, mean_loss, finite = run_epoch(carry, arrays, key, epoch, settings.numbers)
         mean_loss = float(mean_loss)
         if not (finite and math.isfinite(mean_loss)):
             raise FloatingPointError(
@@ -150,72 +151,109 @@ def minimise(
                 f"{'finite' if finite else 'infinite or NaN'}; lower learning_rate, or warm it up"
             )
         if after_epoch is not None:
-            params, state = after_epoch(epoch, carry[0], carry[2])
-            carry = (params, carry[1], state)
+            params, state = after_epoch(epoch, carry.params, carry.state)
+            carry = _Carry(params, carry.momenta, state)
         store.save_tree("epoch", (epoch + 1, carry))
         if on_epoch is not None:
             on_epoch(epoch, mean_loss)
-    return carry[0], carry[2]
+    return carry.params, carry.state
 
 
-def _fingerprint(
-    start: PyTree, arrays: PyTree, key: jax.Array, learning_rate: float | optax.Schedule, updates: int
+def _start(settings: Settings, params: PyTree, state: PyTree) -> _Carry:
+    """Copies, since each epoch donates its carry; strongly typed, or the second epoch would compile again."""
+    params, state = jax.tree.map(lambda x: jnp.array(x, dtype=jnp.result_type(x)), (params, state))
+    schedule = settings.learning_rate if callable(settings.learning_rate) else None
+    return _Carry(params, _optimizer(schedule, settings.numbers).init(params), state)
+
+
+def _optimizer(schedule: optax.Schedule | None, numbers: Mapping[str, Any]) -> optax.GradientTransformation:
+    rate = numbers["learning_rate"] if schedule is None else schedule
+    optimizer = optax.sgd(rate, momentum=numbers["momentum"])
+    if "weight_decay" in numbers:
+        optimizer = optax.chain(optax.add_decayed_weights(numbers["weight_decay"]), optimizer)
+    return optimizer
+
+
+def _epoch(
+    objective: Objective,
+    project: Callable[[PyTree], PyTree] | None,
+    schedule: optax.Schedule | None,
+    batch_size: int,
+    carry: _Carry,
+    arrays: PyTree,
+    key: jax.Array,
+    epoch: jax.Array,
+    numbers: Mapping[str, jax.Array],
+) -> tuple[_Carry, jax.Array, jax.Array]:
+    """The carry after an epoch, its mean loss, and whether all parameters are finite."""
+    num_examples = jax.tree.leaves(arrays)[0].shape[0]
+    num_full = num_examples // batch_size * batch_size
+    optimizer, key = _optimizer(schedule, numbers), jax.random.fold_in(key, epoch)
+
+    def regularised(params: PyTree, state: PyTree, batch: PyTree, key: jax.Array) -> tuple[jax.Array, PyTree]:
+        loss, state = objective(params, state, batch, key)
+        return loss + numbers["l1"] * l1_norm(params), state
+
+    def update(carry: _Carry, at: tuple[jax.Array, Any]) -> tuple[_Carry, jax.Array]:
+        (params, momenta, state), (indices, number) = carry, at
+        params = params if project is None else project(params)
+        batch = jax.tree.map(lambda array: array[indices], arrays)
+        with_gradient = jax.value_and_grad(regularised, has_aux=True)
+        (value, state), gradient = with_gradient(params, state, batch, jax.random.fold_in(key, number))
+        changes, momenta = optimizer.update(gradient, momenta, params)
+        return _Carry(optax.apply_updates(params, changes), momenta, state), value * len(indices)
+
+    order = jax.random.permutation(key, num_examples)
+    full = order[:num_full].reshape(-1, batch_size)
+    carry, values = jax.lax.scan(update, carry, (full, jnp.arange(len(full))))
+    total = values.sum()
+    if num_full < num_examples:
+        carry, value = update(carry, (order[num_full:], len(full)))
+        total += value
+    finite = jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(carry.params)]).all()
+    return carry, total / num_examples, finite
+
+
+def _identity(
+    settings: Settings,
+    start: _Carry,
+    arrays: PyTree,
+    key: jax.Array,
+    checkpoint: str | os.PathLike[str] | None,
+    more: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What tells one training from another; of a schedule the first rate and the sum of all.
+    """What tells one training from another; where there is a checkpoint, that takes a pass over all data.
 
-    Devices round random weights and cosines differently: of these five and six digits.
+    Of a schedule the first rate and the sum of all. Devices round random weights and cosines differently: of
+    these five and six digits.
     """
-    rates = [learning_rate]
-    if callable(learning_rate):
-        each = np.asarray(jax.vmap(learning_rate)(jnp.arange(updates)), np.float64)
+    if checkpoint is None:
+        return {}
+    num_examples, rates = count_examples(arrays), [settings.learning_rate]
+    batch_size = min(settings.batch_size, num_examples)
+    if callable(settings.learning_rate):
+        updates = settings.epochs * -(-num_examples // batch_size)
+        each = np.asarray(jax.vmap(settings.learning_rate)(jnp.arange(updates)), np.float64)
         rates = [float(f"{rate:.6g}") for rate in (each[0], each.sum())]
-    sums = [ordered_sum(to_host(leaf).ravel()) for leaf in jax.tree.leaves(start)]
+    sums = [ordered_sum(to_host(leaf).ravel()) for leaf in jax.tree.leaves((start.params, start.state))]
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(arrays)]
     examples = [np.sum(leaf.reshape(len(leaf), -1), axis=1, dtype=np.float64) for leaf in leaves]
     return {
+        **vars(settings),
+        "batch_size": batch_size,
         "learning_rate": np.asarray(rates, np.float64).tolist(),
         "start": float(f"{ordered_sum(sums):.5g}"),
         "arrays": [[*leaf.shape, ordered_sum(x)] for leaf, x in zip(leaves, examples, strict=True)],
         "key": np.asarray(jax.random.key_data(key)).ravel().tolist(),
+        **more,
     }
 
 
-def require_count(name: str, value: int) -> None:
-    """Raises ValueError unless the value is an integer of at least 1."""
-    if not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value}")
-
-
-def require_range(name: str, value: Any, holds: bool, allowed: str) -> None:
-    """Raises ValueError, which says what is allowed, unless `holds`."""
-    if not holds:
-        raise ValueError(f"{name} must be {allowed}, got {value}")
-
-
-def _leaves(name: str, tree: PyTree) -> list[tuple[str, Any]]:
-    named = [(name + jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
-    if not named:
-        raise ValueError(f"{name} must hold at least one array, got {tree}")
-    return named
-
-
-def _count_examples(arrays: PyTree) -> int:
+def count_examples(arrays: PyTree) -> int:
     """Length of the leading axis that all arrays share."""
-    shapes = {name: np.shape(leaf) for name, leaf in _leaves("arrays", arrays)}
+    shapes = {name: np.shape(leaf) for name, leaf in named_leaves("arrays", arrays)}
     lengths = {shape[0] if shape else 0 for shape in shapes.values()}
     if len(lengths) > 1 or 0 in lengths:
         found = ", ".join(f"{name} of shape {shape}" for name, shape in shapes.items())
-        raise ValueError(f"arrays must share a leading axis of 1 or more examples, got {found}")
+        raise ValueError(f"arrays must share a leading axis of 1 or more examples, got {found}.")
     return lengths.pop()
-
-
-def _require_floating(name: str, tree: PyTree) -> None:
-    for leaf_name, leaf in _leaves(name, tree):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise ValueError(f"{name} must be floating arrays, got {jnp.result_type(leaf)} in {leaf_name}")
-
-
-def _require_finite(name: str, tree: PyTree) -> None:
-    for leaf_name, leaf in _leaves(name, tree):
-        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) and not jnp.isfinite(leaf).all():
-            raise ValueError(f"{name} must be finite, got an infinite or NaN value in {leaf_name}")
