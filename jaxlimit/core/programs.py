@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.core import ShapedArray, Tracer
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 PyTree = Any
@@ -59,7 +59,7 @@ class Traced:
 
     def _trace(self, args: tuple[PyTree, ...]) -> _Trace:
         leaves, structure = jax.tree.flatten(args)
-        key = structure, _context(), tuple(map(_type, leaves))
+        key = structure, _context(), tuple(map(jax.typeof, leaves))
         if key not in self._traces:
             self._traces[key] = _trace(self._fn, structure, [_like(x) for x in leaves])
         return self._traces[key]
@@ -158,13 +158,9 @@ def _context() -> tuple:
     )
 
 
-def _type(x: Any) -> Any:
-    return ShapedArray(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
-
-
 def _like(x: Any) -> Any:
     """An argument without its values."""
-    x = _type(x)
+    x = jax.typeof(x)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type)
 
 

@@ -1,6 +1,7 @@
 """What a curvature takes for granted of its data and its loss, checked before the first product."""
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -43,24 +44,23 @@ def check_data(
 
 
 def _check_mean(loss: Loss, weights: PyTree, rest: PyTree, group: PyTree) -> None:
-    """The loss of a batch is the weighted mean of the losses of its two halves, or it is not a mean."""
-    size = batch_length(jax.eval_shape(first_of, group))
-    if size < 2:
+    """The loss of a batch is the mean of the losses of its two halves, or it is not a mean."""
+    half = batch_length(jax.eval_shape(first_of, group)) // 2
+    if half < 1:
         return
-    half = size // 2
 
-    def losses(weights: PyTree, rest: PyTree, group: PyTree) -> list[jax.Array]:
-        batch = first_of(group)
-        cuts = (slice(None), slice(half), slice(half, None))
-        return [loss(weights, rest, jax.tree.map(lambda x, cut=cut: x[cut], batch)) for cut in cuts]
+    def losses(weights: PyTree, rest: PyTree, group: PyTree) -> tuple[jax.Array, jax.Array]:
+        whole = jax.tree.map(lambda x: x[: 2 * half], first_of(group))
+        halves = jax.tree.map(lambda x: x.reshape(2, half, *x.shape[1:]), whole)
+        return loss(weights, rest, whole), jax.lax.map(partial(loss, weights, rest), halves)
 
-    whole, left, right = map(float, Program(losses)(weights, rest, group))
-    mean = (half * left + (size - half) * right) / size
+    whole, halves = Program(losses)(weights, rest, group)
+    whole, mean = float(whole), float(np.mean(np.asarray(halves, np.float64)))
     if not np.isclose(whole, mean, rtol=1e-3, atol=1e-5):
         raise ValueError(
-            f"loss_fn is not a mean over the batch's examples: a batch of {size} has loss {whole:.6g}, the "
-            f"mean over its two halves is {mean:.6g}. Likely causes: a sum instead of a mean, or batch norm "
-            "in train mode (use evaluation mode)."
+            f"loss_fn is not a mean over the batch's examples: a batch of {2 * half} has loss {whole:.6g}, "
+            f"the mean over its two halves is {mean:.6g}. Likely causes: a sum instead of a mean, or batch "
+            "norm in train mode (use evaluation mode)."
         )
 
 

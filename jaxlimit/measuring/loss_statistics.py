@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxlimit.core.batches import check_scalar, grouped
-from jaxlimit.core.programs import Program
+from jaxlimit.core.programs import Program, Traced
 
 PyTree = Any
 
@@ -52,7 +52,7 @@ def loss_statistics(
         3.40 1.55
     """
     losses, sizes = [], []
-    losses_of = Program(partial(batch_losses, loss_fn))
+    losses_of = Program(partial(batch_losses, Traced(loss_fn)))
     for group in grouped(batches):
         losses.append(np.asarray(losses_of(params, group), np.float64))
         sizes += [jax.tree.leaves(group)[0].shape[1]] * len(losses[-1])

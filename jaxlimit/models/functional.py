@@ -5,9 +5,12 @@ files of weights name them as the model does.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 from flax import errors, linen, nnx, traverse_util
 from flax.core import unfreeze
 
@@ -58,12 +61,28 @@ def from_nnx(model: nnx.Module) -> tuple[Predict, Params]:
         raise ValueError(f"model must hold at least one nnx.Param, got a {type(model).__name__} without any")
     paths = {tuple(map(str, path)): path for path in flat}
 
-    def predict(params: Params, inputs: jax.Array) -> jax.Array:
-        given = _named(params, paths)
-        state = traverse_util.unflatten_dict({path: given[name] for name, path in paths.items()})
-        return nnx.merge(graphdef, state, rest)(inputs)
+    params = traverse_util.unflatten_dict({name: flat[path] for name, path in paths.items()})
+    return NnxPredict(rest, graphdef, tuple(paths.items())), params
 
-    return predict, traverse_util.unflatten_dict({name: flat[path] for name, path in paths.items()})
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["rest"],
+    meta_fields=["graphdef", "paths"],
+)
+@dataclass(frozen=True, eq=False)
+class NnxPredict:
+    """What `from_nnx` returns: what the model holds beside its parameters, its graph, and their names."""
+
+    rest: Any
+    graphdef: Any
+    paths: tuple
+
+    def __call__(self, params: Params, inputs: jax.Array) -> jax.Array:
+        """The outputs of a batch."""
+        given = _named(params, (name for name, _ in self.paths))
+        state = traverse_util.unflatten_dict({path: given[name] for name, path in self.paths})
+        return nnx.merge(self.graphdef, state, self.rest)(inputs)
 
 
 def from_linen(
@@ -109,20 +128,37 @@ def from_linen(
             'variables must be what module.init returns, with parameters in the collection "params"; '
             f"got the collections: {', '.join(variables) or 'none'}"
         )
-    names = traverse_util.flatten_dict(params).keys()
+    names = tuple(traverse_util.flatten_dict(params))
+    return LinenPredict(rest, module, names, tuple(call_kwargs.items())), params
 
-    def predict(params: Params, inputs: jax.Array) -> jax.Array:
-        _named(params, names)
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["rest"],
+    meta_fields=["module", "names", "call_kwargs"],
+)
+@dataclass(frozen=True, eq=False)
+class LinenPredict:
+    """What `from_linen` returns: the other collections, the module, its parameters' names, and its mode."""
+
+    rest: Any
+    module: linen.Module
+    names: tuple
+    call_kwargs: tuple
+
+    def __call__(self, params: Params, inputs: jax.Array) -> jax.Array:
+        """The outputs of a batch."""
+        _named(params, self.names)
         try:
-            outputs: Any = module.apply({"params": params, **rest}, inputs, **call_kwargs)
+            variables = {"params": params, **self.rest}
+            outputs: Any = self.module.apply(variables, inputs, **dict(self.call_kwargs))
         except (errors.ModifyScopeVariableError, errors.InvalidRngError) as error:
             raise ValueError(
-                f"{type(module).__name__} seems to run in training mode: pass its argument for evaluation "
-                f"mode to from_linen, as in from_linen(module, variables, train=False). Flax says: {error}"
+                f"{type(self.module).__name__} seems to run in training mode: pass its argument for "
+                "evaluation mode to from_linen, as in from_linen(module, variables, train=False). "
+                f"Flax says: {error}"
             ) from error
         return outputs
-
-    return predict, params
 
 
 def from_equinox(model: "eqx.Module", state: "eqx.nn.State | None" = None) -> tuple[Predict, Params]:
@@ -177,14 +213,42 @@ def from_equinox(model: "eqx.Module", state: "eqx.nn.State | None" = None) -> tu
     if not leaves:
         raise ValueError(f"model must hold a floating-point array, got a {type(model).__name__} without one")
     flat = {tuple(jax.tree_util.keystr((key,), simple=True) for key in path): leaf for path, leaf in leaves}
-    names = tuple(flat)
-
-    def predict(params: Params, inputs: jax.Array) -> jax.Array:
-        given = _named(params, names)
-        model = eqx.combine(structure.unflatten([given[name] for name in names]), rest)
-        return jax.vmap(lambda x: model(x) if state is None else model(x, state)[0])(inputs)
-
+    arrays, fixed = eqx.partition((rest, state), lambda x: isinstance(x, (jax.Array, np.ndarray)))
+    values, tree = jax.tree.flatten(fixed)
+    predict = EquinoxPredict(arrays, (tuple(values), tree), structure, tuple(flat))
     return predict, traverse_util.unflatten_dict(flat)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["arrays"],
+    meta_fields=["fixed", "structure", "names"],
+)
+@dataclass(frozen=True, eq=False)
+class EquinoxPredict:
+    """What `from_equinox` returns.
+
+    Attributes:
+        arrays: of the model, without its parameters, and of its state.
+        fixed: what else these hold: values and their tree.
+        structure: of the parameters.
+        names: of the parameters.
+    """
+
+    arrays: Any
+    fixed: tuple[tuple, Any]
+    structure: Any
+    names: tuple
+
+    def __call__(self, params: Params, inputs: jax.Array) -> jax.Array:
+        """The outputs of a batch."""
+        import equinox as eqx
+
+        given = _named(params, self.names)
+        values, tree = self.fixed
+        rest, state = eqx.combine(self.arrays, tree.unflatten(values))
+        model = eqx.combine(self.structure.unflatten([given[name] for name in self.names]), rest)
+        return jax.vmap(lambda x: model(x) if state is None else model(x, state)[0])(inputs)
 
 
 def _named(params: Params, names: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], Any]:

@@ -1,12 +1,14 @@
 """Loss, metrics and curvature of classification, and the L1 norm."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxlimit.core.functions import pure_function
 from jaxlimit.curvature.makers import gauss_newton, hessian
 from jaxlimit.curvature.operator import Curvature
 
@@ -45,6 +47,33 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
+@pure_function
+@dataclass(frozen=True, eq=False)
+class ClassificationLoss:
+    """What `classification_loss` returns; arrays that `predict` carries are leaves."""
+
+    predict: Predict
+
+    def __call__(self, params: PyTree, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """The mean cross entropy of a batch."""
+        inputs, labels = batch
+        return cross_entropy(self.predict(params, inputs), labels)
+
+
+@pure_function
+@dataclass(frozen=True, eq=False)
+class ClassificationMetrics:
+    """What `classification_metrics` returns; arrays that `predict` carries are leaves."""
+
+    predict: Predict
+
+    def __call__(self, params: PyTree, batch: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
+        """Loss and accuracy of a batch."""
+        inputs, labels = batch
+        logits = self.predict(params, inputs)
+        return {"loss": cross_entropy(logits, labels), "accuracy": jnp.mean(logits.argmax(-1) == labels)}
+
+
 def classification_loss(predict: Predict) -> Loss:
     """The mean cross entropy of a batch, without any L1 term, as a function of the parameters.
 
@@ -59,12 +88,7 @@ def classification_loss(predict: Predict) -> Loss:
         >>> round(float(loss(jnp.zeros((4, 2)), (jnp.ones((3, 4)), jnp.array([0, 1, 1])))), 5)
         0.69315
     """
-
-    def loss(params: PyTree, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-        inputs, labels = batch
-        return cross_entropy(predict(params, inputs), labels)
-
-    return loss
+    return ClassificationLoss(predict)
 
 
 def classification_metrics(predict: Predict) -> Callable[[PyTree, Any], dict[str, jax.Array]]:
@@ -83,13 +107,7 @@ def classification_metrics(predict: Predict) -> Callable[[PyTree, Any], dict[str
         >>> float(values["accuracy"])
         0.5
     """
-
-    def metrics(params: PyTree, batch: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
-        inputs, labels = batch
-        logits = predict(params, inputs)
-        return {"loss": cross_entropy(logits, labels), "accuracy": jnp.mean(logits.argmax(-1) == labels)}
-
-    return metrics
+    return ClassificationMetrics(predict)
 
 
 def classification_curvature(
