@@ -163,8 +163,16 @@ class _Stream:
     batches: Iterable[PyTree]
 
     def __iter__(self) -> Iterator[PyTree]:
-        for batch in self.batches:
-            yield jax.tree.map(_one, batch)
+        with jax.ensure_compile_time_eval():  # data are known, also where JAX traces something
+            batches = iter(self.batches)
+        while (group := self._next(batches)) is not None:
+            yield group
+
+    @staticmethod
+    def _next(batches: Iterator[PyTree]) -> PyTree | None:
+        with jax.ensure_compile_time_eval():
+            batch = next(batches, None)
+            return None if batch is None else jax.tree.map(_one, batch)
 
 
 def _one(x: Any) -> jax.Array:
