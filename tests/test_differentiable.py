@@ -11,8 +11,8 @@ import pytest
 import jaxlimit
 from jaxlimit import geometry
 from jaxlimit.core.trees import flatten, partition
-from jaxlimit.experiments import flatness
-from jaxlimit.experiments.flatness import Flatness, flat_loss
+from jaxlimit.experiments import regularizer
+from jaxlimit.experiments.regularizer import Flatness, flat_loss
 from jaxlimit.experiments.study import Study
 from jaxlimit.geometry import differentiable
 from jaxlimit.spectrum import quadrature
@@ -156,8 +156,8 @@ def test_the_gradient_of_a_training_step_is_that_of_an_exact_solve(monkeypatch):
         return flatten(partition(jax.grad(loss)(subject.params, batch))[0])
 
     used = gradient()
-    monkeypatch.setattr(flatness, "ACCURACY", 1e-5)
-    monkeypatch.setattr(flatness, "MAX_MATVECS", 5000)
+    monkeypatch.setattr(regularizer, "ACCURACY", 1e-5)
+    monkeypatch.setattr(regularizer, "MAX_MATVECS", 5000)
     exact = gradient()
     assert np.linalg.norm(used - exact) < 0.1 * np.linalg.norm(exact)
 

@@ -8,7 +8,8 @@ import pytest
 
 from jaxlimit.application import presets, run_folder
 from jaxlimit.cli import main
-from jaxlimit.experiments.methods import METHODS, figure, settings_of, table
+from jaxlimit.experiments.compare import figure, table
+from jaxlimit.experiments.methods import METHODS, settings_of
 
 TINY = presets.Preset("tiny", "digits", "64-8-10", epochs=2, learning_rate=0.1, schedule="cosine", l1=5e-4)
 COMPARE = ["experiment", "compare", "tiny", "--methods", "dense", "lomp", "--seeds", "2"]

@@ -21,15 +21,16 @@ from jaxlimit.baselines.gems import signed_constants
 from jaxlimit.baselines.network import bare, cut
 from jaxlimit.cli import main
 from jaxlimit.core.trees import flatten, partition, unflatten
-from jaxlimit.experiments import EXPERIMENTS, iterations, methods, study, subject
-from jaxlimit.experiments.anatomy import EDGES, row_norms, sampling_distance, shares, total_variation
-from jaxlimit.experiments.growth import scaled
-from jaxlimit.experiments.iterations import survivors
-from jaxlimit.experiments.study import Study
+from jaxlimit.experiments import EXPERIMENTS, gems, study, subject
+from jaxlimit.experiments.distance import EDGES, sampling_distance, shares, total_variation
+from jaxlimit.experiments.gradual import survivors
+from jaxlimit.experiments.scaling import scaled
+from jaxlimit.experiments.study import Study, Trainings
 from jaxlimit.geometry.magnitude import apply_mask, magnitude_mask, magnitude_order
 from jaxlimit.measuring.sweeps import SPARSITIES, sparsity_sweep
 from jaxlimit.models import ConvolutionalNetwork, FullyConnected, ResNet, from_nnx
 from jaxlimit.models.convolutional import Convolution, Pool
+from jaxlimit.reference.paper_code import row_norms
 from jaxlimit.training import pure_classifier
 from jaxlimit.training.losses import classification_loss
 
@@ -98,7 +99,7 @@ def test_a_limit_that_was_not_computed_is_not_predicted(tmp_path, monkeypatch):
 def test_scores_that_are_all_off_have_no_limit(tmp_path, monkeypatch):
     """The accuracy is measured all the same."""
     monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
-    monkeypatch.setattr(iterations, "recipe_l2", lambda density: 1e3)
+    monkeypatch.setattr(gems, "recipe_l2", lambda density: 1e3)
     folder = tmp_path / "gems"
     assert main(["experiment", "gems", "tiny", *SMALL, *OPTIONS["gems"], "--out", str(folder)]) == 0
     found = json.loads((folder / "results.json").read_text())["pieces"]
@@ -120,9 +121,9 @@ def test_scores_are_asked_about_with_the_running_statistics_of_their_search():
     )
     inputs = np.asarray(3 + 2 * jax.random.normal(jax.random.key(0), (40, 6, 6, 1)))
     arrays = inputs, np.arange(40) % 3
-    task = subject.Task(TINY, None, None, 100, arrays, arrays)
+    task = subject.Task(TINY, arrays, arrays, max_matvecs=100)
     settings = baselines.RareGems(epochs=100, batch_size=40, learning_rate=1e-12, l2=0.0)
-    found = iterations._score_subject(task, model, 0, 0.5, settings)
+    found = gems.score_subject(task, model, 0, 0.5, settings)
     network = pure_classifier(bare(model, biases=False))
     gated = jax.tree.map(lambda w, p: w * (p > 0.5), signed_constants(network.params), found.params)
     wanted, _ = network.objective(gated, network.state, arrays, jax.random.key(0))
@@ -343,12 +344,11 @@ RECORDED = [path for path in sorted(RESULTS.glob("*.json")) if '"experiment"' in
 def test_the_tables_of_the_docs_are_what_the_results_say(path, monkeypatch):
     document = json.loads(path.read_text())
     nothing = ((np.zeros(1000), np.zeros(1000)),) * 2
-    for module in (study, methods):
-        monkeypatch.setattr(module, "load_arrays", lambda *_: nothing)
+    monkeypatch.setattr(study, "load_arrays", lambda *_: nothing)
     name, config = document["experiment"], document["config"]
     preset = config["preset"]["name"]
     if name == "compare":
-        experiment = methods.compare(preset, sparsities=tuple(config["sparsities"]))
+        experiment = EXPERIMENTS[name](Trainings(preset), sparsities=tuple(config["sparsities"]))
     else:
         experiment = EXPERIMENTS[name](Study(preset))
     assert path.with_suffix(".md").read_text() == experiment.table(document["pieces"])

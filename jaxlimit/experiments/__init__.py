@@ -1,52 +1,26 @@
 """Experiments with one command each: `jaxlimit experiment NAME`.
 
-An experiment is a function whose arguments are its options on the command line and whose docstring is its
-help; it checks them, and returns an `Experiment`. To add one: a module here, and its name in `EXPERIMENTS`.
+An experiment is a module of this folder, named as its command (with _ at the end where the name is a word of
+Python), that has a function `plan`. The arguments of `plan` are the options on the command line, and its
+docstring is the help; it checks the options, and returns an `Experiment`. To add an experiment, write such a
+module: `EXPERIMENTS` finds it.
 """
 
+import importlib
+import pkgutil
 from collections.abc import Callable
 
-from jaxlimit.experiments.anatomy import crossing, distance, rows
 from jaxlimit.experiments.experiment import Experiment, execute
-from jaxlimit.experiments.flatness import regularizer
-from jaxlimit.experiments.growth import scaling
-from jaxlimit.experiments.iterations import gems, gradual
-from jaxlimit.experiments.l1_term import penalty
-from jaxlimit.experiments.methods import compare
-from jaxlimit.experiments.moments import during_training, order, tolerances
-from jaxlimit.experiments.study import Study
+from jaxlimit.experiments.study import Study, Trainings
 
-EXPERIMENTS: dict[str, Callable[..., Experiment]] = {
-    "compare": compare,
-    "crossing": crossing,
-    "distance": distance,
-    "gems": gems,
-    "gradual": gradual,
-    "lambda": penalty,
-    "order": order,
-    "regularizer": regularizer,
-    "rows": rows,
-    "scaling": scaling,
-    "tolerances": tolerances,
-    "training": during_training,
-}
-"""By their names on the command line."""
 
-__all__ = [
-    "EXPERIMENTS",
-    "Experiment",
-    "Study",
-    "compare",
-    "crossing",
-    "distance",
-    "during_training",
-    "execute",
-    "gems",
-    "gradual",
-    "order",
-    "penalty",
-    "regularizer",
-    "rows",
-    "scaling",
-    "tolerances",
-]
+def _plans() -> dict[str, Callable[..., Experiment]]:
+    names = [found.name for found in pkgutil.iter_modules(__path__)]
+    modules = {name.rstrip("_"): importlib.import_module(f"{__name__}.{name}") for name in names}
+    return {name: module.plan for name, module in modules.items() if hasattr(module, "plan")}
+
+
+EXPERIMENTS: dict[str, Callable[..., Experiment]] = _plans()
+"""What plans each experiment, by the experiment's name on the command line."""
+
+__all__ = ["EXPERIMENTS", "Experiment", "Study", "Trainings", "execute"]

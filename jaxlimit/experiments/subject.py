@@ -22,7 +22,7 @@ from jaxlimit.core.batches import Batches, batched
 from jaxlimit.core.trees import partition
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.experiments.experiment import Note, on_epoch
-from jaxlimit.limits.pruning_limit import pruning_limit
+from jaxlimit.limits.pruning_limit import MAX_MATVECS, pruning_limit
 from jaxlimit.limits.result import PruningLimit
 from jaxlimit.measuring.loss_statistics import LossStatistics, loss_statistics
 from jaxlimit.measuring.sweeps import ACCURACY_LOSS, SPARSITIES, Metrics, PrunedNetwork, Sweep
@@ -35,6 +35,7 @@ from jaxlimit.training.losses import (
 )
 
 PyTree = Any
+LIMITS = ("one_shot", "width", "cone")
 # Test examples of a step of its search: a tenth of those of CIFAR-10 and MNIST.
 PART = 1000
 
@@ -45,22 +46,22 @@ class Task:
 
     Attributes:
         preset: network and training.
+        train: (inputs, labels), all of them, for training.
+        test: (inputs, labels).
         num_examples: the first so many training examples are predicted and measured; None: all.
         num_probes: of the limits; None: as `pruning_limit` chooses.
         max_matvecs: of every limit.
-        train: (inputs, labels), all of them, for training.
-        test: (inputs, labels).
         networks: folder of trained networks.
         checkpoint: folder of the piece at work, for what it has finished so far; None: nothing is kept.
         note: told what is being done.
     """
 
     preset: Preset
-    num_examples: int | None
-    num_probes: int | None
-    max_matvecs: int
     train: Arrays
     test: Arrays
+    num_examples: int | None = None
+    num_probes: int | None = None
+    max_matvecs: int = MAX_MATVECS
     networks: Path | None = None
     checkpoint: Path | None = None
     note: Note = lambda text: None
@@ -150,7 +151,7 @@ class Subject:
 
     def limit(
         self,
-        which: Sequence[str] = ("one_shot", "width", "cone"),
+        which: Sequence[str] = LIMITS,
         *,
         batches: Batches | None = None,
         loss_tolerance: float | None = None,

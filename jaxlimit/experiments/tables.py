@@ -72,6 +72,16 @@ def limit(name: str) -> Callable[[Piece], float]:
     return pick
 
 
+def limit_cells(pieces: Sequence[Piece], names: Iterable[str]) -> list[str]:
+    """The values of these limits as texts."""
+    return [cell(pieces, limit(name)) for name in names]
+
+
+def threshold_cells(pieces: Sequence[Piece]) -> list[str]:
+    """The measured thresholds as texts: of the loss, and of one point of accuracy less."""
+    return [cell(pieces, lambda piece, name=name: piece["measured"][name]) for name in ("loss", "accuracy")]
+
+
 def over_seeds(x: ArrayLike, values: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(x, means, spreads) of curves, a row for each seed.
 

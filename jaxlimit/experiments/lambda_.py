@@ -8,22 +8,30 @@ from tyro.conf import arg
 
 from jaxlimit import plots
 from jaxlimit.experiments.experiment import Experiment
-from jaxlimit.experiments.study import Results, Study
-from jaxlimit.experiments.subject import Task, values
-from jaxlimit.experiments.tables import by_variant, cell, curve, is_less, limit, markdown, tally
+from jaxlimit.experiments.study import Study, shown
+from jaxlimit.experiments.subject import LIMITS, Task, values
+from jaxlimit.experiments.tables import (
+    Results,
+    by_variant,
+    cell,
+    curve,
+    is_less,
+    limit,
+    markdown,
+    tally,
+    threshold_cells,
+)
 from jaxlimit.measuring.sweeps import ACCURACY_LOSS, finetuned_sweep
 
-WHICH = ("one_shot", "width", "cone")
 # In units of the preset's lambda.
 MULTIPLES = (0.0, 0.2, 1.0, 4.0)
 
 
-def penalty(
+def plan(
     study: Annotated[Study, arg(name="")] = Study(),
     *,
     lambdas: Annotated[
-        tuple[float, ...] | None,
-        arg(help_behavior_hint="(default: 0, .2, 1 and 4 times the preset's)", metavar="[FLOAT ...]"),
+        tuple[float, ...] | None, shown("0, .2, 1 and 4 times the preset's", "[FLOAT ...]")
     ] = None,
 ) -> Experiment:
     """LOMP at the sparsity that pruning_limit chooses, over lambda: what is kept of the test accuracy.
@@ -44,12 +52,12 @@ def penalty(
     if not chosen or not all(0 <= value < float("inf") for value in chosen):
         raise ValueError(f"lambdas must be one or more finite numbers of at least 0, got {list(chosen)}.")
     variants = {f"{value:g}": value for value in chosen}
-    return study.experiment("lambda", task, variants, _run, table, {"lambda.png": figure})
+    return study.experiment("lambda", task, variants, _run, table, figure)
 
 
 def _run(task: Task, seed: int, l1: float) -> dict[str, Any]:
     subject = task.trained(seed, l1=l1)
-    found = subject.limit(WHICH)
+    found = subject.limit()
     estimates = found.estimates()
     dense, *accuracies = subject.test_accuracy([0.0, *(estimate.value for estimate in estimates.values())])
     tuned = None
@@ -82,7 +90,7 @@ def _kept(results: Results, before: Callable[[Mapping[str, Any]], float]) -> str
     """For each limit, how many runs are cut there at most one point of test accuracy below `before`."""
     found = {
         name: [is_less(before(piece) - _accuracy(name)(piece), ACCURACY_LOSS) for piece in results.values()]
-        for name in WHICH
+        for name in LIMITS
     }
     return ", ".join(f"{name} {tally(kept)}" for name, kept in found.items())
 
@@ -92,10 +100,10 @@ def table(results: Results) -> str:
     rows = []
     for name, pieces in by_variant(results).items():
         row = [name, cell(pieces, lambda p: p["dense_accuracy"], ".1%")]
-        for which in WHICH:
+        for which in LIMITS:
             row += [cell(pieces, limit(which)), cell(pieces, _accuracy(which), ".1%")]
         row += [cell(pieces, lambda p: p["finetuned_accuracy"], ".1%")]
-        rows.append([*row, *(cell(pieces, lambda p, w=w: p["measured"][w]) for w in ("loss", "accuracy"))])
+        rows.append([*row, *threshold_cells(pieces)])
     heads = ["lambda", "uncut", "one_shot", "kept there", "width", "kept there", "cone", "kept there"]
     text = markdown([*heads, "fine-tuned there", "measured loss", "1 point less"], rows)
     kept = _kept(results, lambda p: p["dense_accuracy"])
@@ -110,7 +118,7 @@ def figure(results: Results) -> Any:
     """Limits and the accuracy that LOMP keeps there, against lambda."""
     groups = by_variant(results)
     x = range(len(groups))
-    limits = {name: curve(groups, x, limit(name)) for name in WHICH}
+    limits = {name: curve(groups, x, limit(name)) for name in LIMITS}
     accuracies = {name: curve(groups, x, lambda p, name=name: 100 * _accuracy(name)(p)) for name in limits}
     uncut = {"uncut": curve(groups, x, lambda p: 100 * p["dense_accuracy"])}
     measured = {"measured, 1 point less": curve(groups, x, lambda p: p["measured"]["accuracy"])}

@@ -31,9 +31,20 @@ from jaxlimit import plots
 from jaxlimit.application.presets import build_network
 from jaxlimit.core.trees import is_kernel
 from jaxlimit.experiments.experiment import Experiment
-from jaxlimit.experiments.study import Results, Study
+from jaxlimit.experiments.study import Study
 from jaxlimit.experiments.subject import Task, trace, values
-from jaxlimit.experiments.tables import by_variant, cell, curve, is_less, limit, markdown, over_seeds, tally
+from jaxlimit.experiments.tables import (
+    Results,
+    by_variant,
+    cell,
+    curve,
+    is_less,
+    limit,
+    limit_cells,
+    markdown,
+    over_seeds,
+    tally,
+)
 from jaxlimit.models import from_nnx
 
 PyTree = Any
@@ -42,7 +53,7 @@ WHICH = ("one_shot", "width")
 WAYS = ("temperature", "balance", "plain")
 
 
-def scaling(
+def plan(
     study: Annotated[Study, arg(name="")] = Study(), *, factors: tuple[float, ...] = (2, 3, 4, 5)
 ) -> Experiment:
     """The limits and tr H of a network whose weights are multiplied by 2 to 5, in four ways.
@@ -59,7 +70,7 @@ def scaling(
         raise ValueError(f"factors must be one or more positive numbers other than 1, got {list(factors)}.")
     variants: dict[str, Any] = {"trained-1": ["trained", 1.0, factors]}
     variants |= {f"{way}-{factor:g}": [way, factor, ()] for way in WAYS for factor in factors}
-    return study.experiment("scaling", task, variants, _run, table, {"scaling.png": figure})
+    return study.experiment("scaling", task, variants, _run, table, figure)
 
 
 def scaled(
@@ -132,7 +143,7 @@ def table(results: Results) -> str:
     groups = by_variant(results)
     rows = []
     for name, pieces in groups.items():
-        numbers = [cell(pieces, limit(which)) for which in WHICH]
+        numbers = limit_cells(pieces, WHICH)
         eps, trace = (
             cell(pieces, of, ".3g") for of in (lambda p: p["limit"]["loss_tolerance"], lambda p: p["trace"])
         )

@@ -13,9 +13,18 @@ from jaxlimit.baselines.masks import size
 from jaxlimit.baselines.network import kernels
 from jaxlimit.core.trees import partition
 from jaxlimit.experiments.experiment import Experiment, on_epoch
-from jaxlimit.experiments.study import Results, Study
+from jaxlimit.experiments.study import Study
 from jaxlimit.experiments.subject import Task, trace, values
-from jaxlimit.experiments.tables import by_variant, cell, curve, limit, markdown
+from jaxlimit.experiments.tables import (
+    Results,
+    by_variant,
+    cell,
+    curve,
+    limit,
+    limit_cells,
+    markdown,
+    threshold_cells,
+)
 from jaxlimit.geometry.differentiable import width_dimension
 from jaxlimit.spectrum.quadrature import rademacher
 from jaxlimit.training.classifier import train
@@ -39,7 +48,7 @@ class Flatness(NamedTuple):
     loss_tolerance: float
 
 
-def regularizer(
+def plan(
     study: Annotated[Study, arg(name="")] = Study(),
     *,
     sparsity: float = 0.8,
@@ -71,8 +80,7 @@ def regularizer(
     variants: dict[str, Any] = {"neither": None}
     variants |= {f"L1 {m * task.preset.l1:g}": m * task.preset.l1 for m in MULTIPLES}
     variants |= {f"flat {value:g}": [value, sparsity, loss_tolerance] for value in sorted({*weights})}
-    figures = {"regularizer.png": figure}
-    return study.experiment("regularizer", task, variants, _run, table, figures)
+    return study.experiment("regularizer", task, variants, _run, table, figure)
 
 
 def flat_loss(predict: Any, flatness: Flatness, key: jax.Array) -> Loss:
@@ -140,8 +148,8 @@ def table(results: Results) -> str:
         [
             name,
             cell(pieces, lambda p: p["accuracy"], ".1%"),
-            *(cell(pieces, limit(which)) for which in WHICH),
-            *(cell(pieces, lambda p, w=w: p["measured"][w]) for w in ("loss", "accuracy")),
+            *limit_cells(pieces, WHICH),
+            *threshold_cells(pieces),
             cell(pieces, lambda p: p["trace"], ".3g"),
             cell(pieces, lambda p: p["median"], ".4f"),
             cell(pieces, lambda p: p["norm"], ".1f"),
