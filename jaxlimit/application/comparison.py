@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxlimit.limits.roots import LIMITS
-from jaxlimit.plots.figures import TITLES
 from jaxlimit.reference.paper_code import ReferenceLimit
+from jaxlimit.training.losses import TITLES
 
 OPTIMISTIC = (
     "Gauss-Newton calls flat what is flat only to first order in the network: read its width, cone and "

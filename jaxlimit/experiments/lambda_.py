@@ -9,7 +9,7 @@ from tyro.conf import arg
 from jaxlimit import plots
 from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.study import Study, shown
-from jaxlimit.experiments.subject import LIMITS, Task, values
+from jaxlimit.experiments.subject import DEFAULT_LIMITS, Task, values
 from jaxlimit.experiments.tables import (
     Results,
     by_variant,
@@ -90,7 +90,7 @@ def _kept(results: Results, before: Callable[[Mapping[str, Any]], float]) -> str
     """For each limit, how many runs are cut there at most one point of test accuracy below `before`."""
     found = {
         name: [is_less(before(piece) - _accuracy(name)(piece), ACCURACY_LOSS) for piece in results.values()]
-        for name in LIMITS
+        for name in DEFAULT_LIMITS
     }
     return ", ".join(f"{name} {tally(kept)}" for name, kept in found.items())
 
@@ -100,7 +100,7 @@ def table(results: Results) -> str:
     rows = []
     for name, pieces in by_variant(results).items():
         row = [name, cell(pieces, lambda p: p["dense_accuracy"], ".1%")]
-        for which in LIMITS:
+        for which in DEFAULT_LIMITS:
             row += [cell(pieces, limit(which)), cell(pieces, _accuracy(which), ".1%")]
         row += [cell(pieces, lambda p: p["finetuned_accuracy"], ".1%")]
         rows.append([*row, *threshold_cells(pieces)])
@@ -118,7 +118,7 @@ def figure(results: Results) -> Any:
     """Limits and the accuracy that LOMP keeps there, against lambda."""
     groups = by_variant(results)
     x = range(len(groups))
-    limits = {name: curve(groups, x, limit(name)) for name in LIMITS}
+    limits = {name: curve(groups, x, limit(name)) for name in DEFAULT_LIMITS}
     accuracies = {name: curve(groups, x, lambda p, name=name: 100 * _accuracy(name)(p)) for name in limits}
     uncut = {"uncut": curve(groups, x, lambda p: 100 * p["dense_accuracy"])}
     measured = {"measured, 1 point less": curve(groups, x, lambda p: p["measured"]["accuracy"])}

@@ -10,7 +10,7 @@ from jaxlimit import plots
 from jaxlimit.core.trees import flatten, unflatten
 from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.study import Study
-from jaxlimit.experiments.subject import LIMITS, Task, values
+from jaxlimit.experiments.subject import DEFAULT_LIMITS, Task, values
 from jaxlimit.experiments.tables import (
     Results,
     by_variant,
@@ -62,11 +62,13 @@ def table(results: Results) -> str:
     rows = []
     for name, pieces in by_variant(results).items():
         measured = threshold_cells(pieces)
-        rows.append([name, *limit_cells(pieces, LIMITS), *measured])
-    text = markdown(["order", *LIMITS, "measured loss", "1 point less"], rows)
+        rows.append([name, *limit_cells(pieces, DEFAULT_LIMITS), *measured])
+    text = markdown(["order", *DEFAULT_LIMITS, "measured loss", "1 point less"], rows)
     groups = by_variant(results)
     pairs = list(zip(groups["magnitude"], groups["random"], strict=True))
-    below = {name: tally([is_less(limit(name)(b), limit(name)(a)) for a, b in pairs]) for name in LIMITS}
+    below = {
+        name: tally([is_less(limit(name)(b), limit(name)(a)) for a, b in pairs]) for name in DEFAULT_LIMITS
+    }
     lower = ", ".join(f"{name} {count}" for name, count in below.items())
     return f"{text}\nRuns whose limit is lower in random order: {lower}.\n"
 

@@ -35,7 +35,7 @@ from jaxlimit.training.losses import (
 )
 
 PyTree = Any
-LIMITS = ("one_shot", "width", "cone")
+DEFAULT_LIMITS = ("one_shot", "width", "cone")
 # Test examples of a step of its search: a tenth of those of CIFAR-10 and MNIST.
 PART = 1000
 
@@ -151,7 +151,7 @@ class Subject:
 
     def limit(
         self,
-        which: Sequence[str] = LIMITS,
+        which: Sequence[str] = DEFAULT_LIMITS,
         *,
         batches: Batches | None = None,
         loss_tolerance: float | None = None,

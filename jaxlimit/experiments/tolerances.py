@@ -9,7 +9,7 @@ from jaxlimit import plots
 from jaxlimit.core.batches import batched
 from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.study import Study
-from jaxlimit.experiments.subject import LIMITS, Task, values
+from jaxlimit.experiments.subject import DEFAULT_LIMITS, Task, values
 from jaxlimit.experiments.tables import (
     Results,
     by_variant,
@@ -72,11 +72,11 @@ def table(results: Results) -> str:
                 _title(name),
                 cell(pieces, lambda p: p["loss"], ".4f"),
                 cell(pieces, lambda p: p["limit"]["loss_tolerance"], ".4f"),
-                *limit_cells(pieces, LIMITS),
+                *limit_cells(pieces, DEFAULT_LIMITS),
                 *threshold_cells(pieces),
             ]
         )
-    text = markdown(["loss", "L", "eps", *LIMITS, "measured loss", "1 point less"], rows)
+    text = markdown(["loss", "L", "eps", *DEFAULT_LIMITS, "measured loss", "1 point less"], rows)
     groups = by_variant(results)
     near = {
         name: tally([is_less(abs(limit("one_shot")(p) - p["measured"]["loss"]), 0.02) for p in pieces])

@@ -7,7 +7,7 @@ from tyro.conf import arg
 from jaxlimit import plots
 from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.study import Study, shown
-from jaxlimit.experiments.subject import LIMITS, Task, values
+from jaxlimit.experiments.subject import DEFAULT_LIMITS, Task, values
 from jaxlimit.experiments.tables import Results, by_variant, cell, curve, limit, limit_cells, markdown
 
 # Shares of the epochs after which the limit is computed.
@@ -55,7 +55,7 @@ def table(results: Results) -> str:
     groups = by_variant(results)
     rows = []
     for pieces in groups.values():
-        numbers = limit_cells(pieces, LIMITS)
+        numbers = limit_cells(pieces, DEFAULT_LIMITS)
         rows.append(
             [
                 str(pieces[0]["epoch"]),
@@ -66,9 +66,9 @@ def table(results: Results) -> str:
                 cell(pieces, lambda p: p["test_accuracy"], ".1%"),
             ]
         )
-    text = markdown(["epoch", "loss", "eps", *LIMITS, "measured loss", "test accuracy"], rows)
+    text = markdown(["epoch", "loss", "eps", *DEFAULT_LIMITS, "measured loss", "test accuracy"], rows)
     last = max(piece["epoch"] for piece in results.values())
-    first = [f"{name} {_first_close(results, name)} of {last}" for name in LIMITS]
+    first = [f"{name} {_first_close(results, name)} of {last}" for name in DEFAULT_LIMITS]
     verdict = f"First epoch from which on every run stays within {CLOSE:g} of its last limit"
     return f"{text}\n{verdict}: {', '.join(first)}.\n"
 
@@ -89,7 +89,7 @@ def figure(results: Results) -> Any:
     """Limits, and the loss with its tolerance, against the epoch."""
     groups = by_variant(results)
     x = range(len(groups))
-    limits = {name: curve(groups, x, limit(name)) for name in LIMITS}
+    limits = {name: curve(groups, x, limit(name)) for name in DEFAULT_LIMITS}
     measured = {"measured, loss": curve(groups, x, lambda p: p["measured"]["loss"])}
     losses = {
         "training loss": curve(groups, x, lambda p: p["train_loss"]),

@@ -12,8 +12,9 @@ from jaxlimit.core.functions import pure_function
 from jaxlimit.curvature.makers import gauss_newton, hessian
 from jaxlimit.curvature.operator import Curvature
 
-# The two curvatures: the one that predicts, then the one that is cheap to resolve.
-CURVATURES = ("hessian", "gauss_newton")
+# The two curvatures, as tables and figures call them: the one that predicts, then the one that is cheap.
+TITLES = {"hessian": "Hessian |H|", "gauss_newton": "Gauss-Newton"}
+CURVATURES = tuple(TITLES)
 
 PyTree = Any
 Predict = Callable[[PyTree, jax.Array], jax.Array]
