@@ -2,8 +2,9 @@
 
     method(model, arrays, key, sparsities, settings) -> one SparseNetwork for each sparsity
 
-Every method keeps exactly D - floor(s D) weights of the kernels at sparsity s, says which layers keep none,
-and goes on to the same bits after it was killed, if it is given a folder.
+`lomp` says what these arguments are; the other methods say only what is different with them. Every method
+keeps exactly D - floor(s D) weights of the kernels at sparsity s, says which layers keep none, and goes on to
+the same bits after it was killed, if it is given a folder.
 """
 
 from jaxlimit.baselines.controls import dense, random_pruning

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from jaxlimit.baselines.masks import keep_all, kept_counts, random_mask, size
-from jaxlimit.baselines.network import SparseNetwork, kernels, stage
+from jaxlimit.baselines.network import SparseNetwork, kernels, subfolder
 from jaxlimit.training.recipe import Folder, Recipe, TrainingOptions
 
 # Of a key: the mask, as against the order of the examples.
@@ -26,25 +26,15 @@ def dense(
 ) -> tuple[SparseNetwork, ...]:
     """The network trained without any pruning: what the others are measured by.
 
-    Args:
-        model: as for `lomp`.
-        arrays: as for `lomp`.
-        key: as for `lomp`.
-        sparsities: only 0.
-        settings: of the training.
-        checkpoint: as for `lomp`.
-        options: see `TrainingOptions`.
-
-    Returns:
-        One network that keeps everything, for each 0 in sparsities.
+    Its arguments, result and errors are those of `lomp`, but every sparsity must be 0: the result is one
+    network that keeps everything, for each of them.
 
     Raises:
-        ValueError: another sparsity than 0; or as `train_model`.
-        FloatingPointError: training diverged.
+        ValueError: another sparsity than 0.
     """
     if any(sparsities) or not len(sparsities):
         raise ValueError(f"dense training has sparsity 0 only, got sparsities = {list(sparsities)}.")
-    trained = settings.train(model, arrays, key, checkpoint=stage(checkpoint, "dense"), **options)
+    trained = settings.train(model, arrays, key, checkpoint=subfolder(checkpoint, "dense"), **options)
     mask = keep_all(kernels(trained))
     return (SparseNetwork(trained, mask, (size(mask),)),) * len(sparsities)
 
@@ -64,21 +54,7 @@ def random_pruning(
     All choices of D - floor(s D) weights of the whole network are equally likely, so every layer is about as
     sparse as the network.
 
-    Args:
-        model: as for `lomp`.
-        arrays: as for `lomp`.
-        key: also of the masks.
-        sparsities: as for `lomp`.
-        settings: of the training.
-        checkpoint: as for `lomp`.
-        options: see `TrainingOptions`.
-
-    Returns:
-        As `lomp`.
-
-    Raises:
-        ValueError: as for `lomp`.
-        FloatingPointError: training diverged.
+    Its arguments, result and errors are those of `lomp`; the masks are drawn with the key, too.
 
     Examples:
         >>> from jaxlimit.models import FullyConnected
@@ -92,7 +68,7 @@ def random_pruning(
     weights, networks = kernels(model), []
     for num_kept in kept_counts(weights, sparsities):
         mask = random_mask(jax.random.fold_in(key, _MASK), weights, num_kept)
-        folder = stage(checkpoint, f"kept-{num_kept}")
+        folder = subfolder(checkpoint, f"kept-{num_kept}")
         trained = settings.train(model, arrays, key, mask=mask, checkpoint=folder, **options)
         networks.append(SparseNetwork(trained, mask, (size(weights), num_kept)))
     return tuple(networks)

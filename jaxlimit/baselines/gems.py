@@ -22,7 +22,7 @@ import optax
 from flax import nnx
 
 from jaxlimit.baselines.masks import keep_all, keep_largest, kept_counts, size
-from jaxlimit.baselines.network import SparseNetwork, bare, kernels, stage, with_params
+from jaxlimit.baselines.network import SparseNetwork, bare, kernels, subfolder, with_params
 from jaxlimit.core.checks import require_count, require_range
 from jaxlimit.core.trees import combine, partition
 from jaxlimit.training.classifier import PureClassifier, pure_classifier
@@ -131,7 +131,7 @@ def searchable(model: nnx.Module) -> nnx.Module:
 
 
 def score_objective(network: PureClassifier, l2: float) -> Callable[..., tuple[jax.Array, PyTree]]:
-    """What the search minimises, as `jaxlimit.descent.minimise` takes it.
+    """What the search minimises, as `jaxlimit.training.descent.minimise` takes it.
 
     Its parameters are the scores, its state (flags, weights, other parameters, state of the network).
     """
@@ -210,21 +210,8 @@ def rare_gems(
     The network has no biases and batch norm without scale and shift, as in the recipe; any other parameters
     stay at their start during the search.
 
-    Args:
-        model: as for `lomp`; only the signs of its weights matter.
-        arrays: as for `lomp`.
-        key: also of the scores.
-        sparsities: as for `lomp`.
-        settings: see `RareGems`.
-        checkpoint: as for `lomp`.
-        options: see `TrainingOptions`.
-
-    Returns:
-        As `lomp`, with `rounds` the flagged weights after every drop.
-
-    Raises:
-        ValueError: as for `lomp`.
-        FloatingPointError: training diverged.
+    Its arguments, result and errors are those of `lomp`. Only the signs of the model's weights
+    matter; the scores are drawn with the key, too; `rounds` are the flagged weights after every drop.
 
     Examples:
         >>> from jaxlimit.models import FullyConnected
@@ -239,11 +226,11 @@ def rare_gems(
     weights, networks = kernels(model), []
     for num_kept in kept_counts(weights, sparsities):
         search_key, train_key = jax.random.split(key)
-        folder = stage(checkpoint, f"kept-{num_kept}")
+        folder = subfolder(checkpoint, f"kept-{num_kept}")
         _, mask, _ = search(
-            model, arrays, search_key, num_kept, settings, checkpoint=stage(folder, "search"), **options
+            model, arrays, search_key, num_kept, settings, checkpoint=subfolder(folder, "search"), **options
         )
-        folder = stage(folder, "finetune")
+        folder = subfolder(folder, "finetune")
         trained = settings.finetune.train(model, arrays, train_key, mask=mask, checkpoint=folder, **options)
         flagged = flagged_counts(size(weights), num_kept, settings.num_drops)
         networks.append(SparseNetwork(trained, mask, tuple(flagged)))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlimit.baselines.masks import keep_all, keep_largest, kept_counts, size
-from jaxlimit.baselines.network import SparseNetwork, bare, kernels, stage
+from jaxlimit.baselines.network import SparseNetwork, bare, kernels, subfolder
 from jaxlimit.core.checks import require_range
 from jaxlimit.geometry.magnitude import num_removed
 from jaxlimit.training.recipe import Folder, Recipe, TrainingOptions
@@ -91,21 +91,10 @@ def iterative_pruning(
     Cost: a training for each of the log(1 - s) / log .8 rounds to the largest s, one more for each sparsity
     that is not that of a round, and the epochs up to w* a second time.
 
-    Args:
-        model: as for `lomp`.
-        arrays: as for `lomp`.
-        key: as for `lomp`.
-        sparsities: as for `lomp`.
-        settings: see `IterativePruning`.
-        checkpoint: as for `lomp`.
-        options: see `TrainingOptions`.
-
-    Returns:
-        As `lomp`, with `rounds` the survivors of every round.
+    Its arguments, result and errors are those of `lomp`; `rounds` are the survivors of every round.
 
     Raises:
-        ValueError: as for `lomp`; more rewind_steps than a training has.
-        FloatingPointError: training diverged.
+        ValueError: there are more rewind_steps than updates in a training.
 
     Examples:
         >>> from jaxlimit.models import FullyConnected
@@ -123,8 +112,8 @@ def iterative_pruning(
 
     model = bare(model, biases=True)
     first_key = jax.random.fold_in(key, 0)
-    start = rewound(model, arrays, first_key, settings, checkpoint=stage(checkpoint, "rewind"), **options)
-    trained = recipe.train(model, arrays, first_key, checkpoint=stage(checkpoint, "dense"), **options)
+    start = rewound(model, arrays, first_key, settings, checkpoint=subfolder(checkpoint, "rewind"), **options)
+    trained = recipe.train(model, arrays, first_key, checkpoint=subfolder(checkpoint, "dense"), **options)
     mask = keep_all(kernels(trained))
     dim = size(mask)
     networks = {dim: SparseNetwork(trained, mask, (dim,))}
@@ -132,7 +121,7 @@ def iterative_pruning(
         parent = networks[before]
         magnitudes = jax.tree.map(jnp.abs, kernels(parent.model))
         mask = keep_largest(magnitudes, after, alive=parent.mask)
-        round_key, folder = jax.random.fold_in(key, number), stage(checkpoint, f"kept-{after}")
+        round_key, folder = jax.random.fold_in(key, number), subfolder(checkpoint, f"kept-{after}")
         trained = recipe.train(start, arrays, round_key, mask=mask, checkpoint=folder, **options)
         networks[after] = SparseNetwork(trained, mask, (*parent.rounds, after))
     return tuple(networks[count] for count in kept)

@@ -12,12 +12,12 @@ import jax
 from flax import nnx
 
 from jaxlimit.baselines.masks import kept_counts
-from jaxlimit.baselines.network import SparseNetwork, cut, kernels, stage
+from jaxlimit.baselines.network import SparseNetwork, cut, kernels, subfolder
 from jaxlimit.geometry.magnitude import magnitude_mask
 from jaxlimit.training.recipe import Folder, Recipe, TrainingOptions
 
 LOMP = Recipe(epochs=200, learning_rate=0.01, schedule="constant", weight_decay=0.0, l1=5e-5)
-"""The paper's code for FC5 and FC12 on CIFAR-10; those for other networks are in `jaxlimit.presets`."""
+"""The recipe of the paper's code for FC5 and FC12 on CIFAR-10; `jaxlimit presets` lists those for others."""
 
 
 def lomp(
@@ -46,7 +46,8 @@ def lomp(
         A network for each sparsity, in their order, with exactly D - floor(s D) weights.
 
     Raises:
-        ValueError: as `kept_counts` and `train_model`.
+        ValueError: a sparsity is outside [0, 1) or leaves no weight; the model or the data are refused by
+            `jaxlimit.training.train_model`.
         FloatingPointError: training diverged.
 
     Examples:
@@ -59,6 +60,6 @@ def lomp(
         (8, [0, 1, 2, 3])
     """
     kept_counts(kernels(model), sparsities)
-    trained = settings.train(model, arrays, key, checkpoint=stage(checkpoint, "dense"), **options)
+    trained = settings.train(model, arrays, key, checkpoint=subfolder(checkpoint, "dense"), **options)
     weights = kernels(trained)
     return tuple(cut(trained, magnitude_mask(weights, sparsity)) for sparsity in sparsities)

@@ -112,6 +112,6 @@ def bare(model: Model, *, biases: bool) -> Model:
     return model
 
 
-def stage(checkpoint: Folder, name: str) -> Path | None:
-    """The folder of one of the trainings of a method."""
+def subfolder(checkpoint: Folder, name: str) -> Path | None:
+    """A folder within a checkpoint's for one of several trainings; None where nothing is kept."""
     return None if checkpoint is None else Path(checkpoint) / name

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from jaxlimit.baselines.masks import keep_largest, kept_counts, random_mask, size
-from jaxlimit.baselines.network import SparseNetwork, kernels, stage
+from jaxlimit.baselines.network import SparseNetwork, kernels, subfolder
 from jaxlimit.core.checks import require_range
 from jaxlimit.training.recipe import Folder, Recipe, TrainingOptions
 
@@ -161,21 +161,11 @@ def smart_ratio(
 
     Cost: a training for each sparsity; for hybrid tickets one more.
 
-    Args:
-        model: as for `lomp`. Kernels of two dimensions are dense layers, all others convolutions.
-        arrays: as for `lomp`.
-        key: also of the masks.
-        sparsities: as for `lomp`.
-        settings: see `SmartRatio`.
-        checkpoint: as for `lomp`.
-        options: see `TrainingOptions`.
-
-    Returns:
-        As `lomp`.
+    Its arguments, result and errors are those of `lomp`. Kernels of two dimensions are dense layers, all
+    others convolutions. The masks are drawn with the key, too.
 
     Raises:
-        ValueError: as for `lomp`; before any training, a sparsity that `ratio_counts` refuses.
-        FloatingPointError: training diverged.
+        ValueError: before any training, a sparsity that `ratio_counts` refuses.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -193,13 +183,13 @@ def smart_ratio(
     mask_key, train_key = jax.random.split(key)
     recipe = settings.recipe
     if settings.hybrid:
-        folder = stage(checkpoint, "dense")
+        folder = subfolder(checkpoint, "dense")
         model = recipe.train(model, arrays, jax.random.fold_in(train_key, 1), checkpoint=folder, **options)
         weights = kernels(model)
     networks = []
     for total, layers in zip(num_kept, counts, strict=True):
         mask = layer_masks(weights, layers, None if settings.hybrid else mask_key)
-        folder = stage(checkpoint, f"kept-{total}")
+        folder = subfolder(checkpoint, f"kept-{total}")
         trained = recipe.train(model, arrays, train_key, mask=mask, checkpoint=folder, **options)
         networks.append(SparseNetwork(trained, mask, (size(weights), total)))
     return tuple(networks)

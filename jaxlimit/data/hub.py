@@ -56,17 +56,11 @@ def load_hub(
     """
     opened = _open(name, config, revision)
     name = "hub" if isinstance(name, dict) else os.fspath(name)
-    empty = [split for split in splits if split not in opened or len(opened[split]) == 0]
-    if empty:
-        found = ", ".join(f"{split} ({len(part)})" for split, part in opened.items())
-        raise ValueError(f"{name} has no examples in split {', '.join(empty)}; splits there are: {found}")
-    train, test = (opened[split].with_format(None) for split in splits)
+    train, test = _read_splits(opened, splits, name)
     train_where, test_where = (f"{name}, split {split!r}" for split in splits)
 
     train_labels, test_labels = _read_labels(train, label, train_where), _read_labels(test, label, test_where)
-    names, test_names = (getattr(split.features[label], "names", None) for split in (train, test))
-    if names != test_names:
-        raise ValueError(f"{name}: the splits name their classes differently: {names} and {test_names}")
+    names = _class_names(train, test, label, name)
     num_classes = len(names) if names else int(max(train_labels.max(), test_labels.max())) + 1
 
     train_images = _read_images(train, image, train_where)
@@ -99,6 +93,28 @@ def _open(
     if (Path(name) / "dataset_dict.json").is_file():
         return datasets.DatasetDict.load_from_disk(name)
     return datasets.load_dataset(os.fspath(name), config, revision=revision)
+
+
+def _read_splits(
+    opened: "datasets.DatasetDict", splits: tuple[str, str], name: str
+) -> tuple["datasets.Dataset", "datasets.Dataset"]:
+    """The training and the test split, neither of them empty."""
+    empty = [split for split in splits if split not in opened or len(opened[split]) == 0]
+    if empty:
+        found = ", ".join(f"{split} ({len(part)})" for split, part in opened.items())
+        raise ValueError(f"{name} has no examples in split {', '.join(empty)}; splits there are: {found}")
+    train, test = (opened[split].with_format(None) for split in splits)
+    return train, test
+
+
+def _class_names(
+    train: "datasets.Dataset", test: "datasets.Dataset", label: str, name: str
+) -> list[str] | None:
+    """The names of the classes, the same in both splits; None for labels that are bare integers."""
+    names, test_names = (getattr(split.features[label], "names", None) for split in (train, test))
+    if names != test_names:
+        raise ValueError(f"{name}: the splits name their classes differently: {names} and {test_names}")
+    return names
 
 
 def _feature(part: "datasets.Dataset", column: str, where: str) -> Any:

@@ -11,7 +11,7 @@ from jaxlimit import baselines, plots
 from jaxlimit.application.presets import build_network
 from jaxlimit.baselines.gems import recipe_l2, search, searchable, straight_through
 from jaxlimit.baselines.masks import kept_counts
-from jaxlimit.baselines.network import kernels, stage
+from jaxlimit.baselines.network import kernels, subfolder
 from jaxlimit.core.trees import combine, flatten, partition
 from jaxlimit.experiments.experiment import Experiment, on_epoch
 from jaxlimit.experiments.methods import CIFAR10, settings_of
@@ -77,7 +77,7 @@ def _run(task: Task, seed: int, variant: Any) -> dict[str, Any]:
         key,
         [sparsity],
         settings,
-        checkpoint=stage(task.checkpoint, "gems"),
+        checkpoint=subfolder(task.checkpoint, "gems"),
         augment=task.preset.augmentation(),
         on_epoch=on_epoch(task.note),
     )
@@ -108,7 +108,7 @@ def score_subject(task: Task, model: Any, seed: int, sparsity: float, settings: 
         jax.random.key(seed),
         kept,
         settings,
-        checkpoint=stage(task.checkpoint, "scores"),
+        checkpoint=subfolder(task.checkpoint, "scores"),
         augment=task.preset.augmentation(),
         on_epoch=on_epoch(task.note),
     )

@@ -12,7 +12,7 @@ from tyro.conf import arg
 
 from jaxlimit import baselines, plots
 from jaxlimit.application.presets import build_network
-from jaxlimit.baselines.network import SparseNetwork, stage
+from jaxlimit.baselines.network import SparseNetwork, subfolder
 from jaxlimit.core.trees import combine, flatten, partition
 from jaxlimit.experiments.experiment import Experiment, on_epoch
 from jaxlimit.experiments.methods import settings_of
@@ -104,7 +104,7 @@ def _round(task: Task, network: SparseNetwork, seed: int, number: int) -> dict[s
     whole = task.subject(network.model, seed)
     predict, kept = survivors(network.predict, network.params, network.mask)
     probes = None if network.num_kept <= SMALL else whole.num_probes
-    checkpoint = stage(task.checkpoint, f"limit-{number}")
+    checkpoint = subfolder(task.checkpoint, f"limit-{number}")
     subject = replace(whole, predict=predict, params=kept, num_probes=probes, checkpoint=checkpoint)
     found = values(subject.limit(WHICH))
     density = 1 - network.sparsity

@@ -89,7 +89,9 @@ def flat_loss(predict: Any, flatness: Flatness, key: jax.Array) -> Loss:
 
     def regularized(params: PyTree, batch: PyTree) -> jax.Array:
         images, labels = batch
-        # The examples of a batch change with the epoch, and so does a number made of them.
+        # `train` takes a loss without a key, so the probe comes from the examples of the batch, which change
+        # with the epoch. An objective of `minimise` would be given a key, but would draw other probes than
+        # those that the committed results rest on.
         total = jnp.sum(images.reshape(len(labels), -1) * (1 + labels[:, None]), dtype=jnp.float32)
         number = jax.lax.bitcast_convert_type(total, jnp.uint32)
         probe = rademacher(jax.random.fold_in(key, number), partition(params)[0], 1)

@@ -17,7 +17,7 @@ from flax import nnx
 from numpy.typing import ArrayLike
 
 from jaxlimit.application.presets import Arrays, Preset, build_network
-from jaxlimit.baselines.network import stage
+from jaxlimit.baselines.network import subfolder
 from jaxlimit.core.batches import Batches, batched
 from jaxlimit.core.trees import partition
 from jaxlimit.curvature.operator import Curvature
@@ -87,7 +87,7 @@ class Task:
                 epochs=epochs,
                 augment=preset.augmentation(),
                 on_epoch=on_epoch(self.note),
-                checkpoint=stage(self.networks, name),
+                checkpoint=subfolder(self.networks, name),
             )
         return self.subject(model, seed)
 
@@ -97,7 +97,9 @@ class Task:
         size = self.preset.batch_size
         batches, test = batched(first, size), batched(self.test, size)
         numbers = seed, self.num_probes, self.max_matvecs
-        return Subject(*from_nnx(model), batches, test, *numbers, self.note, stage(self.checkpoint, "limit"))
+        return Subject(
+            *from_nnx(model), batches, test, *numbers, self.note, subfolder(self.checkpoint, "limit")
+        )
 
 
 @dataclass(frozen=True)
