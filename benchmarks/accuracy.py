@@ -16,7 +16,6 @@ stays as it is in results/accuracy.json.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -34,7 +33,6 @@ from scipy.linalg import eigh
 
 import jaxlimit
 from jaxlimit import data, models, training
-from jaxlimit.application import run_folder
 from jaxlimit.core import trees
 from jaxlimit.geometry import magnitude
 from jaxlimit.geometry.dimensions import fixed_point, width_ridge
@@ -573,8 +571,7 @@ def main() -> None:
         for part, collect in COLLECT.items()
     }
     if "table" in arguments.parts:
-        path = common.RESULTS / "accuracy.json"
-        before = json.loads(path.read_text()) if path.exists() else {}
+        before = common.read_document("accuracy")
         found["estimators"] = {name: comparison() for name, comparison in found.pop("runs").items()}
         document = {"command": "python benchmarks/accuracy.py --work DIR", "tolerance": TOLERANCE}
         document |= common.environment()
@@ -582,9 +579,8 @@ def main() -> None:
             document[part] = results or before.get(part, [])
             if isinstance(results, dict):
                 document[part] = {**before.get(part, {}), **results}
-        run_folder.write_json(path, document)
-        run_folder.write_atomic(common.RESULTS / "accuracy.md", markdown(document))
-        print(markdown(document))
+        common.write_document("accuracy", document)
+        common.write_table("accuracy", markdown(document))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What benchmarks share: where results go, the machine, the clock, steps that are done once, thresholds."""
 
+import json
 import os
 import platform
 import resource
@@ -118,12 +119,28 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def write(name: str, document: Mapping[str, Any], table: str) -> None:
-    """Results as results/NAME.json and NAME.md, with the machine; the table on the screen."""
-    whole = {"format": run_folder.FORMAT, **document, "environment": environment()}
-    run_folder.write_json(RESULTS / f"{name}.json", whole)
+def write(name: str, document: Mapping[str, Any], table: str | None = None) -> None:
+    """Results as results/NAME.json, with the machine, and as NAME.md if there is a table."""
+    write_document(name, {**document, "environment": environment()})
+    if table is not None:
+        write_table(name, table)
+
+
+def write_document(name: str, document: Mapping[str, Any]) -> None:
+    """Results as results/NAME.json, as they are."""
+    run_folder.write_json(RESULTS / f"{name}.json", {"format": run_folder.FORMAT, **document})
+
+
+def write_table(name: str, table: str) -> None:
+    """A table as results/NAME.md and on the screen."""
     run_folder.write_atomic(RESULTS / f"{name}.md", table)
     print(table, end="", flush=True)
+
+
+def read_document(name: str) -> dict[str, Any]:
+    """What results/NAME.json holds; empty if it is not there."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def step(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from flax import nnx
 
 import jaxlimit
 from jaxlimit import data, models, training
-from jaxlimit.application import run_folder
 
 NAME = "kills"
 
@@ -136,8 +135,7 @@ def main() -> None:
         return
     found = experiment(options.kills, options.seed, tuple(options.work))
     command = f"python benchmarks/kills.py --kills {options.kills} --seed {options.seed}"
-    document = {"format": run_folder.FORMAT, "command": command, **found, "environment": common.environment()}
-    run_folder.write_json(common.RESULTS / f"{NAME}.json", document)
+    common.write(NAME, {"command": command, **found})
     print(f"{found['kills']} kills in {found['runs']} runs: every result the same, to the bit.")
 
 

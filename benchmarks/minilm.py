@@ -34,7 +34,6 @@ from numpy.typing import NDArray
 
 import jaxlimit
 from jaxlimit import models
-from jaxlimit.application import run_folder
 from jaxlimit.baselines.masks import layer_counts
 from jaxlimit.core.trees import partition
 from jaxlimit.limits import allocation
@@ -290,7 +289,6 @@ def main() -> None:
         work / "encoder" / "limits.json", lambda: problem.existence(work / "encoder" / "0.99")
     )
     document = {
-        "format": run_folder.FORMAT,
         "command": COMMAND,
         "num_sentences": len(problem.tokens),
         "num_others": len(problem.other_tokens),
@@ -299,12 +297,10 @@ def main() -> None:
         "groups": groups,
         "encoder": limits,
         "allocation": shared,
-        "environment": common.environment(),
     }
-    run_folder.write_json(common.RESULTS / f"{NAME}.json", document)
+    common.write(NAME, document)
     for name, table in zip((NAME, f"{NAME}_allocation"), tables(document), strict=True):
-        run_folder.write_atomic(common.RESULTS / f"{name}.md", table)
-        print(table, flush=True)
+        common.write_table(name, table)
     plot(document)
 
 

@@ -41,7 +41,7 @@ from scipy.optimize import minimize
 
 import jaxlimit
 from jaxlimit import geometry, plots, training
-from jaxlimit.application import presets, run_folder
+from jaxlimit.application import presets
 from jaxlimit.core.trees import combine, flatten, partition
 from jaxlimit.geometry.magnitude import MagnitudeOrder, magnitude_order, num_removed
 from jaxlimit.models import from_nnx
@@ -51,7 +51,7 @@ Array = NDArray[np.float64]
 ValueAndGradient = Callable[[Array], tuple[float, Array]]
 
 COMMAND = "python benchmarks/phase_transition.py"
-RESULT = common.RESULTS / "phase_transition.json"
+NAME = "phase_transition"
 FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "phase_transition.png"
 ETA = 0.05  # of the transition window
 NUM_STEPS = 300  # of L-BFGS; the checks double them
@@ -529,12 +529,11 @@ def main() -> None:
         return
     seconds = round(time.process_time())
     document = {
-        "format": run_folder.FORMAT,
         "command": COMMAND,
         **common.environment(),
         "cpu_seconds": seconds,
     }
-    run_folder.write_json(RESULT, {**document, "networks": results})
+    common.write_document(NAME, {**document, "networks": results})
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
     draw(results).savefig(FIGURE)
 

@@ -307,7 +307,7 @@ def collect(work: Path) -> dict[str, Any]:
             environments += [part["environment"] for part in found.values()]
             rows.append(row(case, found))
     distinct = [found for i, found in enumerate(environments) if found not in environments[:i]]
-    return {"format": run_folder.FORMAT, "command": COMMAND, "environments": distinct, "cases": rows}
+    return {"command": COMMAND, "environments": distinct, "cases": rows}
 
 
 def row(case: Case, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -368,10 +368,9 @@ def _value(case: Mapping[str, Any], path: Sequence[str]) -> float | None:
 def write_table(work: Path) -> None:
     """The stage `table`."""
     document = collect(work)
-    run_folder.write_json(common.RESULTS / f"{NAME}.json", document)
+    common.write_document(NAME, document)
     tables = [markdown_table(document, columns) for columns in (PRUNED, FINETUNED)]
-    run_folder.write_atomic(common.RESULTS / f"{NAME}.md", "\n".join(tables))
-    print("\n".join(tables), end="", flush=True)
+    common.write_table(NAME, "\n".join(tables))
 
 
 def select(names: Sequence[str], work: Path) -> list[Case]:

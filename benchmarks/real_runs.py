@@ -9,7 +9,6 @@ $JAXLIMIT_DATA. An interrupted run goes on where it was.
 
 import argparse
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,7 @@ def perform(name: str, folder: Path) -> None:
     if code:
         raise SystemExit(code)
     document = run_folder.read_json(folder / run_folder.LIMIT) | {"command": f"jaxlimit {RUNS[name]}"}
-    run_folder.write_json(common.RESULTS / f"{name}.json", document)
+    common.write_document(name, document)
     shutil.copyfile(folder / run_folder.FIGURES / "loss.png", common.FIGURES / f"{name}.png")
 
 
@@ -88,11 +87,8 @@ def main() -> None:
     options = parser.parse_args()
     for name in options.runs:
         perform(name, options.work / name)
-    paths = {name: common.RESULTS / f"{name}.json" for name in RUNS}
-    documents = {name: run_folder.read_json(path) for name, path in paths.items() if path.exists()}
-    table = markdown_table(documents)
-    run_folder.write_atomic(common.RESULTS / f"{NAME}.md", table)
-    sys.stdout.write(table)
+    documents = {name: document for name in RUNS if (document := common.read_document(name))}
+    common.write_table(NAME, markdown_table(documents))
 
 
 if __name__ == "__main__":
