@@ -34,7 +34,7 @@ SPARSITIES = [0.75]
 KEPT = [13]  # of 50
 
 
-class Normalized(nnx.Module):
+class NormalizedHidden(nnx.Module):
     """Batch norm between two dense layers: 4 * 5 + 5 * 6 = 50 weights."""
 
     def __init__(self, rngs):
@@ -51,7 +51,7 @@ def run(name, sparsities=None, **options):
     random = np.random.default_rng(0)
     arrays = random.normal(size=(24, 4)).astype(np.float32), random.integers(0, 6, 24)
     asked = sparsities or ([0.0] if name == "dense" else SPARSITIES)
-    return method(Normalized(nnx.Rngs(0)), arrays, jax.random.key(0), asked, settings, **options)
+    return method(NormalizedHidden(nnx.Rngs(0)), arrays, jax.random.key(0), asked, settings, **options)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_a_layer_that_keeps_nothing_is_reported():
 
 
 def test_networks_without_affine_parameters_are_normalised_all_the_same():
-    model = Normalized(nnx.Rngs(0))
+    model = NormalizedHidden(nnx.Rngs(0))
     names = traverse_util.flatten_dict(models.from_nnx(bare(model, biases=True))[1], sep=".").keys()
     assert names == {"first.kernel", "first.bias", "last.kernel", "last.bias"}
     stripped = bare(model, biases=False)

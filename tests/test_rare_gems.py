@@ -137,7 +137,7 @@ def test_the_search_is_the_recipe_in_numpy():
     assert found.sum() == num_kept
 
 
-class Normalized(nnx.Module):
+class NormalizedOutputs(nnx.Module):
     """A dense layer and batch norm."""
 
     def __init__(self, rngs):
@@ -150,7 +150,7 @@ class Normalized(nnx.Module):
 
 def test_the_model_has_the_running_statistics_of_its_scores():
     """With scores that stay as they are, and one batch, these are its mean and variance."""
-    (inputs, labels), model = examples(), Normalized(nnx.Rngs(0))
+    (inputs, labels), model = examples(), NormalizedOutputs(nnx.Rngs(0))
     settings = RareGems(epochs=30, batch_size=11, learning_rate=1e-12, l2=0.0, drop_every=30)
     scores, _, found = search(model, (inputs, labels), jax.random.key(0), 6, settings)
     weights = np.asarray(kernels(model)["dense"]["kernel"])

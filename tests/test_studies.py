@@ -53,13 +53,17 @@ OPTIONS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+
+
 def test_every_experiment_is_run_here():
     assert {"compare", *OPTIONS} == EXPERIMENTS.keys()
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS.items())
-def test_an_experiment_writes_results_table_and_figures(name, options, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+def test_an_experiment_writes_results_table_and_figures(name, options, tmp_path, capsys):
     args = ["experiment", name, "tiny", *SMALL, *options, "--out", str(tmp_path / name)]
     assert main(args) == 0
     document = json.loads((tmp_path / name / "results.json").read_text())
@@ -78,8 +82,7 @@ def test_an_experiment_writes_results_table_and_figures(name, options, tmp_path,
     assert table in capsys.readouterr().out
 
 
-def test_a_factor_of_one_is_the_trained_network(tmp_path, monkeypatch):
-    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+def test_a_factor_of_one_is_the_trained_network(tmp_path):
     folder = tmp_path / "scaling"
     args = ["experiment", "scaling", "tiny", *SMALL, "--factors", "1", "2", "--out", str(folder)]
     assert main(args) == 0
@@ -89,8 +92,7 @@ def test_a_factor_of_one_is_the_trained_network(tmp_path, monkeypatch):
     assert f"| held times 2 | - | {held[1]:.3f} |" in (folder / "table.md").read_text()
 
 
-def test_a_limit_that_was_not_computed_is_not_predicted(tmp_path, monkeypatch):
-    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+def test_a_limit_that_was_not_computed_is_not_predicted(tmp_path):
     args = ["experiment", "training", "tiny", *SMALL, "--max-matvecs", "16", "--at", "0"]
     assert main([*args, "--out", str(tmp_path / "training")]) == 0
     assert "one_shot - of 2," in (tmp_path / "training" / "table.md").read_text()
@@ -98,7 +100,6 @@ def test_a_limit_that_was_not_computed_is_not_predicted(tmp_path, monkeypatch):
 
 def test_scores_that_are_all_off_have_no_limit(tmp_path, monkeypatch):
     """The accuracy is measured all the same."""
-    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
     monkeypatch.setattr(gems, "recipe_l2", lambda density: 1e3)
     folder = tmp_path / "gems"
     assert main(["experiment", "gems", "tiny", *SMALL, *OPTIONS["gems"], "--out", str(folder)]) == 0
@@ -130,8 +131,7 @@ def test_scores_are_asked_about_with_the_running_statistics_of_their_search():
     assert found.statistics.mean == pytest.approx(float(wanted), rel=1e-4)
 
 
-def test_too_few_products_are_mentioned_below_the_table(tmp_path, monkeypatch):
-    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+def test_too_few_products_are_mentioned_below_the_table(tmp_path):
     args = [
         "experiment",
         "order",
@@ -368,8 +368,7 @@ def test_thresholds_are_those_of_the_whole_sweep(monkeypatch):
     assert network.thresholds() == wanted
 
 
-def test_experiments_that_share_networks_train_each_once(tmp_path, monkeypatch):
-    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+def test_experiments_that_share_networks_train_each_once(tmp_path):
 
     def run(name, out, *options):
         args = ["experiment", name, "tiny", *SMALL, "--out", str(tmp_path / out), *options]
@@ -387,8 +386,7 @@ def test_experiments_that_share_networks_train_each_once(tmp_path, monkeypatch):
     assert again == alone
 
 
-def test_a_limit_that_was_interrupted_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+def test_a_limit_that_was_interrupted_goes_on(tmp_path):
 
     def found(folder, last):
         at = []
@@ -410,9 +408,8 @@ def test_a_limit_that_was_interrupted_goes_on(tmp_path, monkeypatch):
     assert gone_on == whole
 
 
-def test_networks_are_kept_with_the_results(tmp_path, monkeypatch):
+def test_networks_are_kept_with_the_results(tmp_path):
     """The two orders of weights ask about one network: it is trained once."""
-    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
     assert main(["experiment", "order", "tiny", *SMALL, "--out", str(tmp_path / "out")]) == 0
     assert [path.name for path in (tmp_path / "out" / "networks").iterdir()] == [
         "tiny-l1-0.0005-epoch-2-of-2-seed0"

@@ -14,7 +14,7 @@ from jaxlimit.baselines.masks import kept_counts
 from jaxlimit.baselines.network import kernels
 from jaxlimit.baselines.ratios import layer_sizes
 from jaxlimit.core.batches import batched
-from jaxlimit.experiments.experiment import Experiment, on_epoch
+from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.methods import METHODS, settings_of
 from jaxlimit.experiments.study import Trainings, shown
 from jaxlimit.experiments.subject import Task
@@ -90,8 +90,7 @@ def _run(sparsities: Sequence[float], task: Task, seed: int, name: str, settings
             asked,
             settings,
             checkpoint=task.checkpoint,
-            augment=task.preset.augmentation(),
-            on_epoch=on_epoch(task.note),
+            **task.training_options(),
         )
     except FloatingPointError as error:  # a result, too
         return {"diverged": str(error), "networks": []}

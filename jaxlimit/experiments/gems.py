@@ -13,7 +13,7 @@ from jaxlimit.baselines.gems import recipe_l2, search, searchable, straight_thro
 from jaxlimit.baselines.masks import kept_counts
 from jaxlimit.baselines.network import kernels, subfolder
 from jaxlimit.core.trees import combine, flatten, partition
-from jaxlimit.experiments.experiment import Experiment, on_epoch
+from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.methods import CIFAR10, settings_of
 from jaxlimit.experiments.study import Study
 from jaxlimit.experiments.subject import Subject, Task, trace, values
@@ -78,8 +78,7 @@ def _run(task: Task, seed: int, variant: Any) -> dict[str, Any]:
         [sparsity],
         settings,
         checkpoint=subfolder(task.checkpoint, "gems"),
-        augment=task.preset.augmentation(),
-        on_epoch=on_epoch(task.note),
+        **task.training_options(),
     )
     subject = score_subject(task, model, seed, sparsity, settings)
     resolution = np.finfo(np.float32).eps * subject.statistics.mean
@@ -109,8 +108,7 @@ def score_subject(task: Task, model: Any, seed: int, sparsity: float, settings: 
         kept,
         settings,
         checkpoint=subfolder(task.checkpoint, "scores"),
-        augment=task.preset.augmentation(),
-        on_epoch=on_epoch(task.note),
+        **task.training_options(),
     )
     predict, params = from_nnx(model)
     weights, rest = partition(params)

@@ -14,7 +14,7 @@ from jaxlimit import baselines, plots
 from jaxlimit.application.presets import build_network
 from jaxlimit.baselines.network import SparseNetwork, subfolder
 from jaxlimit.core.trees import combine, flatten, partition
-from jaxlimit.experiments.experiment import Experiment, on_epoch
+from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.methods import settings_of
 from jaxlimit.experiments.study import Study, shown
 from jaxlimit.experiments.subject import Task, values
@@ -94,8 +94,7 @@ def _run(task: Task, seed: int, variant: Any) -> dict[str, Any]:
         [1 - (1 - settings.removed_share) ** number for number in range(variant["rounds"] + 1)],
         settings,
         checkpoint=task.checkpoint,
-        augment=task.preset.augmentation(),
-        on_epoch=on_epoch(task.note),
+        **task.training_options(),
     )
     return {"rounds": [_round(task, network, seed, number) for number, network in enumerate(networks)]}
 

@@ -33,6 +33,7 @@ from jaxlimit.training.losses import (
     classification_loss,
     classification_metrics,
 )
+from jaxlimit.training.recipe import TrainingOptions
 
 PyTree = Any
 DEFAULT_LIMITS = ("one_shot", "width", "cone")
@@ -85,11 +86,14 @@ class Task:
                 self.train,
                 jax.random.fold_in(jax.random.key(seed), 0),
                 epochs=epochs,
-                augment=preset.augmentation(),
-                on_epoch=on_epoch(self.note),
                 checkpoint=subfolder(self.networks, name),
+                **self.training_options(),
             )
         return self.subject(model, seed)
+
+    def training_options(self) -> TrainingOptions:
+        """What every training of the preset's data is given."""
+        return {"augment": self.preset.augmentation(), "on_epoch": on_epoch(self.note)}
 
     def subject(self, model: nnx.Module, seed: int) -> "Subject":
         """A network with what is asked about it."""

@@ -99,18 +99,7 @@ def fc2(in_features: int, num_classes: int = 10, *, rngs: nnx.Rngs) -> FullyConn
 def fc5(in_features: int, num_classes: int = 10, *, rngs: nnx.Rngs) -> FullyConnected:
     """FC5 of the paper: in-1000-600-300-100-10.
 
-    On 3072 inputs: 3,883,000 kernel weights, 3,885,010 parameters.
-
-    Args:
-        in_features: number of inputs; 3072 for CIFAR-10, 784 for MNIST.
-        num_classes: number of logits; 10, the classes of both.
-        rngs: random keys for the kernels.
-
-    Returns:
-        The network at its random start.
-
-    Raises:
-        ValueError: if a width is below 1.
+    On 3072 inputs: 3,883,000 kernel weights, 3,885,010 parameters. Arguments and errors as for `fc2`.
 
     Examples:
         >>> fc5(3072, rngs=nnx.Rngs(0)).widths
@@ -122,7 +111,7 @@ def fc5(in_features: int, num_classes: int = 10, *, rngs: nnx.Rngs) -> FullyConn
 def fc12(in_features: int, num_classes: int = 10, *, rngs: nnx.Rngs) -> FullyConnected:
     """FC12 of the paper: in-1000-900-800-750-700-650-600-500-400-200-100-10.
 
-    On 3072 inputs: 7,263,000 kernel weights, 7,269,610 parameters. Arguments and errors as for `fc5`.
+    On 3072 inputs: 7,263,000 kernel weights, 7,269,610 parameters. Arguments and errors as for `fc2`.
 
     Examples:
         >>> len(nnx.eval_shape(lambda: fc12(64, rngs=nnx.Rngs(0))).layers)
@@ -134,7 +123,7 @@ def fc12(in_features: int, num_classes: int = 10, *, rngs: nnx.Rngs) -> FullyCon
 def fc13(in_features: int, num_classes: int = 10, *, rngs: nnx.Rngs) -> FullyConnected:
     """FC13 of the paper's code: FC12 with a layer of 250 before that of 200.
 
-    On 3072 inputs: 7,333,000 kernel weights, 7,339,860 parameters. Arguments and errors as for `fc5`.
+    On 3072 inputs: 7,333,000 kernel weights, 7,339,860 parameters. Arguments and errors as for `fc2`.
 
     Examples:
         >>> len(nnx.eval_shape(lambda: fc13(64, rngs=nnx.Rngs(0))).layers)

@@ -63,19 +63,22 @@ def read_safetensors(path: Path) -> State:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing.")
+    _require_file(path)
     try:
         return load(path.read_bytes())
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing.")
+
+
 def _read(path: Path) -> State:
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing.")
+    _require_file(path)
     if path.suffix == ".npz":
         try:
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
