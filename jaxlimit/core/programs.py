@@ -97,8 +97,8 @@ class Program:
 
     def _lower(self, args: tuple[PyTree, ...], leaves: list, structure: Any) -> tuple:
         trace = _trace(self._fn, structure, leaves)
-        # A copy of what the host may change.
-        consts = [x if isinstance(x, jax.Array) else jax.device_put(np.array(x)) for x in trace.jaxpr.consts]
+        with jax.ensure_compile_time_eval():  # arrays, also where JAX traces something
+            consts = [x if isinstance(x, jax.Array) else _copy(x) for x in trace.jaxpr.consts]
         num_donated = len(jax.tree.leaves(args[0])) if self._donate_first else 0
         donated = tuple(range(len(consts), len(consts) + num_donated))
         run = jax.jit(_without_consts(trace.jaxpr), donate_argnums=donated, keep_unused=True)
@@ -113,7 +113,8 @@ def _shared_program(lowered: jax.stages.Lowered, jaxpr: ClosedJaxpr, args: list)
     """The compiled program of a lowered one: one with the same text, types and devices, or a new one."""
     text, devices = lowered.as_text(), getattr(lowered._lowering, "_device_list", None)
     const_args = getattr(lowered._lowering, "const_args", None)
-    if jaxpr.effects or devices is None or const_args != [] or any(s in text for s in NOT_IN_THE_TEXT):
+    whole = devices is not None and const_args is not None and len(const_args) == 0
+    if not whole or jaxpr.effects or any(mark in text for mark in NOT_IN_THE_TEXT):
         return lowered.compile()
     types = tuple(map(str, (jaxpr.out_avals, [jax.typeof(x) for x in args], lowered.donate_argnums)))
     digest = hashlib.sha256(text.encode()).digest()
@@ -145,6 +146,11 @@ def _without_consts(jaxpr: ClosedJaxpr) -> Callable[..., list]:
         return jaxpr_as_fun(ClosedJaxpr(jaxpr.jaxpr, args[:count]))(*args[count:])
 
     return program
+
+
+def _copy(x: Any) -> jax.Array:
+    """An array of the host, which may change it, on the device."""
+    return jax.device_put(np.array(x))
 
 
 def _context() -> tuple:
