@@ -45,6 +45,7 @@ from jaxlimit.application import presets
 from jaxlimit.core.trees import combine, flatten, partition
 from jaxlimit.geometry.magnitude import MagnitudeOrder, magnitude_order, num_removed
 from jaxlimit.models import from_nnx
+from jaxlimit.plots.style import BLUE, GREEN, GREY
 from jaxlimit.training.losses import CURVATURES
 
 Array = NDArray[np.float64]
@@ -57,7 +58,7 @@ ETA = 0.05  # of the transition window
 NUM_STEPS = 300  # of L-BFGS; the checks double them
 MAX_COLUMNS = 1200  # random directions in a chain; transitions beyond are left out
 TITLES = {"real": "real loss", "taylor": "Taylor: g, and H with its signs", **plots.TITLES}
-COLOURS = {"real": "#000000", "taylor": plots.GREEN, **plots.COLOURS}
+COLOURS = {"real": "#000000", "taylor": GREEN, **plots.COLOURS}
 # The predictions, by loss and formula.
 FORMULAS = (
     ("hessian", "width"),
@@ -481,7 +482,7 @@ def draw_probabilities(axes: Axes, result: dict[str, Any]) -> None:
     (point,) = (point for point in result["points"] if point["sparsity"] == result["shown"])
     center = point["predicted"]["hessian"]["cone"]
     window = [(center + sign * result["halfwidth"]) / dim for sign in (-1, 1)]
-    axes.axvspan(*window, color=plots.BLUE, alpha=0.07, linewidth=0, label="window of cone |H|, η = .05")
+    axes.axvspan(*window, color=BLUE, alpha=0.07, linewidth=0, label="window of cone |H|, η = .05")
     for name, formula in FORMULAS:
         k = point["predicted"][name][formula]
         axes.axvline(k / dim, color=COLOURS[name], linewidth=1, linestyle=LINES[formula])
@@ -496,7 +497,7 @@ def draw_probabilities(axes: Axes, result: dict[str, Any]) -> None:
 def draw_transitions(axes: Axes, result: dict[str, Any]) -> None:
     """The directions needed, against sparsity: medians with all chains' range, and the predictions."""
     dim, grid = result["dim"], np.array(result["curves"]["sparsity"])
-    axes.plot(grid, 1 - grid, color=plots.GREY, linestyle="--", linewidth=1, label="weights kept, 1 - s")
+    axes.plot(grid, 1 - grid, color=GREY, linestyle="--", linewidth=1, label="weights kept, 1 - s")
     for name, formula in FORMULAS:
         values = np.array(result["curves"][name][formula]) / dim
         label = f"{formula}, {TITLES[name]}"

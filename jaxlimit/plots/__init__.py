@@ -8,14 +8,11 @@ by their names "hessian" and "gauss_newton" and keep their colours in all figure
 from jaxlimit.plots.measurements import plot_sweep
 from jaxlimit.plots.predictions import plot_limit, plot_sensitivity, plot_spectrum, plot_transition
 from jaxlimit.plots.series import plot_methods, plot_series
-from jaxlimit.plots.style import BLUE, COLOURS, GREEN, GREY, STYLES, Curve
+from jaxlimit.plots.style import COLOURS, STYLES, Curve
 from jaxlimit.training.losses import TITLES
 
 __all__ = [
-    "BLUE",
     "COLOURS",
-    "GREEN",
-    "GREY",
     "STYLES",
     "TITLES",
     "Curve",

@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Sparsities, or another variable, and the values there."""
 Limits = Mapping[str, Mapping[str, Estimate]]
 
 # Okabe and Ito's colours, told apart with any colour vision.
 BLUE, ORANGE, GREEN, PURPLE, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#666666"
 COLOURS = {"hessian": BLUE, "gauss_newton": ORANGE}
+"""The colours of the curvatures, the same in all figures."""
 MARKERS = {"one_shot": "o", "width": "s", "cone": "^", "readjusted": "D"}
 MEASURED = ("#000000", GREEN, PURPLE, SKY)
 STYLES: dict[Any, Any] = {
@@ -32,6 +34,7 @@ STYLES: dict[Any, Any] = {
     "grid.linewidth": 0.7,
     "legend.frameon": False,
 }
+"""Settings of matplotlib for all figures, as `matplotlib.rc_context` takes them."""
 
 
 def first_sparsity(values: Sequence[float]) -> float:

@@ -12,8 +12,8 @@ from jaxlimit.core.functions import pure_function
 from jaxlimit.curvature.makers import gauss_newton, hessian
 from jaxlimit.curvature.operator import Curvature
 
-# The two curvatures, as tables and figures call them: the one that predicts, then the one that is cheap.
 TITLES = {"hessian": "Hessian |H|", "gauss_newton": "Gauss-Newton"}
+"""The two curvatures as tables and figures call them: the one that predicts, then the one that is cheap."""
 CURVATURES = tuple(TITLES)
 
 PyTree = Any
