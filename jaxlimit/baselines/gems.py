@@ -24,13 +24,12 @@ from flax import nnx
 from jaxlimit.baselines.masks import keep_all, keep_largest, kept_counts, size
 from jaxlimit.baselines.network import SparseNetwork, bare, kernels, subfolder, with_params
 from jaxlimit.core.checks import require_count, require_range
-from jaxlimit.core.trees import combine, partition
+from jaxlimit.core.trees import PyTree, combine, partition
 from jaxlimit.training.classifier import PureClassifier, pure_classifier
 from jaxlimit.training.descent import Settings, minimise
 from jaxlimit.training.recipe import Folder, Recipe, TrainingOptions
 from jaxlimit.training.schedule import learning_rate_schedule, steps_per_epoch
 
-PyTree = Any
 # l2 of the recipe for ResNet-20 on CIFAR-10, by density; between these interpolated in both logarithms.
 L2_BY_DENSITY = {0.0144: 1e-4, 0.0372: 3e-5, 0.5: 1e-8}
 

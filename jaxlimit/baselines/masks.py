@@ -7,10 +7,8 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from jaxlimit.core.trees import flatten, unflatten
+from jaxlimit.core.trees import PyTree, flatten, unflatten
 from jaxlimit.geometry.magnitude import num_removed
-
-PyTree = Any
 
 
 def kept_counts(weights: PyTree, sparsities: Sequence[float]) -> list[int]:

@@ -9,12 +9,11 @@ from typing import Any, TypeVar
 from flax import nnx
 
 from jaxlimit.baselines.masks import count, layer_counts, size
-from jaxlimit.core.trees import partition
+from jaxlimit.core.trees import PyTree, partition
 from jaxlimit.geometry.magnitude import apply_mask
 from jaxlimit.models import from_nnx
 from jaxlimit.training.recipe import Folder
 
-PyTree = Any
 Model = TypeVar("Model", bound=nnx.Module)
 
 

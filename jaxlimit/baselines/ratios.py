@@ -22,9 +22,9 @@ from flax import nnx, traverse_util
 from jaxlimit.baselines.masks import keep_largest, kept_counts, random_mask, size
 from jaxlimit.baselines.network import SparseNetwork, kernels, subfolder
 from jaxlimit.core.checks import require_range
+from jaxlimit.core.trees import PyTree
 from jaxlimit.training.recipe import Folder, Recipe, TrainingOptions
 
-PyTree = Any
 Name = tuple[str, ...]
 
 

@@ -12,7 +12,7 @@ from jaxlimit.application.presets import build_network
 from jaxlimit.baselines.gems import recipe_l2, search, searchable, straight_through
 from jaxlimit.baselines.masks import kept_counts
 from jaxlimit.baselines.network import kernels, subfolder
-from jaxlimit.core.trees import combine, flatten, partition
+from jaxlimit.core.trees import PyTree, combine, flatten, partition
 from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.methods import CIFAR10, settings_of
 from jaxlimit.experiments.study import Study
@@ -30,8 +30,6 @@ from jaxlimit.experiments.tables import (
 )
 from jaxlimit.models import from_nnx
 from jaxlimit.training.schedule import steps_per_epoch
-
-PyTree = Any
 
 
 def plan(

@@ -13,14 +13,13 @@ from tyro.conf import arg
 from jaxlimit import baselines, plots
 from jaxlimit.application.presets import build_network
 from jaxlimit.baselines.network import SparseNetwork, subfolder
-from jaxlimit.core.trees import combine, flatten, partition
+from jaxlimit.core.trees import PyTree, combine, flatten, partition
 from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.methods import settings_of
 from jaxlimit.experiments.study import Study, shown
 from jaxlimit.experiments.subject import Task, values
 from jaxlimit.experiments.tables import Results, by_variant, cell, curve, limit, markdown, tally
 
-PyTree = Any
 # Up to so many weights an exact limit costs no more than one from probes.
 SMALL = 2_000
 WHICH = ("one_shot", "width")

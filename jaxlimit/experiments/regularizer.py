@@ -11,7 +11,7 @@ from jaxlimit import plots
 from jaxlimit.application.presets import build_network
 from jaxlimit.baselines.masks import size
 from jaxlimit.baselines.network import kernels
-from jaxlimit.core.trees import partition
+from jaxlimit.core.trees import PyTree, partition
 from jaxlimit.experiments.experiment import Experiment, on_epoch
 from jaxlimit.experiments.study import Study
 from jaxlimit.experiments.subject import Task, trace, values
@@ -30,7 +30,6 @@ from jaxlimit.spectrum.quadrature import rademacher
 from jaxlimit.training.classifier import train
 from jaxlimit.training.losses import Loss, classification_loss, cross_entropy
 
-PyTree = Any
 WHICH = ("one_shot", "width")
 # In units of the preset's lambda, and of the loss.
 MULTIPLES = (0.2, 1.0, 4.0)

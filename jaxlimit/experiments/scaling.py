@@ -29,7 +29,7 @@ from tyro.conf import arg
 
 from jaxlimit import plots
 from jaxlimit.application.presets import build_network
-from jaxlimit.core.trees import is_kernel
+from jaxlimit.core.trees import PyTree, is_kernel
 from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.study import Study
 from jaxlimit.experiments.subject import Task, trace, values
@@ -47,7 +47,6 @@ from jaxlimit.experiments.tables import (
 )
 from jaxlimit.models import from_nnx
 
-PyTree = Any
 Path = tuple[str, ...]
 WHICH = ("one_shot", "width")
 WAYS = ("temperature", "balance", "plain")

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from jaxlimit.application.presets import Arrays, Preset, build_network
 from jaxlimit.baselines.network import subfolder
 from jaxlimit.core.batches import Batches, batched
-from jaxlimit.core.trees import partition
+from jaxlimit.core.trees import PyTree, partition
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.experiments.experiment import Note, on_epoch
 from jaxlimit.limits.pruning_limit import MAX_MATVECS, pruning_limit
@@ -35,7 +35,6 @@ from jaxlimit.training.losses import (
 )
 from jaxlimit.training.recipe import TrainingOptions
 
-PyTree = Any
 DEFAULT_LIMITS = ("one_shot", "width", "cone")
 # Test examples of a step of its search: a tenth of those of CIFAR-10 and MNIST.
 PART = 1000
