@@ -37,9 +37,11 @@ from jaxlimit.core import trees
 from jaxlimit.geometry import magnitude
 from jaxlimit.geometry.dimensions import fixed_point, width_ridge
 from jaxlimit.reference import paper_code
-from jaxlimit.spectrum import lanczos, quadrature
-from jaxlimit.spectrum.bracket import Side, bracket_indefinite, bracket_semidefinite
-from jaxlimit.spectrum.lanczos import Tridiagonal
+from jaxlimit.spectrum import lanczos
+from jaxlimit.spectrum.bracket import Bracketed, bracket_indefinite, bracket_semidefinite
+from jaxlimit.spectrum.probes import rademacher
+from jaxlimit.spectrum.rules import Rule, gauss, gauss_radau
+from jaxlimit.spectrum.tridiagonal import Tridiagonal
 from jaxlimit.training.losses import CURVATURES
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "data"
@@ -144,7 +146,7 @@ class Spectrum:
 
         return fixed_point(of_count, self.dim)
 
-    def root_of_rules(self, rules: Iterable[quadrature.Rule]) -> float:
+    def root_of_rules(self, rules: Iterable[Rule]) -> float:
         """The same, for the mean over rules."""
         rules = [(np.abs(nodes), weights) for nodes, weights in rules]
         return self.root(lambda a: float(np.mean([np.sum(w * (a / (a + x))) for x, w in rules])))
@@ -153,41 +155,42 @@ class Spectrum:
         """From all eigenvalues as this probe sees them; else from the bracket of the longest run."""
         if self.eigenvalues is not None and self.weights is not None:
             return self.root_of_rules([(self.eigenvalues, self.weights[probe])])
-        return self.root_of_bracket(self.runs[probe], "value")
+        return self.roots_of_bracket(self.runs[probe]).value
 
     def truth_spread(self, probe: int) -> float:
         """How well the truth itself is known."""
         if self.weights is not None:
             return 0.0
-        value, *others = (self.root_of_bracket(self.runs[probe], side) for side in ("value", 1, 2, 3))
-        return max(abs(other - value) for other in others)
+        found = self.roots_of_bracket(self.runs[probe])
+        value, others = found.value, found.others[:3]
+        return max((abs(other - value) for other in others), default=0.0)
 
-    def root_of_bracket(self, run: Tridiagonal, side: Side) -> float:
+    def roots_of_bracket(self, run: Tridiagonal) -> Bracketed[float]:
         """What the library makes of a run."""
-        semidefinite = np.min(quadrature.gauss(run)[0]) > -1e-6 * np.max(np.abs(run.diagonal))
+        semidefinite = np.min(gauss(run)[0]) > -1e-6 * np.max(np.abs(run.diagonal))
         bracket = (bracket_semidefinite if semidefinite else bracket_indefinite)([run])
-        return self.root(partial(bracket.dimension, side))
+        return bracket.dimension.map(self.root)
 
 
-def anti_gauss(run: Tridiagonal) -> quadrature.Rule:
+def anti_gauss(run: Tridiagonal) -> Rule:
     """Laurie's rule: the last coupling times sqrt 2."""
     off_diagonal = np.append(run.off_diagonal[:-1], run.off_diagonal[-1:] * np.sqrt(2))
-    return quadrature.gauss(Tridiagonal(run.diagonal, off_diagonal, run.residual_norm))
+    return gauss(Tridiagonal(run.diagonal, off_diagonal, run.residual_norm))
 
 
-def last_quarter(run: Tridiagonal) -> list[quadrature.Rule]:
+def last_quarter(run: Tridiagonal) -> list[Rule]:
     """Gauss and anti-Gauss rules after 16 step counts of the last quarter."""
     counts = np.unique(np.linspace(0.75 * run.num_steps, run.num_steps, 16).astype(int))
-    return [rule(run.truncate(int(k))) for k in counts for rule in (quadrature.gauss, anti_gauss)]
+    return [rule(run.truncate(int(k))) for k in counts for rule in (gauss, anti_gauss)]
 
 
-def squared(run: Tridiagonal) -> list[quadrature.Rule]:
+def squared(run: Tridiagonal) -> list[Rule]:
     """Gauss and Gauss-Radau rules of H^2, whose moments a run of H knows to half the degree."""
-    nodes, weights = quadrature.gauss_radau(run, 0.0)
+    nodes, weights = gauss_radau(run, 0.0)
     jacobi = lanczos_of_diagonal(nodes**2, np.sqrt(weights)[:, None], run.num_steps // 2)
     run = Tridiagonal(np.diag(jacobi), np.diag(jacobi, 1)[:-1], float(jacobi[-1, -2]))
     run = Tridiagonal(run.diagonal[:-1], run.off_diagonal, run.residual_norm)
-    rules = quadrature.gauss(run), quadrature.gauss_radau(run, 0.0)
+    rules = gauss(run), gauss_radau(run, 0.0)
     return [(np.sqrt(np.abs(nodes)), weights) for nodes, weights in rules]
 
 
@@ -211,7 +214,7 @@ def lanczos_of_diagonal(values: np.ndarray, starts: np.ndarray, steps: int) -> n
     return matrix
 
 
-def block_rules(spectrum: Spectrum, size: int, products: int) -> list[quadrature.Rule]:
+def block_rules(spectrum: Spectrum, size: int, products: int) -> list[Rule]:
     """Block Lanczos from `size` probes at once: the Gauss rule of each, at the same number of products."""
     assert spectrum.eigenvalues is not None
     assert spectrum.weights is not None
@@ -236,9 +239,7 @@ def deflated(spectrum: Spectrum, probe: int, products: int) -> float:
     diagonal, off_diagonal = np.diag(matrix)[:-1], np.diag(matrix, 1)
     bracket = bracket_indefinite([Tridiagonal(diagonal, off_diagonal[:-1], float(off_diagonal[-1]))])
     known, at = weights[top], np.abs(spectrum.eigenvalues[top])
-    return spectrum.root(
-        lambda a: share * bracket.dimension("value", a) + float(np.sum(known * (a / (a + at))))
-    )
+    return spectrum.root(lambda a: share * bracket.dimension.value(a) + float(np.sum(known * (a / (a + at)))))
 
 
 def chebyshev(spectrum: Spectrum, run: Tridiagonal) -> float:
@@ -246,7 +247,7 @@ def chebyshev(spectrum: Spectrum, run: Tridiagonal) -> float:
 
     Damped by Jackson's factors, as in the kernel polynomial method (Weisse et al. 2006).
     """
-    nodes, weights = quadrature.gauss(run)
+    nodes, weights = gauss(run)
     radius, order = 1.01 * float(np.max(np.abs(nodes))), 2 * run.num_steps
     degrees = np.arange(order)
     moments = np.cos(np.outer(degrees, np.arccos(nodes / radius))) @ weights
@@ -265,18 +266,16 @@ def chebyshev(spectrum: Spectrum, run: Tridiagonal) -> float:
 
 
 ESTIMATORS: dict[str, Callable[[Spectrum, Tridiagonal], float]] = {
-    "Gauss": lambda s, run: s.root_of_rules([quadrature.gauss(run)]),
+    "Gauss": lambda s, run: s.root_of_rules([gauss(run)]),
     "Gauss and anti-Gauss, mean over the last quarter": lambda s, run: s.root_of_rules(last_quarter(run)),
     "Gauss and anti-Gauss, median over the last quarter": lambda s, run: float(
         np.median([s.root_of_rules([rule]) for rule in last_quarter(run)])
     ),
     "Gauss and Gauss-Radau of the square": lambda s, run: s.root_of_rules(squared(run)),
-    "Gauss-Radau at 0": lambda s, run: s.root_of_rules([quadrature.gauss_radau(run, 0.0)]),
-    "Gauss and Gauss-Radau at 0, mean": lambda s, run: s.root_of_rules(
-        [quadrature.gauss(run), quadrature.gauss_radau(run, 0.0)]
-    ),
+    "Gauss-Radau at 0": lambda s, run: s.root_of_rules([gauss_radau(run, 0.0)]),
+    "Gauss and Gauss-Radau at 0, mean": lambda s, run: s.root_of_rules([gauss(run), gauss_radau(run, 0.0)]),
     "Chebyshev expansion": chebyshev,
-    "jaxlimit": lambda s, run: s.root_of_bracket(run, "value"),
+    "jaxlimit": lambda s, run: s.roots_of_bracket(run).value,
 }
 
 
@@ -304,7 +303,7 @@ def compare(spectrum: Spectrum, semidefinite: bool) -> dict[str, Any]:
                 found = [spectrum.root_of_rules(block_rules(spectrum, size, int(k))) for k in sparse]
                 errors[f"block Lanczos, {size} probes"] = np.array([found]) - mean
         halves = [
-            np.mean([spectrum.root_of_bracket(run.truncate(int(k) // 2), "value") for run in spectrum.runs])
+            np.mean([spectrum.roots_of_bracket(run.truncate(int(k) // 2)).value for run in spectrum.runs])
             for k in sparse
         ]
         errors["jaxlimit, two runs of half the steps"] = np.array([halves]) - mean
@@ -345,7 +344,7 @@ def store(
 def run_lanczos(network: Network, kind: str) -> dict[str, Any]:
     """The long runs, and for digits the exact spectrum as each probe sees it."""
     curvature = network.curvature(kind)
-    starts = quadrature.rademacher(jax.random.key(0), curvature.weights, network.num_probes)
+    starts = rademacher(jax.random.key(0), curvature.weights, network.num_probes)
     state = lanczos.run(curvature.matmat, lanczos.init(starts), network.steps[kind])
     order = magnitude.magnitude_order(curvature.weights)
     found: dict[str, Any] = {
@@ -404,7 +403,7 @@ def run_precision(name: str, dtype: str, reorthogonalize: bool) -> dict[str, Any
         params, images = jax.tree.map(partial(np.asarray, dtype=dtype), (params, images))
         batches = jaxlimit.batched((images, labels), 128)
         curvature = training.classification_curvature("hessian", predict, params, batches)
-        starts = quadrature.rademacher(jax.random.key(0), curvature.weights, 1)
+        starts = rademacher(jax.random.key(0), curvature.weights, 1)
         max_basis = None if reorthogonalize else 0
         run = lanczos.run(curvature.matmat, lanczos.init(starts), 256, max_basis).tridiagonals()[0]
         order = magnitude.magnitude_order(curvature.weights)
@@ -416,8 +415,8 @@ def run_precision(name: str, dtype: str, reorthogonalize: bool) -> dict[str, Any
                 "loss_tolerance": np.array(loss_tolerance),
             }
         )
-        sides: tuple[Side, ...] = ("value", "upper")
-        return {side: spectrum.root_of_bracket(run, side) for side in sides}
+        found = spectrum.roots_of_bracket(run)
+        return {"value": found.value, "upper": found.upper}
 
 
 def run_reference(network: Network) -> dict[str, Any]:
@@ -427,12 +426,12 @@ def run_reference(network: Network) -> dict[str, Any]:
     radii = paper_code.reference_radii(order)
     everything = curvature.of(paper_code.spectrum_parameters(curvature.params))
     zero_share = paper_code.zero_row_share(everything, order)
-    starts = quadrature.rademacher(jax.random.key(0), everything.weights, REFERENCE_PROBES)
+    starts = rademacher(jax.random.key(0), everything.weights, REFERENCE_PROBES)
     state = lanczos.run(everything.matmat, lanczos.init(starts), max(REFERENCE_STEPS))
     predictions = [
         [
             paper_code.reference_prediction(
-                *quadrature.gauss(run.truncate(steps)), radii, network.loss_tolerance, zero_share
+                *gauss(run.truncate(steps)), radii, network.loss_tolerance, zero_share
             )
             for steps in REFERENCE_STEPS
         ]

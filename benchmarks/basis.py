@@ -16,8 +16,10 @@ import numpy as np
 from jaxlimit.core import trees
 from jaxlimit.geometry import magnitude
 from jaxlimit.limits.roots import width_limit
-from jaxlimit.spectrum import lanczos, quadrature
+from jaxlimit.spectrum import lanczos
 from jaxlimit.spectrum.bracket import SpectralBracket, bracket_indefinite
+from jaxlimit.spectrum.measure import SpectralMeasure
+from jaxlimit.spectrum.probes import rademacher
 
 NAME = "basis"
 SIZES = (None, 128, 64, 32, 0)
@@ -32,7 +34,7 @@ def widths(network: accuracy.Network, max_basis: int | None) -> dict[str, list[f
     """The limit and its spread after each of STEPS."""
     curvature = network.curvature("hessian")
     order = magnitude.magnitude_order(curvature.weights)
-    state = lanczos.init(quadrature.rademacher(jax.random.key(0), curvature.weights, 1))
+    state = lanczos.init(rademacher(jax.random.key(0), curvature.weights, 1))
     found: dict[str, list[float]] = {"width": [], "spread": []}
     for before, steps in zip((0, *STEPS), STEPS, strict=False):
         state = lanczos.run(curvature.matmat, state, steps - before, max_basis)
@@ -47,10 +49,10 @@ def exact(network: accuracy.Network) -> float:
     """The limit from the dense matrix, as the same probe sees it."""
     curvature = network.curvature("hessian")
     order = magnitude.magnitude_order(curvature.weights)
-    probe = quadrature.rademacher(jax.random.key(0), curvature.weights, 1)
+    probe = rademacher(jax.random.key(0), curvature.weights, 1)
     values, vectors = np.linalg.eigh(curvature.dense())
     weights = (trees.flatten(probe) @ vectors) ** 2
-    measure = quadrature.SpectralMeasure(values, weights / weights.sum(), order.dim)
+    measure = SpectralMeasure(values, weights / weights.sum(), order.dim)
     return width_limit(SpectralBracket.exact(measure), order, network.loss_tolerance).value
 
 

@@ -34,8 +34,9 @@ import jaxlimit
 from jaxlimit import data, models
 from jaxlimit.geometry.magnitude import magnitude_order
 from jaxlimit.limits import roots
-from jaxlimit.spectrum import lanczos, quadrature
+from jaxlimit.spectrum import lanczos
 from jaxlimit.spectrum.bracket import SpectralBracket, bracket_indefinite, bracket_semidefinite
+from jaxlimit.spectrum.measure import stack_rules
 from jaxlimit.training.losses import classification_loss, classification_metrics
 
 NAME = "end_to_end"
@@ -81,7 +82,7 @@ def limits() -> list[dict[str, Any]]:
 
     def theirs() -> roots.Estimate:
         rule = peer.lanczos(peer.to_native(signs), STEPS)
-        bracket = SpectralBracket.exact(quadrature.stack_rules([rule]))
+        bracket = SpectralBracket.exact(stack_rules([rule]))
         return roots.width_limit(bracket, order, eps)
 
     start = time.perf_counter()

@@ -29,7 +29,9 @@ import jaxlimit
 from jaxlimit.application import run_folder
 from jaxlimit.application.presets import Options, build_network, find_preset, load_arrays
 from jaxlimit.models import from_nnx
-from jaxlimit.spectrum import lanczos, quadrature
+from jaxlimit.spectrum import lanczos
+from jaxlimit.spectrum.basis import PANEL
+from jaxlimit.spectrum.probes import rademacher
 from jaxlimit.training.losses import classification_curvature
 
 NAME = "spectrum"
@@ -46,7 +48,7 @@ def own_run(curvature: jaxlimit.Curvature, start: Any, num_steps: int) -> lanczo
 
 def starts(curvature: jaxlimit.Curvature) -> tuple[Any, np.ndarray]:
     """One vector of random signs, as a tree with a leading axis and flat."""
-    tree = quadrature.rademacher(jax.random.key(0), curvature.weights, 1)
+    tree = rademacher(jax.random.key(0), curvature.weights, 1)
     return tree, np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
 
 
@@ -101,8 +103,8 @@ def overhead(num_examples: int, num_steps: int = STEPS[-1]) -> dict[str, Any]:
     assert linear is not None
     program = curvature.product.group_mean.lower(linear[0], curvature.num_examples, start)
     memory: Any = program.compile().memory_analysis()
-    panel_bytes = 4 * curvature.dim * lanczos.PANEL
-    panels = sum(j // lanczos.PANEL + 1 for j in range(num_steps))
+    panel_bytes = 4 * curvature.dim * PANEL
+    panels = sum(j // PANEL + 1 for j in range(num_steps))
     return {
         "network": "cifar10-fc5",
         "num_examples": num_examples,

@@ -13,8 +13,9 @@ from jaxlimit.limits.roots import Estimate
 from jaxlimit.measuring.loss_statistics import LossStatistics, loss_statistics
 from jaxlimit.measuring.sweeps import Sweep, finetuned_sweep, sparsity_sweep
 from jaxlimit.reference.paper_code import reference_limit
-from jaxlimit.spectrum.lanczos import Tridiagonal, tridiagonalize
-from jaxlimit.spectrum.quadrature import SpectralMeasure, spectral_measure
+from jaxlimit.spectrum.lanczos import tridiagonalize
+from jaxlimit.spectrum.measure import SpectralMeasure, spectral_measure
+from jaxlimit.spectrum.tridiagonal import Tridiagonal
 
 __version__ = "0.1.0"
 

@@ -14,7 +14,7 @@ import jaxlimit
 from jaxlimit.core.sharding import place
 from jaxlimit.core.trees import flatten
 from jaxlimit.curvature import products
-from jaxlimit.spectrum.lanczos import _norm
+from jaxlimit.spectrum.basis import norms
 
 LIMITS = {"hessian": ("one_shot", "width"), "gauss_newton": ("width", "readjusted")}
 
@@ -80,8 +80,8 @@ def report_on(kind, params, arrays, checkpoint):
     return {
         "limits": {name: getattr(limit, name).value for name in LIMITS[kind]},
         "num_matvecs": limit.num_matvecs,
-        "product": float(_norm(product)[0]),
-        "apart": float(_norm(apart.matmat(weights))[0]),
+        "product": float(norms(product)[0]),
+        "apart": float(norms(apart.matmat(weights))[0]),
         "gradient": float(np.linalg.norm(flatten(curvature.gradient))),
         "collectives": collectives(compiled.as_text()),
         "parts": parts_of(product),

@@ -16,8 +16,10 @@ from test_limit import truth_of_matrix
 import jaxlimit
 from jaxlimit.geometry.magnitude import magnitude_order
 from jaxlimit.limits.roots import width_limit
-from jaxlimit.spectrum import lanczos, quadrature
+from jaxlimit.spectrum import lanczos
 from jaxlimit.spectrum.bracket import SpectralBracket, bracket_indefinite, bracket_semidefinite
+from jaxlimit.spectrum.measure import SpectralMeasure
+from jaxlimit.spectrum.probes import rademacher
 
 DIM, SEEDS = 320, range(4)
 
@@ -86,10 +88,10 @@ def test_brackets_hold_what_one_probe_sees(name):
     for seed in SEEDS:
         curvature, exact, _, eps = problem(name, seed)
         order = magnitude_order(curvature.weights)
-        probe = quadrature.rademacher(jax.random.key(seed), curvature.weights, 1)
+        probe = rademacher(jax.random.key(seed), curvature.weights, 1)
         values, vectors = np.linalg.eigh(exact)
         seen = (np.asarray(probe, float)[0, :, 0] @ vectors) ** 2 / DIM
-        truth = width_limit(SpectralBracket.exact(quadrature.SpectralMeasure(values, seen)), order, eps)
+        truth = width_limit(SpectralBracket.exact(SpectralMeasure(values, seen)), order, eps)
         state, widths = lanczos.init(probe), []
         for steps in (8, 8, 16, 32, 64):
             state = lanczos.run(curvature.matmat, state, steps)

@@ -15,7 +15,7 @@ from jaxlimit.experiments import regularizer
 from jaxlimit.experiments.regularizer import Flatness, flat_loss
 from jaxlimit.experiments.study import Study
 from jaxlimit.geometry import differentiable
-from jaxlimit.spectrum import quadrature
+from jaxlimit.spectrum.probes import rademacher
 from jaxlimit.training.losses import classification_loss
 
 
@@ -123,9 +123,7 @@ def test_random_probes_scatter_around_it_as_their_error_says(problem):
             predict, cross_entropy, params, batch, probes, sparsity=0.8, loss_tolerance=1e-2
         )
 
-    estimates = [
-        float(estimate(quadrature.rademacher(jax.random.key(seed), weights, 8))) for seed in range(20)
-    ]
+    estimates = [float(estimate(rademacher(jax.random.key(seed), weights, 8))) for seed in range(20)]
     # At most sqrt(2 / (D P)) for values between 0 and 1, divided by 2 since their variance is at most 1/4.
     assert abs(np.mean(estimates) - exact) < 4 * np.sqrt(2 / (48 * 8)) / 2 / np.sqrt(20)
     assert 0 < np.std(estimates) < np.sqrt(2 / (48 * 8))

@@ -22,7 +22,7 @@ from jaxlimit.curvature import operator
 from jaxlimit.geometry import magnitude
 from jaxlimit.limits import allocation, result, roots
 from jaxlimit.reference import paper_code
-from jaxlimit.spectrum import lanczos, quadrature
+from jaxlimit.spectrum import basis, bracket, lanczos, measure, probes, rules, tridiagonal
 from jaxlimit.training import descent, model_files
 
 ROOT = Path(__file__).parents[1]
@@ -68,13 +68,18 @@ def test_every_public_name_is_documented(site):
         operator,
         data,
         geometry,
+        basis,
         lanczos,
         magnitude,
         models,
         plots,
         presets,
         trees,
-        quadrature,
+        bracket,
+        measure,
+        probes,
+        rules,
+        tridiagonal,
         result,
         roots,
     ):

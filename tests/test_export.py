@@ -20,7 +20,8 @@ from jaxlimit.curvature import products
 from jaxlimit.geometry import differentiable, magnitude
 from jaxlimit.limits import conjugate_gradients
 from jaxlimit.measuring import loss_statistics, sweeps
-from jaxlimit.spectrum import lanczos, quadrature
+from jaxlimit.spectrum import basis, lanczos
+from jaxlimit.spectrum.probes import rademacher
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 DOUBLE = re.compile(r"[<x]f64\b")
@@ -63,22 +64,22 @@ def programs():
     }
     weights, rest, group = (getattr(curvatures["hessian"], name) for name in ("weights", "rest", "groups"))
     group, one = group[0], jax.tree.map(lambda x: x[0], group[0])
-    vectors = quadrature.rademacher(jax.random.key(0), weights, 2)
-    panel, scalars = jax.tree.map(lanczos._empty_panel, vectors), jnp.ones(2, jnp.float32)
+    vectors = rademacher(jax.random.key(0), weights, 2)
+    panel, scalars = jax.tree.map(basis.empty_panel, vectors), jnp.ones(2, jnp.float32)
     counts = jnp.array([3, 20], jnp.int32)
 
     def start(vectors):
-        return jax.tree.map(lambda x: x / lanczos._columns(lanczos._norm(vectors), x), vectors)
+        return jax.tree.map(lambda x: x / basis.per_run(basis.norms(vectors), x), vectors)
 
     def lanczos_step(previous, current, product, beta, norm, panel):
         """As in `lanczos.run`, with both passes of Gram-Schmidt."""
-        residual, alpha = lanczos._three_terms(previous, current, beta, product)
-        panel = lanczos._store(panel, current, 0)
-        residual = lanczos._project_out(panel, lanczos._project_out(panel, residual))
-        return lanczos._normalize(residual, alpha, beta, norm), panel
+        residual, alpha = lanczos.three_terms(previous, current, beta, product)
+        panel = basis.store(panel, current, 0)
+        residual = basis.project_out(panel, basis.project_out(panel, residual))
+        return lanczos.normalize(residual, alpha, beta, norm), panel
 
-    def rademacher(seed):
-        return quadrature.rademacher(jax.random.wrap_key_data(seed), weights, 2)
+    def signs(seed):
+        return rademacher(jax.random.wrap_key_data(seed), weights, 2)
 
     def metrics(params, batch):
         return {"loss": mlp.loss(params, batch)}
@@ -98,8 +99,8 @@ def programs():
         },
         "lanczos: start": (start, vectors),
         "lanczos: step": (lanczos_step, vectors, vectors, vectors, scalars, scalars, panel),
-        "lanczos: normalize": (lanczos._normalize, vectors, scalars, scalars, scalars),
-        "probes": (rademacher, np.zeros(2, np.uint32)),
+        "lanczos: normalize": (lanczos.normalize, vectors, scalars, scalars, scalars),
+        "probes": (signs, np.zeros(2, np.uint32)),
         "conjugate gradients: inner": (conjugate_gradients.inner_products, vectors, vectors),
         "conjugate gradients: add": (conjugate_gradients.add_scaled, vectors, vectors, np.float32(0.5)),
         "batch losses": (partial(loss_statistics.batch_losses, mlp.loss), mlp.params, group),

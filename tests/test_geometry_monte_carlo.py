@@ -9,7 +9,7 @@ import pytest
 from scipy import optimize
 
 from jaxlimit import geometry
-from jaxlimit.spectrum.quadrature import SpectralMeasure
+from jaxlimit.spectrum.measure import SpectralMeasure
 
 DIMENSION = 400
 NUM_PROJECTIONS = 1000

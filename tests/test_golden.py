@@ -12,7 +12,9 @@ from scipy.optimize import brentq
 
 import jaxlimit
 from jaxlimit import data, geometry, training
-from jaxlimit.spectrum import lanczos, quadrature
+from jaxlimit.spectrum import lanczos
+from jaxlimit.spectrum.rules import gauss
+from jaxlimit.spectrum.tridiagonal import Tridiagonal
 
 GOLDEN = Path(__file__).parent / "data" / "golden_fc2_mnist"
 
@@ -96,8 +98,8 @@ def test_products_lanczos_and_ritz_integrals_in_float64(golden, summary, x64):
 
     # It divides every Lanczos vector by its norm + 1e-6, which shows at small ridges (R = 8: 2e-4).
     # With that one defect put in, the integrals agree to rounding.
-    exact = quadrature.gauss(result)
-    defective = quadrature.gauss(lanczos_with_its_normalisation(curvature, golden["v0_sign"], as_tree, names))
+    exact = gauss(result)
+    defective = gauss(lanczos_with_its_normalisation(curvature, golden["v0_sign"], as_tree, names))
     for radius, tolerance in ((1.0, 1e-4), (2.0, 1e-4), (4.0, 1e-4), (8.0, 5e-4)):
         theirs = width(golden["eigen"], golden["weight"], radius, summary["ep=loss_std"])
         assert width(*exact, radius, summary["ep=loss_std"]) == pytest.approx(theirs, rel=tolerance)
@@ -123,4 +125,4 @@ def lanczos_with_its_normalisation(curvature, signs, as_tree, names):
         beta = np.linalg.norm(residual)
         betas.append(beta)
         previous, vector = vector, residual / (beta + 1e-6)
-    return lanczos.Tridiagonal(np.array(alphas), np.array(betas[:-1]), betas[-1])
+    return Tridiagonal(np.array(alphas), np.array(betas[:-1]), betas[-1])

@@ -12,7 +12,9 @@ import pytest
 from matfree import decomp
 
 from jaxlimit.spectrum import lanczos
-from jaxlimit.spectrum.lanczos import Tridiagonal, tridiagonalize
+from jaxlimit.spectrum.basis import PANEL, orthogonalize
+from jaxlimit.spectrum.lanczos import tridiagonalize
+from jaxlimit.spectrum.tridiagonal import Tridiagonal
 
 
 def symmetric(dim, seed=0, scale=1.0):
@@ -107,7 +109,7 @@ def test_a_vector_mostly_within_the_basis_is_orthogonalised_again(inside, dtype)
     basis, new = jnp.asarray(orthonormal[:, :64].T, dtype), orthonormal[:, 64]
     vector = jnp.asarray(inside * orthonormal[:, :64].sum(axis=1) + new, dtype)
     panels = [basis[None, :32], basis[None, 32:]]
-    result = np.asarray(lanczos._orthogonalize(panels, vector[None])[0], np.float64)
+    result = np.asarray(orthogonalize(panels, vector[None])[0], np.float64)
     overlap = np.asarray(basis, np.float64) @ result
     assert np.max(np.abs(overlap)) <= 10 * eps
     assert np.linalg.norm(result) == pytest.approx(1, abs=100 * eps * max(inside, 1))
@@ -299,7 +301,7 @@ def test_vectors_that_were_left_out_stay_left_out(first, dtype):
     state = lanczos.init(start_vector(200, dtype)[None])
     state = lanczos.run(product, state, 50, first)
     more, same = (lanczos.run(product, state, 50, max_basis) for max_basis in (None, first))
-    assert len(more.basis) == first // lanczos.PANEL
+    assert len(more.basis) == first // PANEL
     np.testing.assert_array_equal(more.diagonal, same.diagonal)
     assert not more.tridiagonals()[0].reorthogonalized
 

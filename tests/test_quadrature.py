@@ -22,22 +22,17 @@ from scipy.optimize import linprog
 from jaxlimit.core.batches import batched
 from jaxlimit.curvature.makers import hessian
 from jaxlimit.spectrum.bracket import (
-    SIDES,
     SIXTEENTHS,
+    Bracketed,
     SpectralBracket,
     bracket_indefinite,
     bracket_semidefinite,
+    spread,
 )
-from jaxlimit.spectrum.lanczos import Tridiagonal
-from jaxlimit.spectrum.quadrature import (
-    SpectralMeasure,
-    gauss,
-    gauss_radau,
-    least_rules,
-    rademacher,
-    spectral_measure,
-    stack_rules,
-)
+from jaxlimit.spectrum.measure import SpectralMeasure, spectral_measure, stack_rules
+from jaxlimit.spectrum.probes import rademacher
+from jaxlimit.spectrum.rules import gauss, gauss_radau, least_rules
+from jaxlimit.spectrum.tridiagonal import Tridiagonal
 
 quick = settings(max_examples=60)
 # A measure of no dimension: it bounds nothing from below.
@@ -65,6 +60,11 @@ def random_measure(size=25, seed=0, low=-1.0):
     rng = np.random.default_rng(seed)
     weights = rng.exponential(size=size)
     return rng.uniform(low, 1, size), weights / np.sum(weights)
+
+
+def at_ridge(bracket, ridge):
+    """The effective dimension there, as bounds, value and other estimates."""
+    return bracket.dimension.map(lambda delta: delta(ridge))
 
 
 # What each rule is exact for.
@@ -162,15 +162,13 @@ def test_semidefinite_bracket_contains_the_truth(values, steps, seed, log_ridge)
     rounding = 1e-12 + 1e-13 / ridge
     assert lower <= truth + rounding
     assert truth <= upper + rounding
-    assert bracket.dimension("lower", ridge) == pytest.approx(lower, abs=1e-14)
-    assert bracket.dimension("upper", ridge) == pytest.approx(upper, abs=1e-14)
-    assert bracket.dimension("value", ridge) == pytest.approx((lower + upper) / 2, abs=1e-14)
+    assert bracket.dimension.lower(ridge) == pytest.approx(lower, abs=1e-14)
+    assert bracket.dimension.upper(ridge) == pytest.approx(upper, abs=1e-14)
+    assert bracket.dimension.value(ridge) == pytest.approx((lower + upper) / 2, abs=1e-14)
     assert np.all(bracket.lower[0].nodes >= 0)
     assert np.all(bracket.upper.nodes >= 0)
     # Half of the bracket is what it calls spread.
-    assert bracket.spread(lambda side: bracket.dimension(side, ridge)) == pytest.approx(
-        abs(upper - lower) / 2, abs=1e-12
-    )
+    assert spread(at_ridge(bracket, ridge)) == pytest.approx(abs(upper - lower) / 2, abs=1e-12)
 
 
 def test_semidefinite_bracket_where_the_eigenvalue_zero_is_resolved():
@@ -181,8 +179,8 @@ def test_semidefinite_bracket_where_the_eigenvalue_zero_is_resolved():
         truth = integrate((values, weights), lambda x: ridge / (ridge + x))
         for steps in range(3, 21):
             bracket = bracket_semidefinite([jacobi(values, weights, steps)])
-            assert bracket.dimension("lower", ridge) <= truth + 1e-7
-            assert truth <= bracket.dimension("upper", ridge) + 1e-7
+            assert bracket.dimension.lower(ridge) <= truth + 1e-7
+            assert truth <= bracket.dimension.upper(ridge) + 1e-7
 
 
 def test_semidefinite_bracket_closes():
@@ -318,13 +316,13 @@ def test_the_extrapolated_value_is_right_long_before_the_bounds_close(seed):
     widths, errors, spreads, later = [], [], [], []
     for steps in (96, 128, 160, 192):
         bracket = bracket_indefinite([longest.truncate(steps)], ridge=ridge)
-        lower, value, upper = (bracket.dimension(side, ridge) for side in ("lower", "value", "upper"))
-        assert lower <= truth <= upper
-        widths.append(upper - lower)
-        errors.append(abs(value - truth))
-        spreads.append(bracket.spread(lambda side, b=bracket: b.dimension(side, ridge)))
+        found = at_ridge(bracket, ridge)
+        assert found.lower <= truth <= found.upper
+        widths.append(found.upper - found.lower)
+        errors.append(abs(found.value - truth))
+        spreads.append(spread(at_ridge(bracket, ridge)))
         # All estimates but what the value was after three quarters of the steps, when it was less good.
-        later.append(max(abs(bracket.dimension(side, ridge) - value) for side in (1, 2, 4)))
+        later.append(max(abs(found.others[i] - found.value) for i in (0, 1, 3)))
     assert np.all(np.array(errors) < 0.15 * np.array(widths))
     assert np.all(np.array(errors) < 3 * np.array(spreads))
     assert spreads[-1] < 0.3 * widths[0]
@@ -337,8 +335,8 @@ def test_the_spread_covers_what_the_value_was_after_three_quarters_of_the_steps(
     longest = jacobi(*measure, 128)
     for steps in (32, 64, 96, 128):
         bracket, earlier = (bracket_indefinite([longest.truncate(k)]) for k in (steps, steps * 3 // 4))
-        moved = abs(bracket.dimension("value", ridge) - earlier.dimension("value", ridge))
-        assert bracket.spread(lambda side, b=bracket: b.dimension(side, ridge)) >= moved
+        moved = abs(bracket.dimension.value(ridge) - earlier.dimension.value(ridge))
+        assert spread(at_ridge(bracket, ridge)) >= moved
 
 
 def test_the_value_does_not_leave_the_bounds():
@@ -346,9 +344,9 @@ def test_the_value_does_not_leave_the_bounds():
     terms = 0.9 - 0.4 * (1 - 0.99 ** (np.array(SIXTEENTHS) - 4))
     rules = tuple(SpectralMeasure([[1 / term - 1]], [[1.0]]) for term in terms)
     free = SpectralBracket((FAR,), rules[0], rules)
-    assert free.dimension("value", 1.0) == pytest.approx(0.5)
+    assert free.dimension.value(1.0) == pytest.approx(0.5)
     bracket = SpectralBracket((SpectralMeasure([[0.25]], [[1.0]]),), rules[0], rules)
-    assert bracket.dimension("value", 1.0) == bracket.dimension("lower", 1.0) == 0.8
+    assert bracket.dimension.value(1.0) == bracket.dimension.lower(1.0) == 0.8
 
 
 def test_geometric_convergence_is_extrapolated_to_its_limit():
@@ -356,18 +354,18 @@ def test_geometric_convergence_is_extrapolated_to_its_limit():
     terms = 0.5 + 0.3 * 0.7 ** np.array(SIXTEENTHS)
     rules = tuple(SpectralMeasure([[1 / term - 1]], [[1.0]]) for term in terms)
     bracket = SpectralBracket((FAR,), rules[-1], rules)
-    for side in ("value", 1, 2, 3):
-        assert bracket.dimension(side, 1.0) == pytest.approx(0.5, abs=1e-12)
-    assert bracket.dimension(4, 1.0) == pytest.approx(0.5 + 0.25 * 0.3 * 0.7**16, abs=1e-12)
-    assert bracket.spread(lambda side: bracket.dimension(side, 1.0)) == pytest.approx(0.25 * 0.3 * 0.7**16)
+    found = at_ridge(bracket, 1.0)
+    assert (found.value, *found.others[:3]) == pytest.approx([0.5] * 4, abs=1e-12)
+    assert found.others[3] == pytest.approx(0.5 + 0.25 * 0.3 * 0.7**16, abs=1e-12)
+    assert spread(at_ridge(bracket, 1.0)) == pytest.approx(0.25 * 0.3 * 0.7**16)
 
 
 def test_what_does_not_converge_geometrically_is_not_extrapolated():
     terms = 0.9 - 0.025 * (np.array(SIXTEENTHS) - 4)
     rules = tuple(SpectralMeasure([[1 / term - 1]], [[1.0]]) for term in terms)
     bracket = SpectralBracket((FAR,), rules[-1], rules)
-    assert bracket.dimension("value", 1.0) == pytest.approx(terms[-1], abs=1e-12)
-    assert bracket.spread(lambda side: bracket.dimension(side, 1.0)) == pytest.approx(0.1)
+    assert bracket.dimension.value(1.0) == pytest.approx(terms[-1], abs=1e-12)
+    assert spread(at_ridge(bracket, 1.0)) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("num_steps", [8, 12])
@@ -377,16 +375,32 @@ def test_rounding_widens_the_bounds_and_leaves_the_value(num_steps):
     rounded = replace(run, rounding=1e-3)
     for bracket in (bracket_semidefinite, lambda runs: bracket_indefinite(runs, ridge=0.1)):
         plain, wide = bracket([run]), bracket([rounded])
-        assert wide.dimension("value", 0.1) == plain.dimension("value", 0.1)
+        assert wide.dimension.value(0.1) == plain.dimension.value(0.1)
         # By d / dx of a / (a + x), at most 1 / a.
-        assert 0 < wide.dimension("upper", 0.1) - plain.dimension("upper", 0.1) < 2e-3 / 0.1
-        assert 0 < plain.dimension("lower", 0.1) - wide.dimension("lower", 0.1) < 2e-3 / 0.1
+        assert 0 < wide.dimension.upper(0.1) - plain.dimension.upper(0.1) < 2e-3 / 0.1
+        assert 0 < plain.dimension.lower(0.1) - wide.dimension.lower(0.1) < 2e-3 / 0.1
 
 
 def test_indefinite_bracket_without_a_ridge_knows_nothing_from_below():
     bracket = bracket_indefinite([jacobi(*random_measure(), 5)])
-    assert bracket.dimension("lower", 0.1) == pytest.approx(0, abs=1e-12)
-    assert bracket.dimension("upper", 0.1) < 1
+    assert bracket.dimension.lower(0.1) == pytest.approx(0, abs=1e-12)
+    assert bracket.dimension.upper(0.1) < 1
+
+
+def test_without_a_ridge_a_run_that_ended_is_exact_and_the_others_are_bounded_by_0():
+    values, weights = np.array([-0.2, 0.5, 1.0]), np.array([0.5, 0.2, 0.3])
+    ended, other = jacobi(values, weights, 20), jacobi(*random_measure(40), 20)
+    truth = integrate((values, weights), lambda x: 0.3 / (0.3 + np.abs(x)))
+    delta = bracket_indefinite([ended, other]).dimension.lower
+    assert delta(0.3) == pytest.approx((truth + 0) / 2, abs=1e-12)
+    assert delta(np.inf) == 1
+
+
+def test_two_quantities_join_bound_by_bound():
+    few, more = Bracketed(1, 2, 3, (4,)), Bracketed(10, 20, 30, (40, 50))
+    assert few.join(lambda x, y: x + y, more) == Bracketed(11, 22, 33, (44, 52))
+    assert Bracketed.known(2).join(lambda x, y: x * y, more) == Bracketed(20, 40, 60, (80, 100))
+    assert few.map(str) == Bracketed("1", "2", "3", ("4",))
 
 
 @pytest.mark.parametrize("signs", [np.ones(3), np.array([1, -1, 1])])
@@ -399,8 +413,9 @@ def test_breakdown_makes_all_measures_coincide(signs):
     if np.all(signs > 0):
         brackets.append(bracket_semidefinite([run, run]))
     for bracket in brackets:
-        for side in SIDES:
-            assert bracket.dimension(side, 0.3) == pytest.approx(truth, abs=1e-12)
+        found = at_ridge(bracket, 0.3)
+        for estimate in (found.lower, found.value, found.upper, *found.others):
+            assert estimate == pytest.approx(truth, abs=1e-12)
 
 
 def test_a_run_that_ended_is_exact_beside_others_that_did_not():
@@ -418,7 +433,7 @@ def test_a_run_that_ended_is_exact_beside_others_that_did_not():
 def test_infinite_ridge():
     semidefinite = bracket_semidefinite([jacobi(*random_measure(low=0), 5)])
     for bracket in (semidefinite, bracket_indefinite([jacobi(*random_measure(), 5)])):
-        assert bracket.dimension("value", np.inf) == 1
+        assert bracket.dimension.value(np.inf) == 1
         assert bracket.probe_error(np.inf) == 0
 
 

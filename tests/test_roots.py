@@ -21,7 +21,7 @@ from jaxlimit.limits.roots import (
     width_limit,
 )
 from jaxlimit.spectrum.bracket import SpectralBracket
-from jaxlimit.spectrum.quadrature import SpectralMeasure
+from jaxlimit.spectrum.measure import SpectralMeasure
 
 # Brackets are widened by so many weights to either side.
 WIDENED = 2

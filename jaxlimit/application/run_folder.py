@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 import jaxlimit
 from jaxlimit.limits.result import LimitCurve, PruningLimit, Sensitivity
 from jaxlimit.limits.roots import LIMITS, Estimate
-from jaxlimit.spectrum.quadrature import SpectralMeasure
+from jaxlimit.spectrum.measure import SpectralMeasure
 from jaxlimit.training.losses import CURVATURES
 
 FORMAT = 1

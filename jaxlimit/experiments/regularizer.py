@@ -26,7 +26,7 @@ from jaxlimit.experiments.tables import (
     threshold_cells,
 )
 from jaxlimit.geometry.differentiable import width_dimension
-from jaxlimit.spectrum.quadrature import rademacher
+from jaxlimit.spectrum.probes import rademacher
 from jaxlimit.training.classifier import train
 from jaxlimit.training.losses import Loss, classification_loss, cross_entropy
 

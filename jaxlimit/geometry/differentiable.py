@@ -56,7 +56,7 @@ def width_dimension(
         loss_fn: `loss_fn(outputs, batch) -> scalar`, the mean over the batch's examples, convex in outputs.
         params: pytree of parameters.
         batch: pytree of arrays with a leading axis of examples.
-        probes: sign vectors along a leading axis, `quadrature.rademacher(key, weights, num_probes)`. Fixed
+        probes: sign vectors along a leading axis, `rademacher(key, weights, num_probes)`. Fixed
             ones make a smooth function; new ones at every step make an unbiased gradient.
         sparsity: s in (0, 1], of the prunable weights.
         loss_tolerance: eps > 0, in units of the loss.

@@ -13,19 +13,17 @@ returned as fractions of D.
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.optimize import brentq
 
-if TYPE_CHECKING:
-    from jaxlimit.spectrum.quadrature import SpectralMeasure
+from jaxlimit.spectrum.measure import SpectralMeasure
 
 # A cone's ridge of exp(60) times the width formula's makes the dimension D to rounding.
 LOG_INFINITE = 60.0
 
 
-def effective_dimension(measure: "SpectralMeasure", ridge: float) -> float:
+def effective_dimension(measure: SpectralMeasure, ridge: float) -> float:
     """delta(a) / D: the integral of a / (a + |lambda|); 1 for an infinite ridge.
 
     Args:
@@ -33,7 +31,6 @@ def effective_dimension(measure: "SpectralMeasure", ridge: float) -> float:
         ridge: a > 0, in units of the eigenvalues.
 
     Examples:
-        >>> from jaxlimit.spectrum.quadrature import SpectralMeasure
         >>> effective_dimension(SpectralMeasure([[0.0, 1.0]], [[0.5, 0.5]]), ridge=1.0)
         0.75
     """
@@ -70,7 +67,7 @@ def cone_ridge(rank: Callable[[float], float], radius: float, loss_tolerance: fl
     return low * math.exp(brentq(excess, 0.0, LOG_INFINITE, xtol=1e-13))  # pyright: ignore[reportArgumentType, reportReturnType]
 
 
-def width_dimension(measure: "SpectralMeasure", radius: float, loss_tolerance: float) -> float:
+def width_dimension(measure: SpectralMeasure, radius: float, loss_tolerance: float) -> float:
     r"""The paper's estimate of delta / D, which sees the removed vector only through its length.
 
         delta = sum_i r_i^2 / (R^2 + r_i^2) = sum_i 2 eps / (2 eps + |lambda_i| R^2)
@@ -89,7 +86,6 @@ def width_dimension(measure: "SpectralMeasure", radius: float, loss_tolerance: f
         ValueError: a radius or tolerance out of range.
 
     Examples:
-        >>> from jaxlimit.spectrum.quadrature import SpectralMeasure
         >>> width_dimension(SpectralMeasure([[0.0, 1.0]], [[0.5, 0.5]]), radius=2.0, loss_tolerance=0.5)
         0.6
 
@@ -100,7 +96,7 @@ def width_dimension(measure: "SpectralMeasure", radius: float, loss_tolerance: f
 
 
 def cone_dimension(
-    measure: "SpectralMeasure", removed_measure: "SpectralMeasure", radius: float, loss_tolerance: float
+    measure: SpectralMeasure, removed_measure: SpectralMeasure, radius: float, loss_tolerance: float
 ) -> float:
     r"""The statistical dimension delta / D of the cone, to leading order in D.
 
@@ -123,7 +119,6 @@ def cone_dimension(
     Examples:
         With c along the flat direction alone the cone is everything.
 
-        >>> from jaxlimit.spectrum.quadrature import SpectralMeasure
         >>> measure = SpectralMeasure([[0.0, 1.0]], [[0.5, 0.5]])
         >>> cone_dimension(measure, SpectralMeasure([[0.0, 1.0]], [[1.0, 0.0]]), 2.0, 0.5)
         1.0

@@ -32,7 +32,7 @@ import numpy as np
 
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.geometry.magnitude import magnitude_mask, magnitude_order
-from jaxlimit.spectrum.quadrature import rademacher
+from jaxlimit.spectrum.probes import rademacher
 
 PyTree = Any
 

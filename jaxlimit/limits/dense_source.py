@@ -16,7 +16,7 @@ from jaxlimit.core.trees import flatten
 from jaxlimit.geometry.magnitude import MagnitudeOrder
 from jaxlimit.limits.roots import Estimate
 from jaxlimit.spectrum.bracket import SpectralBracket
-from jaxlimit.spectrum.quadrature import SpectralMeasure
+from jaxlimit.spectrum.measure import SpectralMeasure
 
 PyTree = Any
 

@@ -24,10 +24,12 @@ from jaxlimit.limits.conjugate_gradients import readjusted_minimum
 from jaxlimit.limits.one_shot import PathPoint, one_shot_limit
 from jaxlimit.limits.roots import BudgetSpent, Estimate, cone_point, width_limit
 from jaxlimit.spectrum import lanczos
-from jaxlimit.spectrum.bracket import SpectralBracket, bracket_indefinite, bracket_semidefinite
-from jaxlimit.spectrum.lanczos import Tridiagonal
+from jaxlimit.spectrum.bracket import SpectralBracket, bracket_indefinite, bracket_semidefinite, spread
 from jaxlimit.spectrum.lanczos_files import LanczosFiles
-from jaxlimit.spectrum.quadrature import SpectralMeasure, gauss, rademacher, stack_rules
+from jaxlimit.spectrum.measure import SpectralMeasure, stack_rules
+from jaxlimit.spectrum.probes import rademacher
+from jaxlimit.spectrum.rules import gauss
+from jaxlimit.spectrum.tridiagonal import Tridiagonal
 
 PyTree = Any
 # Steps before a run with an indefinite matrix may call itself resolved. While it still finds the outliers, no
@@ -157,7 +159,7 @@ class AdaptiveCurvature:
             """Of the dimension, by d delta / d log a <= D - delta, and so of s."""
             radius = self.order.radius(n)
             point = cone_point(n, self._bracket([run], None), radius, self.loss_tolerance)
-            return point.spread * (1 - n / self.order.dim)
+            return spread(point.log_rho) * (1 - n / self.order.dim)
 
         def resolved(runs: list[Tridiagonal]) -> bool:
             return all(error(n, run) <= self.tolerance / 2 for n, run in zip(counts, runs, strict=True))

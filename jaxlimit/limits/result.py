@@ -9,8 +9,8 @@ from numpy.typing import ArrayLike, NDArray
 from jaxlimit.geometry.dimensions import transition_halfwidth, width_ridge
 from jaxlimit.geometry.magnitude import MagnitudeOrder, num_removed
 from jaxlimit.limits.roots import LIMITS, Estimate, cone_point, cone_root, width_limit
-from jaxlimit.spectrum.bracket import Side, SpectralBracket
-from jaxlimit.spectrum.quadrature import SpectralMeasure
+from jaxlimit.spectrum.bracket import SpectralBracket
+from jaxlimit.spectrum.measure import SpectralMeasure
 
 # The window in which the probability falls from 95 % to 5 %.
 ETA = 0.05
@@ -113,20 +113,19 @@ class PruningLimit:
         counts = num_removed(self.dim, grid)
         radii = np.sqrt(self._order.squared_norm[counts])
 
-        def dimension(side: Side) -> NDArray[np.float64]:
-            ridges = (width_ridge(float(radius), self.loss_tolerance) for radius in radii)
-            return np.array([self._bracket.dimension(side, a) for a in ridges])
-
+        ridges = [width_ridge(float(radius), self.loss_tolerance) for radius in radii]
+        width = self._bracket.dimension.map(lambda delta: np.array([delta(a) for a in ridges]))
         counts = sorted(self._removed)
         cone = np.array([self._cone_dimension(n) for n in counts])
-        bounds = dimension("lower"), dimension("upper")
-        return LimitCurve(grid, radii, dimension("value"), *bounds, np.array(counts) / self.dim, cone)
+        return LimitCurve(
+            grid, radii, width.value, width.lower, width.upper, np.array(counts) / self.dim, cone
+        )
 
     def _cone_dimension(self, n: int) -> float:
         radius = self._order.radius(n)
         point = cone_point(n, self._removed[n], radius, self.loss_tolerance)
-        ridge = width_ridge(radius, self.loss_tolerance) * np.exp(point.log_rho["value"])
-        return self._bracket.dimension("value", ridge)
+        ridge = width_ridge(radius, self.loss_tolerance) * np.exp(point.log_rho.value)
+        return self._bracket.dimension.value(ridge)
 
     def sensitivity(self, loss_tolerances: ArrayLike | None = None) -> Sensitivity:
         """How the limits move with the loss tolerance; costs no product.

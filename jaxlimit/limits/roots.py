@@ -21,8 +21,9 @@ import numpy as np
 
 from jaxlimit.geometry.dimensions import LOG_INFINITE, cone_ridge, fixed_point, width_ridge
 from jaxlimit.geometry.magnitude import MagnitudeOrder
-from jaxlimit.spectrum.bracket import SIDES, Side, SpectralBracket
+from jaxlimit.spectrum.bracket import Bracketed, EffectiveDimension, SpectralBracket, spread
 
+Ridge = Callable[[int], float]  # after n removals
 # From the strongest demand to the weakest.
 LIMITS = ("one_shot", "width", "cone", "readjusted")
 # Standard errors by which the probe error widens [lower, upper]: 99.7 % if the error were normal.
@@ -81,31 +82,35 @@ class Estimate:
 def dimension_root(
     bracket: SpectralBracket,
     order: MagnitudeOrder,
-    ridges: Callable[[Side, int], float],
+    ridge: Bracketed[Ridge],
 ) -> Estimate:
     """Root of delta(a(s)) / D = s, with its bracket, probe error and spread.
 
     Args:
         bracket: of the spectral measure.
         order: of the weights.
-        ridges: `ridges(side, n)`, the ridge after n removals, as seen from each side.
+        ridge: n -> a, the ridge after n removals.
     """
+    delta = bracket.dimension
 
-    def root(side: Side, standard_errors: float = 0.0) -> float:
+    def root(delta: EffectiveDimension, ridge: Ridge, standard_errors: float = 0.0) -> float:
         def dimension(n: int) -> float:
-            ridge = ridges(side, n)
-            return bracket.dimension(side, ridge) + standard_errors * bracket.probe_error(ridge)
+            a = ridge(n)
+            return delta(a) + standard_errors * bracket.probe_error(a)
 
         return fixed_point(dimension, order.dim)
 
-    probe_error = (root("value", 1) - root("value", -1)) / 2
-    lower, upper = root("lower", -STANDARD_ERRORS), root("upper", STANDARD_ERRORS)
-    return Estimate.between(root("value"), lower, upper, order.dim, probe_error, bracket.spread(root))
+    roots = delta.join(root, ridge)
+    probe_error = (root(delta.value, ridge.value, 1) - root(delta.value, ridge.value, -1)) / 2
+    lower = root(delta.lower, ridge.lower, -STANDARD_ERRORS)
+    upper = root(delta.upper, ridge.upper, STANDARD_ERRORS)
+    return Estimate.between(roots.value, lower, upper, order.dim, probe_error, spread(roots))
 
 
 def width_limit(bracket: SpectralBracket, order: MagnitudeOrder, loss_tolerance: float) -> Estimate:
     """The paper's limit: delta_width(s) / D = s."""
-    return dimension_root(bracket, order, lambda _, n: width_ridge(order.radius(n), loss_tolerance))
+    ridge = Bracketed.known(lambda n: width_ridge(order.radius(n), loss_tolerance))
+    return dimension_root(bracket, order, ridge)
 
 
 @dataclass(frozen=True)
@@ -114,25 +119,22 @@ class ConePoint:
 
     Attributes:
         num_removed: n = floor(s D).
-        log_rho: log rho as seen from each side.
-        spread: of log rho.
+        log_rho: log rho. Its lower bound belongs to that of the dimension, and so on.
     """
 
     num_removed: int
-    log_rho: dict[Side, float]
-    spread: float
+    log_rho: Bracketed[float]
 
 
 def cone_point(num_removed: int, removed: SpectralBracket, radius: float, loss_tolerance: float) -> ConePoint:
     """rho(s) from a bracket of the spectral measure seen from c(s)."""
     base = width_ridge(radius, loss_tolerance)
 
-    def log_rho(side: Side) -> float:
-        ridge = cone_ridge(partial(removed.rank, side), radius, loss_tolerance)
+    def log_rho(delta: EffectiveDimension) -> float:
+        ridge = cone_ridge(delta.rank, radius, loss_tolerance)
         return float(min(np.log(ridge / base), LOG_INFINITE))
 
-    sides: dict[Side, float] = {side: log_rho(side) for side in SIDES}
-    return ConePoint(num_removed, sides, removed.spread(sides.__getitem__))
+    return ConePoint(num_removed, removed.dimension.map(log_rho))
 
 
 def cone_root(
@@ -146,13 +148,15 @@ def cone_root(
     """
     points = sorted(points, key=lambda point: point.num_removed)
     at = [point.num_removed for point in points]
-    shares = {side: np.exp([-point.log_rho[side] for point in points]) for side in SIDES}
+    log_rhos: Bracketed[tuple[float, ...]] = Bracketed.known(())
+    for point in points:
+        log_rhos = log_rhos.join(lambda known, x: (*known, x), point.log_rho)
 
-    def ridges(side: Side, n: int) -> float:
-        share = float(np.interp(n, at, shares[side]))
-        return width_ridge(order.radius(n), loss_tolerance) / share
+    def ridge(log_rho: tuple[float, ...]) -> Ridge:
+        shares = np.exp([-x for x in log_rho])
+        return lambda n: width_ridge(order.radius(n), loss_tolerance) / float(np.interp(n, at, shares))
 
-    return dimension_root(bracket, order, ridges)
+    return dimension_root(bracket, order, log_rhos.map(ridge))
 
 
 def cone_limit(
@@ -243,14 +247,14 @@ def readjusted_limit(
     """
     low, high = 0, dim + 1  # at low eps is reached; at high, one beyond all weights, it is not
     n, stride, boundary = min(max(1, round(start * dim)), dim), max(1, round(0.02 * dim)), None
-    spread = 0.0
+    left = 0.0
     while high - low > max(1, tolerance * dim):
         try:
             below, above = minimum(n)
         except BudgetSpent:
             if (low, high) == (0, dim + 1):
                 raise
-            boundary, spread = n, (min(high, dim) - low) / dim
+            boundary, left = n, (min(high, dim) - low) / dim
             break
         if above <= loss_tolerance:
             low = n
@@ -268,4 +272,4 @@ def readjusted_limit(
                 continue
         n = (low + high) // 2
     value = (low + high) / 2 if boundary is None else boundary
-    return Estimate.between(min(value / dim, 1.0), low / dim, min(high / dim, 1.0), dim, spread=spread)
+    return Estimate.between(min(value / dim, 1.0), low / dim, min(high / dim, 1.0), dim, spread=left)

@@ -18,7 +18,7 @@ from jaxlimit.plots.style import (
     legend_below,
     new_figure,
 )
-from jaxlimit.spectrum.quadrature import SpectralMeasure
+from jaxlimit.spectrum.measure import SpectralMeasure
 from jaxlimit.training.losses import TITLES
 
 if TYPE_CHECKING:

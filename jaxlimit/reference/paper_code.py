@@ -32,7 +32,9 @@ from jaxlimit.curvature.operator import Curvature
 from jaxlimit.geometry.dimensions import fixed_point, width_dimension
 from jaxlimit.geometry.magnitude import MagnitudeOrder, magnitude_order
 from jaxlimit.spectrum import lanczos
-from jaxlimit.spectrum.quadrature import SpectralMeasure, gauss, rademacher
+from jaxlimit.spectrum.measure import SpectralMeasure
+from jaxlimit.spectrum.probes import rademacher
+from jaxlimit.spectrum.rules import gauss
 
 PyTree = Any
 GRID = np.arange(1000) / 1000

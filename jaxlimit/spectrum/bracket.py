@@ -18,17 +18,19 @@ bounds allow for eigenvalues that are so much larger or smaller.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import partial
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlimit.spectrum.lanczos import Tridiagonal
-from jaxlimit.spectrum.quadrature import Rule, SpectralMeasure, gauss, gauss_radau, least_rules, stack_rules
+from jaxlimit.spectrum.measure import SpectralMeasure, stack_rules
+from jaxlimit.spectrum.rules import Rule, gauss, gauss_radau, least_rules
+from jaxlimit.spectrum.tridiagonal import Tridiagonal
 
-# A bound, the value, or one of the four other estimates whose distance from the value is its spread.
-Side = Literal["lower", "upper", "value", 1, 2, 3, 4]
-SIDES: tuple[Side, ...] = get_args(Side)
+T = TypeVar("T")
+S = TypeVar("S")
+R = TypeVar("R")
 # Sixteenths of the steps from which each estimate for an indefinite matrix is extrapolated, the value first.
 # The last is what the value was after three quarters of the steps.
 WINDOWS = ((16, 12, 8), (14, 10, 6), (12, 8, 4), (12, 9, 6))
@@ -42,6 +44,76 @@ ROUNDING = 2.0
 
 
 @dataclass(frozen=True)
+class Bracketed(Generic[T]):
+    """A quantity as all that is known of it: numbers, or functions from which numbers follow.
+
+    Attributes:
+        lower, upper: its bounds.
+        value: what is taken for it.
+        others: other estimates, whose distance from the value tells how well it is resolved.
+    """
+
+    lower: T
+    value: T
+    upper: T
+    others: tuple[T, ...] = ()
+
+    @classmethod
+    def known(cls, value: T) -> "Bracketed[T]":
+        """A quantity that is known exactly."""
+        return cls(value, value, value)
+
+    def map(self, function: Callable[[T], S]) -> "Bracketed[S]":
+        """What follows from each: `function` of the bounds, the value and the other estimates."""
+        others = tuple(function(x) for x in self.others)
+        return Bracketed(function(self.lower), function(self.value), function(self.upper), others)
+
+    def join(self, function: Callable[[T, S], R], second: "Bracketed[S]") -> "Bracketed[R]":
+        """What follows from this and another quantity: from both lower bounds, both values and so on.
+
+        Where one has fewer other estimates, its value takes the place of those that are missing.
+        """
+        size = max(len(self.others), len(second.others))
+        pairs = zip(self._padded(size), second._padded(size), strict=True)
+        lower, value, upper, *others = (function(x, y) for x, y in pairs)
+        return Bracketed(lower, value, upper, tuple(others))
+
+    def _padded(self, num_others: int) -> list[T]:
+        missing = num_others - len(self.others)
+        return [self.lower, self.value, self.upper, *self.others, *[self.value] * missing]
+
+
+def spread(number: Bracketed[float]) -> float:
+    """How well the Lanczos steps resolve a number: the distance of the farthest estimate from its value.
+
+    For a semidefinite matrix it is half the bracket. For an indefinite one it is how far the value moved over
+    the last quarter of the steps, and at least a quarter of what is extrapolated. It never exceeds what the
+    bounds allow.
+
+    Examples:
+        >>> spread(Bracketed(lower=0.0, value=0.5, upper=1.0, others=(0.375, 0.75)))
+        0.25
+    """
+    estimates = max((abs(other - number.value) for other in number.others), default=0.0)
+    return min(estimates, max(abs(number.lower - number.value), abs(number.upper - number.value)))
+
+
+@dataclass(frozen=True)
+class EffectiveDimension:
+    """delta(a) / D as a function of the ridge a, by one way to compute it.
+
+    Attributes:
+        rank: a -> 1 - delta(a) / D, which keeps its digits where delta is D to rounding.
+    """
+
+    rank: Callable[[float], float]
+
+    def __call__(self, ridge: float) -> float:
+        """delta(a) / D."""
+        return 1 - self.rank(ridge)
+
+
+@dataclass(frozen=True)
 class SpectralBracket:
     """What a set of Lanczos runs says about the effective dimension int a / (a + |lambda|) dmu.
 
@@ -50,56 +122,50 @@ class SpectralBracket:
         upper: measure on |lambda| whose integral bounds it from above.
         rules: the rules behind the value: one if the measure is known; Gauss and Gauss-Radau, of which the
             mean is taken; or the Gauss-Radau rules after SIXTEENTHS of the steps, to be extrapolated.
+        bounded: (probes,) whether `lower` holds for a probe; where it does not, the bound is 0. None: all.
     """
 
     lower: tuple[SpectralMeasure, ...]
     upper: SpectralMeasure
     rules: tuple[SpectralMeasure, ...]
+    bounded: NDArray[np.bool_] | None = None
 
     @classmethod
     def exact(cls, measure: SpectralMeasure) -> "SpectralBracket":
         """Of a measure that is known."""
         return cls((measure,), measure, (measure,))
 
-    def rank(self, side: Side, ridge: float) -> float:
-        """1 - delta(a) / D = int |lambda| / (a + |lambda|) dmu, its bounds named after those of delta."""
-        if np.isinf(ridge):
-            return 0.0
-        if side == "lower":
-            return float(np.mean(np.max([_ranks(measure, ridge) for measure in self.lower], axis=0)))
-        if side == "upper":
-            return float(np.mean(_ranks(self.upper, ridge)))
-        value, *others = _estimates([float(np.mean(_ranks(rule, ridge))) for rule in self.rules])
-        if side != "value" and side <= len(others):
-            return others[side - 1]
-        # What is extrapolated from few steps may leave the bounds (which are in order but for rounding).
-        return sorted((self.rank("lower", ridge), value, self.rank("upper", ridge)))[1]
-
-    def dimension(self, side: Side, ridge: float) -> float:
-        """delta(a) / D: its "lower" or "upper" bound, its "value", or another estimate of it."""
-        return 1 - self.rank(side, ridge)
-
-    def spread(self, solve: Callable[[Side], float]) -> float:
-        """How well the Lanczos steps resolve a quantity: the distance of the farthest estimate, in its units.
-
-        Of a semidefinite matrix half its bracket; of an indefinite one how far it moved over the last quarter
-        of the steps, and at least a quarter of what is extrapolated, but no more than its bracket allows.
-
-        Args:
-            solve: the quantity as computed from each side.
-        """
-
-        def farthest(*sides: Side) -> float:
-            return max(abs(solve(side) - value) for side in sides)
-
-        value = solve("value")
-        return min(farthest(1, 2, 3, 4), farthest("lower", "upper"))
+    @property
+    def dimension(self) -> Bracketed[EffectiveDimension]:
+        """Delta / D as functions of the ridge: its lower and upper bound, its value and other estimates."""
+        num_estimates = len(_estimates([0.0] * len(self.rules)))
+        others = [partial(self._estimated_rank, i) for i in range(1, num_estimates)]
+        lower, value, upper = self._largest_rank, self._rank, self._smallest_rank
+        ranks = Bracketed[Callable[[float], float]](lower, value, upper, tuple(others))
+        return ranks.map(EffectiveDimension)
 
     def probe_error(self, ridge: float) -> float:
         """Standard error of delta(a) / D due to the finite number of probes."""
         if np.isinf(ridge):
             return 0.0
         return self.rules[-1].probe_error(lambda x: ridge / (ridge + np.abs(x)))
+
+    def _largest_rank(self, ridge: float) -> float:
+        if np.isinf(ridge):  # delta is D, whatever is known of H
+            return 0.0
+        largest = np.max([_ranks(measure, ridge) for measure in self.lower], axis=0)
+        return float(np.mean(largest if self.bounded is None else np.where(self.bounded, largest, 1.0)))
+
+    def _smallest_rank(self, ridge: float) -> float:
+        return float(np.mean(_ranks(self.upper, ridge)))
+
+    def _estimated_rank(self, index: int, ridge: float) -> float:
+        return _estimates([float(np.mean(_ranks(rule, ridge))) for rule in self.rules])[index]
+
+    def _rank(self, ridge: float) -> float:
+        # What is extrapolated from few steps may leave the bounds (which are in order but for rounding).
+        bounds = self._largest_rank(ridge), self._smallest_rank(ridge)
+        return sorted((bounds[0], self._estimated_rank(0, ridge), bounds[1]))[1]
 
 
 def _ranks(measure: SpectralMeasure, ridge: float) -> NDArray[np.float64]:
@@ -143,29 +209,24 @@ def bracket_indefinite(
         runs: Lanczos runs of an indefinite matrix.
         dim: as in `SpectralMeasure`.
         ridge: scale of |lambda| around which the lower bound is resolved, over four decades. None leaves it
-            out, as 0.
+            out: it is 0 then, but for runs that ended and are exact.
     """
     if all(run.breakdown for run in runs):
         known = [gauss(run) for run in runs]
         lower, upper = (_shifted(known, runs, sign, dim) for sign in (1, -1))
         return SpectralBracket((lower,), upper, (stack_rules(known, dim),))
-
-    def least(run: Tridiagonal) -> list[Rule]:
-        if run.breakdown:
-            return [gauss(run)] * 3
-        return [_NOWHERE] if ridge is None else least_rules(run, [ridge / 100, ridge, ridge * 100])
-
     radau = [
         [gauss_radau(run.truncate(max(run.num_steps * part // 16, 1)), 0.0) for run in runs]
         for part in SIXTEENTHS
     ]
-    rules = tuple(stack_rules(rule, dim) for rule in radau)
-    lower = [_shifted(rule, runs, 1, dim) for rule in zip(*map(least, runs), strict=False)]
-    return SpectralBracket(tuple(lower), _shifted(radau[-1], runs, -1, dim), rules)
-
-
-# All mass at an eigenvalue that is too large to matter: nothing is known from below.
-_NOWHERE: Rule = (np.array([1e300]), np.array([1.0]))
+    least, bounded = [radau[-1]], np.array([run.breakdown for run in runs])  # those that ended are exact
+    if ridge is not None:
+        ridges = [ridge / 100, ridge, ridge * 100]
+        each = [[gauss(run)] * 3 if run.breakdown else least_rules(run, ridges) for run in runs]
+        least, bounded = list(zip(*each, strict=True)), None
+    lower = tuple(_shifted(rules, runs, 1, dim) for rules in least)
+    upper = _shifted(radau[-1], runs, -1, dim)
+    return SpectralBracket(lower, upper, tuple(stack_rules(rules, dim) for rules in radau), bounded)
 
 
 def _shifted(

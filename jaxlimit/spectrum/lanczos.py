@@ -7,10 +7,9 @@ From q_1 = v / ||v||, with H q_j = beta_{j-1} q_{j-1} + alpha_j q_j + beta_j q_{
 and the eigenpairs of T_k give the k-point Gauss rule of the spectral measure of H seen from v (Golub and
 Meurant 2010). Several start vectors run side by side and share each product with H.
 
-With reorthogonalisation every new vector is made orthogonal to the whole basis by Gram-Schmidt, as matrix
-products with panels of the basis (k vectors of memory for each start vector), and once more where that
-cancelled much of it (Daniel, Gragg, Kaufman and Stewart 1976). Without it three vectors are kept; the
-quadrature remains valid but converges later (Greenbaum 1989). Between the two, a basis of limited size keeps
+With reorthogonalisation (`jaxlimit.spectrum.basis`) every new vector is made orthogonal to the whole basis,
+of k vectors for each start vector. Without it three vectors are kept; the quadrature remains valid but
+converges later (Greenbaum 1989). Between the two, a basis of limited size keeps
 its first vectors, and new ones are made orthogonal to these: they hold the outliers of the spectrum, which
 are what comes back where orthogonality is lost.
 
@@ -19,8 +18,6 @@ which is an answer and no error.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -28,67 +25,22 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlimit.core.sharding import sharding_like
+from jaxlimit.spectrum.basis import (
+    PANEL,
+    empty_panel,
+    inner_products,
+    norms,
+    orthogonalize,
+    per_run,
+    store,
+)
+from jaxlimit.spectrum.tridiagonal import Tridiagonal
 
 PyTree = Any
 
 # beta_k below BREAKDOWN * machine epsilon * ||T|| is rounding noise: a product with H alone is uncertain by
 # a small multiple of machine epsilon * ||H||.
 BREAKDOWN = 10.0
-# Vectors in a panel of the basis: few enough that the last, partly filled one wastes little, and enough that
-# the vector which is orthogonalised against it costs little to read and write beside it.
-PANEL = 32
-# A Gram-Schmidt pass that leaves less of a vector than this is repeated (Daniel et al. 1976).
-CANCELLATION = 2**-0.5
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["diagonal", "off_diagonal", "residual_norm", "rounding"],
-    meta_fields=["breakdown", "reorthogonalized"],
-)
-@dataclass(frozen=True)
-class Tridiagonal:
-    """The tridiagonal matrix T_k of one Lanczos run. Host arrays in float64.
-
-    Attributes:
-        diagonal: (k,) alpha_1 .. alpha_k.
-        off_diagonal: (k - 1,) beta_1 .. beta_{k-1}, positive.
-        residual_norm: beta_k, the coupling to what T_k leaves out; 0 after a breakdown.
-        breakdown: whether the Krylov space was exhausted, so that T_k is exact.
-        reorthogonalized: whether the whole basis was kept and every vector made orthogonal to all of it.
-        rounding: machine epsilon of the vectors times ||T||, the scale of the errors of eigenvalues.
-    """
-
-    diagonal: NDArray[np.float64]
-    off_diagonal: NDArray[np.float64]
-    residual_norm: float
-    breakdown: bool = False
-    reorthogonalized: bool = True
-    rounding: float = 0.0
-
-    @property
-    def num_steps(self) -> int:
-        """Order k of the matrix: the number of products spent, breakdown excepted."""
-        return len(self.diagonal)
-
-    def truncate(self, num_steps: int) -> "Tridiagonal":
-        """The matrix T_k of a run that had stopped earlier; itself if it was not longer.
-
-        Raises:
-            ValueError: num_steps below 1.
-        """
-        if num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
-        if num_steps >= self.num_steps:
-            return self
-        return replace(
-            self,
-            diagonal=self.diagonal[:num_steps],
-            off_diagonal=self.off_diagonal[: num_steps - 1],
-            residual_norm=float(self.off_diagonal[num_steps - 1]),
-            breakdown=False,
-        )
 
 
 class LanczosState(NamedTuple):
@@ -134,16 +86,16 @@ def init(starts: PyTree) -> LanczosState:
         ValueError: a start vector that is zero or not finite.
     """
     starts = jax.tree.map(jnp.asarray, starts)
-    norms = np.asarray(_norm(starts))
-    if not np.all(np.isfinite(norms)) or np.any(norms == 0):
-        raise ValueError(f"start vectors must be finite and not zero, got norms {norms}.")
-    current = jax.tree.map(lambda x: x / _columns(jnp.asarray(norms, x.dtype), x), starts)
-    num_runs = len(norms)
+    lengths = np.asarray(norms(starts))
+    if not np.all(np.isfinite(lengths)) or np.any(lengths == 0):
+        raise ValueError(f"start vectors must be finite and not zero, got norms {lengths}.")
+    current = jax.tree.map(lambda x: x / per_run(jnp.asarray(lengths, x.dtype), x), starts)
+    num_runs = len(lengths)
     return LanczosState(
         basis=(),
         previous=jax.tree.map(jnp.zeros_like, current),
         current=current,
-        norm=jnp.zeros_like(jnp.asarray(norms)),
+        norm=jnp.zeros_like(jnp.asarray(lengths)),
         diagonal=np.zeros((num_runs, 0)),
         off_diagonal=np.zeros((num_runs, 0)),
         num_steps=np.zeros(num_runs, np.int64),
@@ -171,32 +123,26 @@ def run(
     Raises:
         FloatingPointError: a product with the matrix is not finite.
     """
-    alive = state.num_steps == state.diagonal.shape[1]
-    if state.diagonal.size:
+    taken = state.diagonal.shape[1]
+    alive = state.num_steps == taken
+    if taken:
         alive &= state.off_diagonal[:, -1] > 0
     diagonal, off_diagonal = [state.diagonal], [state.off_diagonal]
     num_steps = state.num_steps.copy()
     previous, current, norm = state.previous, state.current, state.norm
-    taken = state.diagonal.shape[1]
     beta = jnp.asarray(state.off_diagonal[:, -1] if taken else np.zeros(len(alive)), norm.dtype)
-    basis = list(state.basis)
-    kept = np.inf if max_basis is None else max_basis // PANEL * PANEL
-    if taken > PANEL * len(basis):  # later ones are lost already
-        kept = PANEL * len(basis)
-    elif taken < PANEL * len(basis):
-        kept = max(kept, PANEL * len(basis))  # the memory is there
-        basis[-1] = jax.tree.map(jnp.copy, basis[-1])  # written in place below; the caller's stays as it is
+    basis, kept = _growing_basis(state, max_basis)
     for index in range(taken, taken + num_matvecs):
         if not np.any(alive):
             break
-        residual, alpha = _three_terms(previous, current, beta, matmat(current))
+        residual, alpha = three_terms(previous, current, beta, matmat(current))
         if index < kept:
             if index % PANEL == 0:
-                basis.append(jax.tree.map(_empty_panel, current))
-            basis[-1] = _store(basis[-1], current, index % PANEL)
-        residual = _orthogonalize(basis, residual)
+                basis.append(jax.tree.map(empty_panel, current))
+            basis[-1] = store(basis[-1], current, index % PANEL)
+        residual = orthogonalize(basis, residual)
         previous = current
-        current, beta, norm = _normalize(residual, alpha, beta, norm)
+        current, beta, norm = normalize(residual, alpha, beta, norm)
         column = np.asarray(alpha, np.float64), np.asarray(beta, np.float64)
         if not np.all(np.isfinite(column)):
             raise FloatingPointError(
@@ -207,15 +153,20 @@ def run(
         off_diagonal.append(column[1][:, None])
         num_steps[alive] = index + 1
         alive &= column[1] > 0
-    return LanczosState(
-        tuple(basis),
-        previous,
-        current,
-        norm,
-        np.hstack(diagonal),
-        np.hstack(off_diagonal),
-        num_steps,
-    )
+    columns = np.hstack(diagonal), np.hstack(off_diagonal)
+    return LanczosState(tuple(basis), previous, current, norm, *columns, num_steps)
+
+
+def _growing_basis(state: LanczosState, max_basis: int | None) -> tuple[list[PyTree], float]:
+    """The panels of a state, the last of which may be written to, and the number of vectors to keep."""
+    basis, taken = list(state.basis), state.diagonal.shape[1]
+    kept = np.inf if max_basis is None else max_basis // PANEL * PANEL
+    if taken > PANEL * len(basis):  # later vectors are lost already
+        return basis, PANEL * len(basis)
+    if taken < PANEL * len(basis):
+        basis[-1] = jax.tree.map(jnp.copy, basis[-1])  # written in place; the caller's stays as it is
+        kept = max(kept, PANEL * len(basis))  # the memory is there
+    return basis, kept
 
 
 def tridiagonalize(
@@ -259,81 +210,26 @@ def tridiagonalize(
 
 
 @jax.jit
-def _three_terms(previous, current, beta, product):
+def three_terms(
+    previous: PyTree, current: PyTree, beta: jax.Array, product: PyTree
+) -> tuple[PyTree, jax.Array]:
     """The residual H q_j - alpha_j q_j - beta_{j-1} q_{j-1} of all runs, and alpha_j."""
-    alpha = _dot(current, product)
+    alpha = inner_products(current, product)
     residual = jax.tree.map(
-        lambda hq, q, p: hq - _columns(alpha, q) * q - _columns(beta, p) * p, product, current, previous
+        lambda hq, q, p: hq - per_run(alpha, q) * q - per_run(beta, p) * p, product, current, previous
     )
     return residual, alpha
 
 
-def _orthogonalize(basis: list[PyTree], residual: PyTree) -> PyTree:
-    """Gram-Schmidt of all runs against one panel of their bases after the other."""
-    if not basis:
-        return residual
-    before = np.asarray(_norm(residual))
-    for _ in range(2):  # "twice is enough" (Kahan and Parlett)
-        for panel in basis:
-            residual = _project_out(panel, residual)
-        before, after = np.asarray(_norm(residual)), before
-        if np.all(before >= CANCELLATION * after):
-            break
-    return residual
-
-
 @jax.jit
-def _project_out(panel, residual):
-    """R - Q Q^T r for the vectors Q of one panel."""
-    overlap = jnp.sum(jnp.stack(jax.tree.leaves(jax.tree.map(_overlap, panel, residual))), axis=0)
-    return jax.tree.map(lambda r, q: r - _expand(q, overlap), residual, panel)
-
-
-@jax.jit
-def _normalize(residual, alpha, beta, norm):
+def normalize(
+    residual: PyTree, alpha: jax.Array, beta: jax.Array, norm: jax.Array
+) -> tuple[PyTree, jax.Array, jax.Array]:
     """q_{j+1}, beta_j and the estimate of ||T||, from the residual."""
-    new_beta = _norm(residual)
+    new_beta = norms(residual)
     norm = jnp.maximum(norm, jnp.abs(alpha) + beta + new_beta)
     exhausted = new_beta <= BREAKDOWN * jnp.finfo(new_beta.dtype).eps * norm
     # Whole numbers: 0.0 would be a float64 constant under x64.
     new_beta = jnp.where(exhausted, 0, new_beta)
     scale = jnp.where(exhausted, 0, 1 / jnp.where(exhausted, 1, new_beta))
-    return jax.tree.map(lambda r: r * _columns(scale, r), residual), new_beta, norm
-
-
-def _empty_panel(vectors: jax.Array) -> jax.Array:
-    shape = (vectors.shape[0], PANEL, *vectors.shape[1:])
-    return jnp.zeros(shape, vectors.dtype, device=sharding_like(vectors, new_axes=2, without=1))
-
-
-@partial(jax.jit, donate_argnames="panel")
-def _store(panel, current, index):
-    """Writes q_j into a panel, in place."""
-    return jax.tree.map(lambda b, q: b.at[:, index].set(q), panel, current)
-
-
-def _columns(scalars: jax.Array, like: jax.Array) -> jax.Array:
-    """(P,) scalars shaped to multiply leaves of shape (P, ...)."""
-    return scalars.astype(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
-
-
-def _dot(x: PyTree, y: PyTree) -> jax.Array:
-    """(P,) inner products of P pairs of vectors."""
-    products = jax.tree.map(lambda a, b: jnp.sum(a * b, axis=tuple(range(1, a.ndim))), x, y)
-    return sum(jax.tree.leaves(products))  # pyright: ignore[reportReturnType]
-
-
-@jax.jit
-def _norm(x: PyTree) -> jax.Array:
-    return jnp.sqrt(_dot(x, x))
-
-
-def _overlap(basis: jax.Array, vector: jax.Array) -> jax.Array:
-    """Q^T r for each run: (P, k, *shape), (P, *shape) -> (P, k)."""
-    contract = jax.vmap(lambda b, v: jnp.tensordot(b, v, v.ndim, precision="highest"))
-    return contract(basis, vector)
-
-
-def _expand(basis: jax.Array, overlap: jax.Array) -> jax.Array:
-    """Q c for each run: (P, k, *shape), (P, k) -> (P, *shape)."""
-    return jax.vmap(lambda b, c: jnp.tensordot(c, b, 1, precision="highest"))(basis, overlap)
+    return jax.tree.map(lambda r: r * per_run(scale, r), residual), new_beta, norm

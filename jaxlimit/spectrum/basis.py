@@ -1,0 +1,86 @@
+r"""The vectors of a block of Lanczos runs: their arithmetic, and Gram-Schmidt against those that are kept.
+
+P vectors lie along a leading axis of every leaf, one for each run. Kept vectors fill panels, leaves of shape
+(P, PANEL, *shape), with zeros where no vector is yet.
+
+With reorthogonalisation every new vector is made orthogonal to the whole basis, as matrix products with its
+panels, and once more where that cancelled much of it (Daniel, Gragg, Kaufman and Stewart 1976).
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlimit.core.sharding import sharding_like
+
+PyTree = Any
+
+# Vectors in a panel of the basis: few enough that the last, partly filled one wastes little, and enough that
+# the vector which is orthogonalised against it costs little to read and write beside it.
+PANEL = 32
+# A Gram-Schmidt pass that leaves less of a vector than this is repeated (Daniel et al. 1976).
+CANCELLATION = 2**-0.5
+
+
+def per_run(scalars: jax.Array, like: jax.Array) -> jax.Array:
+    """(P,) scalars shaped to multiply leaves of shape (P, ...)."""
+    return scalars.astype(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def inner_products(x: PyTree, y: PyTree) -> jax.Array:
+    """(P,) inner products of P pairs of vectors."""
+    products = jax.tree.map(lambda a, b: jnp.sum(a * b, axis=tuple(range(1, a.ndim))), x, y)
+    return sum(jax.tree.leaves(products))  # pyright: ignore[reportReturnType]
+
+
+@jax.jit
+def norms(x: PyTree) -> jax.Array:
+    """(P,) Euclidean norms."""
+    return jnp.sqrt(inner_products(x, x))
+
+
+def empty_panel(vectors: jax.Array) -> jax.Array:
+    """A leaf of a panel for runs whose vectors have this leaf; it lies on the devices as they do."""
+    shape = (vectors.shape[0], PANEL, *vectors.shape[1:])
+    return jnp.zeros(shape, vectors.dtype, device=sharding_like(vectors, new_axes=2, without=1))
+
+
+@partial(jax.jit, donate_argnames="panel")
+def store(panel: PyTree, vectors: PyTree, index: int) -> PyTree:
+    """Writes a vector of every run into a panel, in place."""
+    return jax.tree.map(lambda b, q: b.at[:, index].set(q), panel, vectors)
+
+
+def orthogonalize(basis: list[PyTree], vectors: PyTree) -> PyTree:
+    """Gram-Schmidt of the vectors of all runs, against one panel of their bases after the other."""
+    if not basis:
+        return vectors
+    before = np.asarray(norms(vectors))
+    for _ in range(2):  # "twice is enough" (Kahan and Parlett)
+        for panel in basis:
+            vectors = project_out(panel, vectors)
+        before, after = np.asarray(norms(vectors)), before
+        if np.all(before >= CANCELLATION * after):
+            break
+    return vectors
+
+
+@jax.jit
+def project_out(panel: PyTree, vectors: PyTree) -> PyTree:
+    """R - Q Q^T r for the vectors Q of one panel."""
+    overlap = jnp.sum(jnp.stack(jax.tree.leaves(jax.tree.map(_overlap, panel, vectors))), axis=0)
+    return jax.tree.map(lambda r, q: r - _expand(q, overlap), vectors, panel)
+
+
+def _overlap(basis: jax.Array, vector: jax.Array) -> jax.Array:
+    """Q^T r for each run: (P, k, *shape), (P, *shape) -> (P, k)."""
+    contract = jax.vmap(lambda b, v: jnp.tensordot(b, v, v.ndim, precision="highest"))
+    return contract(basis, vector)
+
+
+def _expand(basis: jax.Array, overlap: jax.Array) -> jax.Array:
+    """Q c for each run: (P, k, *shape), (P, k) -> (P, *shape)."""
+    return jax.vmap(lambda b, c: jnp.tensordot(c, b, 1, precision="highest"))(basis, overlap)

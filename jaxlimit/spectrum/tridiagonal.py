@@ -1,0 +1,57 @@
+"""The tridiagonal matrix that a Lanczos run leaves: all that quadrature needs of the run."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["diagonal", "off_diagonal", "residual_norm", "rounding"],
+    meta_fields=["breakdown", "reorthogonalized"],
+)
+@dataclass(frozen=True)
+class Tridiagonal:
+    """The tridiagonal matrix T_k of one Lanczos run. Host arrays in float64.
+
+    Attributes:
+        diagonal: (k,) alpha_1 .. alpha_k.
+        off_diagonal: (k - 1,) beta_1 .. beta_{k-1}, positive.
+        residual_norm: beta_k, the coupling to what T_k leaves out; 0 after a breakdown.
+        breakdown: whether the Krylov space was exhausted, so that T_k is exact.
+        reorthogonalized: whether the whole basis was kept and every vector made orthogonal to all of it.
+        rounding: machine epsilon of the vectors times ||T||, the scale of the errors of eigenvalues.
+    """
+
+    diagonal: NDArray[np.float64]
+    off_diagonal: NDArray[np.float64]
+    residual_norm: float
+    breakdown: bool = False
+    reorthogonalized: bool = True
+    rounding: float = 0.0
+
+    @property
+    def num_steps(self) -> int:
+        """Order k of the matrix: the number of products spent, breakdown excepted."""
+        return len(self.diagonal)
+
+    def truncate(self, num_steps: int) -> "Tridiagonal":
+        """The matrix T_k of a run that had stopped earlier; itself if it was not longer.
+
+        Raises:
+            ValueError: num_steps below 1.
+        """
+        if num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
+        if num_steps >= self.num_steps:
+            return self
+        return replace(
+            self,
+            diagonal=self.diagonal[:num_steps],
+            off_diagonal=self.off_diagonal[: num_steps - 1],
+            residual_norm=float(self.off_diagonal[num_steps - 1]),
+            breakdown=False,
+        )
