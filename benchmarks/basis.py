@@ -15,7 +15,8 @@ import numpy as np
 
 from jaxlimit.core import trees
 from jaxlimit.geometry import magnitude
-from jaxlimit.limits.roots import width_limit
+from jaxlimit.limits.problem import Problem
+from jaxlimit.limits.width import width_limit
 from jaxlimit.spectrum import lanczos
 from jaxlimit.spectrum.bracket import SpectralBracket, bracket_indefinite
 from jaxlimit.spectrum.measure import SpectralMeasure
@@ -39,7 +40,7 @@ def widths(network: accuracy.Network, max_basis: int | None) -> dict[str, list[f
     for before, steps in zip((0, *STEPS), STEPS, strict=False):
         state = lanczos.run(curvature.matmat, state, steps - before, max_basis)
         bracket = bracket_indefinite(state.tridiagonals(), order.dim)
-        limit = width_limit(bracket, order, network.loss_tolerance)
+        limit = width_limit(bracket, Problem(order, network.loss_tolerance))
         found["width"].append(limit.value)
         found["spread"].append(limit.spread)
     return found
@@ -53,7 +54,7 @@ def exact(network: accuracy.Network) -> float:
     values, vectors = np.linalg.eigh(curvature.dense())
     weights = (trees.flatten(probe) @ vectors) ** 2
     measure = SpectralMeasure(values, weights / weights.sum(), order.dim)
-    return width_limit(SpectralBracket.exact(measure), order, network.loss_tolerance).value
+    return width_limit(SpectralBracket.exact(measure), Problem(order, network.loss_tolerance)).value
 
 
 def rows_of(network: accuracy.Network) -> list[dict[str, Any]]:

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 import jaxlimit
 from jaxlimit.application import run_folder
-from jaxlimit.core.storage import Checkpoint
 from jaxlimit.geometry.magnitude import magnitude_order
-from jaxlimit.limits.lanczos_source import AdaptiveCurvature, Products
+from jaxlimit.limits.budget import Budget
+from jaxlimit.limits.one_shot import one_shot_limit, predicted_path
+from jaxlimit.limits.problem import Problem
 
 RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
@@ -187,8 +188,7 @@ def one_shot(
     curvature: jaxlimit.Curvature, loss_tolerance: float, accuracy: float, max_matvecs: int
 ) -> dict[str, Any]:
     """The one_shot limit alone, without a glance at the spectrum."""
-    products, order = Products(curvature, max_matvecs), magnitude_order(curvature.weights)
-    source = AdaptiveCurvature(
-        products, order, jax.random.key(0), loss_tolerance, accuracy, 1, Checkpoint(None, {}), 0
-    )
-    return {**vars(source.one_shot()), "num_matvecs": products.count}
+    problem = Problem(magnitude_order(curvature.weights), loss_tolerance)
+    budget = Budget(curvature, max_matvecs)
+    limit = one_shot_limit(*predicted_path(problem, budget), loss_tolerance, accuracy)
+    return {**vars(limit), "num_matvecs": budget.count}

@@ -33,7 +33,9 @@ from twins import Twin, make_twin
 import jaxlimit
 from jaxlimit import data, models
 from jaxlimit.geometry.magnitude import magnitude_order
-from jaxlimit.limits import roots
+from jaxlimit.limits.cone import cone_point, cone_root
+from jaxlimit.limits.problem import Problem
+from jaxlimit.limits.width import width_limit
 from jaxlimit.spectrum import lanczos
 from jaxlimit.spectrum.bracket import SpectralBracket, bracket_indefinite, bracket_semidefinite
 from jaxlimit.spectrum.measure import stack_rules
@@ -80,10 +82,10 @@ def limits() -> list[dict[str, Any]]:
     peer, order = peers.DoubleBackward(twin), magnitude_order(problem.curvature("hessian").weights)
     signs = np.sign(np.random.default_rng(0).standard_normal(order.dim)).astype(np.float32)
 
-    def theirs() -> roots.Estimate:
+    def theirs() -> jaxlimit.Estimate:
         rule = peer.lanczos(peer.to_native(signs), STEPS)
         bracket = SpectralBracket.exact(stack_rules([rule]))
-        return roots.width_limit(bracket, order, eps)
+        return width_limit(bracket, Problem(order, eps))
 
     start = time.perf_counter()
     estimate = theirs()
@@ -158,16 +160,15 @@ def the_rest(num_weights: int = MANY_WEIGHTS, num_steps: int = 256) -> dict[str,
 
     order = timed("sort and R(s)", lambda: magnitude_order(weights))
     eps = 1e-3 * float(order.squared_norm[-1])
-    ridge = 2 * eps / float(order.squared_norm[num_weights // 2])
+    n, problem = num_weights // 2, Problem(order, eps)
+    ridge = problem.ridge(n)
     semidefinite = timed("bracket, semidefinite", lambda: bracket_semidefinite([run], order.dim))
-    timed("width root, semidefinite", lambda: roots.width_limit(semidefinite, order, eps))
+    timed("width root, semidefinite", lambda: width_limit(semidefinite, problem))
     indefinite = timed("bracket, indefinite", lambda: bracket_indefinite([run], order.dim, ridge=ridge))
-    timed("width root, indefinite", lambda: roots.width_limit(indefinite, order, eps))
-    n = num_weights // 2
-    radius = order.radius(n)
+    timed("width root, indefinite", lambda: width_limit(indefinite, problem))
     removed = bracket_indefinite([run], ridge=ridge)
-    point = timed("cone's ridge", lambda: roots.cone_point(n, removed, radius, eps))
-    timed("cone root", lambda: roots.cone_root(indefinite, order, [point], eps))
+    point = timed("cone's ridge", lambda: cone_point(removed, problem, n))
+    timed("cone root", lambda: cone_root(indefinite, problem, [point]))
     timed("mask and removed vector", lambda: jax.block_until_ready((order.mask(n), order.removed_vector(n))))
     return found
 

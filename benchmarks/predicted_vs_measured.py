@@ -35,7 +35,7 @@ from jaxlimit.application.presets import PRESETS, Arrays, Options, Preset, build
 from jaxlimit.core import trees
 from jaxlimit.core.batches import Batches, batched
 from jaxlimit.limits import pruning_limit
-from jaxlimit.limits.roots import LIMITS
+from jaxlimit.limits.estimate import LIMITS
 from jaxlimit.measuring import sweeps
 from jaxlimit.measuring.loss_statistics import loss_statistics
 from jaxlimit.measuring.sweeps import ACCURACY_LOSS, SPARSITIES

@@ -6,10 +6,10 @@ from jaxlimit.core.trees import is_kernel
 from jaxlimit.curvature.makers import gauss_newton, hessian
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.geometry.magnitude import apply_mask, magnitude_mask, removed_norm
-from jaxlimit.limits.lanczos_source import Progress
+from jaxlimit.limits.budget import Progress
+from jaxlimit.limits.estimate import Estimate
 from jaxlimit.limits.pruning_limit import pruning_limit
 from jaxlimit.limits.result import PruningLimit
-from jaxlimit.limits.roots import Estimate
 from jaxlimit.measuring.loss_statistics import LossStatistics, loss_statistics
 from jaxlimit.measuring.sweeps import Sweep, finetuned_sweep, sparsity_sweep
 from jaxlimit.reference.paper_code import reference_limit

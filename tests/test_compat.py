@@ -17,7 +17,8 @@ import jaxlimit
 from jaxlimit import data, models, training
 from jaxlimit.core.trees import flatten
 from jaxlimit.geometry.magnitude import magnitude_order
-from jaxlimit.limits.roots import width_limit
+from jaxlimit.limits.problem import Problem
+from jaxlimit.limits.width import width_limit
 from jaxlimit.reference import paper_code
 from jaxlimit.spectrum import lanczos
 from jaxlimit.spectrum.bracket import SpectralBracket
@@ -58,7 +59,8 @@ def test_direct_root_is_the_one_it_would_find_without_binning(golden):
     summary = golden["summary"]
     bracket = SpectralBracket.exact(jaxlimit.SpectralMeasure(golden["eigen"], golden["weight"]))
     expected = summary.get("pred_nobin_contR_root_q0", summary["pred_nobin_contR_root"])
-    assert width_limit(bracket, order, summary["ep=loss_std"]).value == pytest.approx(expected, abs=2e-4)
+    found = width_limit(bracket, Problem(order, summary["ep=loss_std"]))
+    assert found.value == pytest.approx(expected, abs=2e-4)
 
 
 def test_binned_spectrum_keeps_mass_by_chance():

@@ -20,7 +20,16 @@ from jaxlimit.application import presets
 from jaxlimit.core import trees
 from jaxlimit.curvature import operator
 from jaxlimit.geometry import magnitude
-from jaxlimit.limits import allocation, result, roots
+from jaxlimit.limits import (
+    allocation,
+    cone,
+    estimate,
+    one_shot,
+    readjusted,
+    result,
+    status,
+    width,
+)
 from jaxlimit.reference import paper_code
 from jaxlimit.spectrum import basis, bracket, lanczos, measure, probes, rules, tridiagonal
 from jaxlimit.training import descent, model_files
@@ -81,7 +90,12 @@ def test_every_public_name_is_documented(site):
         rules,
         tridiagonal,
         result,
-        roots,
+        cone,
+        estimate,
+        one_shot,
+        readjusted,
+        status,
+        width,
     ):
         missing = public_names(module) - names
         assert not {name for name in missing if name.rpartition(".")[2] not in top | helpers}, module

@@ -9,17 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlimit.geometry.dimensions import cone_dimension
+from jaxlimit.geometry.dimensions import cone_dimension, fixed_point
 from jaxlimit.geometry.magnitude import magnitude_order
+from jaxlimit.limits.budget import BudgetSpent
+from jaxlimit.limits.cone import cone_limit
+from jaxlimit.limits.estimate import Estimate
 from jaxlimit.limits.one_shot import PathPoint, loss_between, one_shot_limit
-from jaxlimit.limits.roots import (
-    BudgetSpent,
-    Estimate,
-    cone_limit,
-    fixed_point,
-    readjusted_limit,
-    width_limit,
-)
+from jaxlimit.limits.problem import Problem
+from jaxlimit.limits.readjusted import readjusted_limit
+from jaxlimit.limits.width import width_limit
 from jaxlimit.spectrum.bracket import SpectralBracket
 from jaxlimit.spectrum.measure import SpectralMeasure
 
@@ -118,25 +116,25 @@ def diagonal_problem(kind, seed):
 def test_the_cone_limit_is_that_of_its_equation_at_every_sparsity(kind, seed, tolerance):
     weights, eigenvalues, eps = diagonal_problem(kind, seed)
     dim = len(weights)
-    order, measure = magnitude_order(weights), SpectralMeasure(eigenvalues, np.full(dim, 1 / dim))
+    problem = Problem(magnitude_order(weights), eps)
+    measure = SpectralMeasure(eigenvalues, np.full(dim, 1 / dim))
 
     def seen_from(n):
         squares = weights[:n] ** 2
         return SpectralMeasure(eigenvalues[:n], squares / squares.sum())
 
     def reaches(n):
-        return cone_dimension(measure, seen_from(n), np.sqrt(order.squared_norm[n]), eps) >= n / dim
+        return cone_dimension(measure, seen_from(n), problem.radius(n), eps) >= n / dim
 
     last = max((n for n in range(1, dim + 1) if reaches(n)), default=0)
     bracket = SpectralBracket.exact(measure)
     found = cone_limit(
         bracket,
-        order,
         lambda counts: [SpectralBracket.exact(seen_from(n)) for n in counts],
-        eps,
-        width_limit(bracket, order, eps).value,
+        problem,
+        width_limit(bracket, problem).value,
         tolerance,
-    )
+    )[0]
     assert found.spread == 0
     assert found.lower - tolerance <= last / dim <= found.upper + tolerance
 

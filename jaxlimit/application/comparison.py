@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlimit.limits.roots import LIMITS
+from jaxlimit.limits.estimate import LIMITS
+from jaxlimit.limits.status import Code, code_of
 from jaxlimit.reference.paper_code import ReferenceLimit
 from jaxlimit.training.losses import TITLES
 
@@ -151,7 +152,7 @@ def notes(document: Mapping[str, Any]) -> list[str]:
     if "gauss_newton" in document["limits"]:
         notes.append(OPTIMISTIC)
     for name, found in document["limits"].items():
-        if not found["status"].startswith("converged: exact"):
+        if code_of(found) is not Code.EXACT:
             notes.append(f"{TITLES[name]}: {found['status']}")
         if "reference" in found:
             notes.append(ReferenceLimit(**found["reference"]).against(found["width"]["value"]))

@@ -26,7 +26,11 @@ from jaxlimit.application.terminal import Monitor
 from jaxlimit.core import batches, trees
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.geometry import magnitude
-from jaxlimit.limits import pruning_limit
+from jaxlimit.limits.budget import Progress
+from jaxlimit.limits.dense_source import dense_fits
+from jaxlimit.limits.estimate import LIMITS
+from jaxlimit.limits.pruning_limit import MAX_MATVECS, pruning_limit
+from jaxlimit.limits.result import PruningLimit
 from jaxlimit.measuring import sweeps
 from jaxlimit.measuring.loss_statistics import loss_statistics
 from jaxlimit.measuring.sweeps import ACCURACY_LOSS, SPARSITIES
@@ -202,15 +206,15 @@ class _Run:
         if self.done(stage, title):
             return
         dim = self.document["network"]["num_weights"]
-        dense = dim <= pruning_limit.DENSE_DIM
+        dense = dense_fits(dim)
 
-        def progress(state: pruning_limit.Progress) -> None:
+        def progress(state: Progress) -> None:
             last = "eigendecomposition" if dense and state.num_matvecs >= dim else f"{state.stage} "
             bracket = "" if dense else f"{state.stage}, limit in [{state.lower:.3f}, {state.upper:.3f}]"
             self.monitor.update(state.num_matvecs, bracket or last)
 
-        def limits_of(curvature: Curvature, which: Sequence[str], folder: Path) -> pruning_limit.PruningLimit:
-            return pruning_limit.pruning_limit(
+        def limits_of(curvature: Curvature, which: Sequence[str], folder: Path) -> PruningLimit:
+            return pruning_limit(
                 curvature,
                 self.key(1),
                 loss_tolerance=self.document["loss_tolerance"],
@@ -221,10 +225,10 @@ class _Run:
             )
 
         num_examples, checkpoint = self.options.num_examples, run_folder.checkpoint_path(self.folder, name)
-        with self.stage(stage, title, dim if dense else pruning_limit.MAX_MATVECS):
+        with self.stage(stage, title, dim if dense else MAX_MATVECS):
             curvature = self._curvature(name, num_examples)
             reference = self._reference(curvature) if name == "hessian" else {}
-            found = limits_of(curvature, pruning_limit.LIMITS, checkpoint / "all")
+            found = limits_of(curvature, LIMITS, checkpoint / "all")
             run_folder.save_spectrum(run_folder.spectrum_path(self.folder, name), found, SPARSITIES)
             self.document["limits"][name] = found.to_json() | reference
             if num_examples is not None and 1 < num_examples < len(self.arrays["train"][1]):
@@ -270,10 +274,7 @@ class _Run:
         if self.done("finetuned", title):
             return
         estimates = [
-            found[name]
-            for found in self.document["limits"].values()
-            for name in pruning_limit.LIMITS
-            if name in found
+            found[name] for found in self.document["limits"].values() for name in LIMITS if name in found
         ]
         indices = {4 * percent for percent in FINETUNED_SWEEP}
         # The predicted limits too, rounded down to .005, so that the accuracy there is known.

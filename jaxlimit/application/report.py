@@ -17,7 +17,7 @@ from jaxlimit import plots
 from jaxlimit.application import run_folder
 from jaxlimit.application.comparison import COLUMNS, headline, notes, table_groups
 from jaxlimit.application.run_folder import Record
-from jaxlimit.limits.roots import LIMITS
+from jaxlimit.limits.estimate import LIMITS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

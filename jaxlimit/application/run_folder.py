@@ -28,8 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import jaxlimit
+from jaxlimit.limits.estimate import LIMITS, Estimate
 from jaxlimit.limits.result import LimitCurve, PruningLimit, Sensitivity
-from jaxlimit.limits.roots import LIMITS, Estimate
 from jaxlimit.spectrum.measure import SpectralMeasure
 from jaxlimit.training.losses import CURVATURES
 

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from jaxlimit.limits.status import Code, code_of
+
 Results = Mapping[str, dict[str, Any]]
 Piece = Mapping[str, Any]
 
@@ -118,7 +120,7 @@ def unresolved(results: Any) -> str:
 
     Examples:
         >>> cone = {"value": 0.8, "lower": 0.7, "upper": 0.85, "spread": 0.02}
-        >>> print(unresolved({"a": {"limit": {"cone": cone, "status": "under-resolved: ..."}}}))
+        >>> print(unresolved({"a": {"limit": {"cone": cone, "code": "under_resolved", "status": "..."}}}))
         <BLANKLINE>
         Under-resolved, or without a product left: 1 of 1. The limits there moved by up to 0.020 of late;
         their certified intervals are up to 0.150 wide.
@@ -136,7 +138,7 @@ def unresolved(results: Any) -> str:
                 yield from limits(inner)
 
     found = list(limits(results))
-    left = [limit for limit in found if limit["status"].startswith("under-resolved")]
+    left = [limit for limit in found if code_of(limit) is Code.UNDER_RESOLVED]
     if not left:
         return ""
     parts = [part for limit in left for part in limit.values() if isinstance(part, Mapping)]

@@ -49,6 +49,10 @@ class MagnitudeOrder:
         """R = ||c||, the norm of the first `num_removed` weights to go."""
         return float(np.sqrt(self.squared_norm[num_removed]))
 
+    def sort(self, tree: PyTree) -> NDArray[Any]:
+        """(D,) the entries of a pytree like the weights, in the order in which the weights go."""
+        return flatten(tree)[self.order]
+
     def removed_vector(self, num_removed: int) -> PyTree:
         """c(s) as a pytree: the first `num_removed` weights to go, and zero elsewhere. Cost O(D)."""
         flat = flatten(self.like)

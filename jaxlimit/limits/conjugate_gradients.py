@@ -8,11 +8,16 @@ using products with H and masks only. Every iterate x gives an upper bound of th
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxlimit.core.storage import Checkpoint
+from jaxlimit.limits.budget import Budget, BudgetSpent
+from jaxlimit.limits.problem import Problem
 
 PyTree = Any
 
@@ -78,6 +83,59 @@ def readjusted_minimum(
         losses.append(loss)
     recent = losses[-WINDOW - 1] - loss if len(losses) > WINDOW else loss
     return (loss if squared == 0 else max(0.0, loss - recent / DECISIVE * 0.99)), loss, kept
+
+
+@dataclass
+class ReadjustedLoss:
+    """Bounds on min_x (c - x)^T H (c - x) / 2 as a function of n, from products within a budget.
+
+    Every call starts from the x of the call before, and keeps its own in the checkpoint.
+
+    Attributes:
+        problem: order of the weights, and eps.
+        budget: of products with a positive semidefinite H.
+        store: where results are kept.
+        accuracy: as in `readjusted_minimum`.
+        start: the x of the last call; None before the first.
+    """
+
+    problem: Problem
+    budget: Budget
+    store: Checkpoint
+    accuracy: float
+    start: PyTree | None = None
+
+    def __call__(self, num_removed: int) -> tuple[float, float]:
+        """Lower and upper bound after n removals.
+
+        Raises:
+            BudgetSpent: the products left do not tell whether eps is reached.
+        """
+        self.budget.stage = "readjusted"
+        name, like = f"readjusted-{num_removed}", self.problem.order.like
+        stored = self.store.load_tree(name, {"x": like, "bounds": np.zeros(3)})
+        if stored is not None:
+            self.start = jax.tree.map(jnp.asarray, stored["x"])
+            lower, upper, used = map(float, stored["bounds"])
+            self.budget.count += int(used)
+            return lower, upper
+        if self.budget.left < 1:
+            raise BudgetSpent
+        before, eps = self.budget.count, self.problem.loss_tolerance
+        lower, upper, best = readjusted_minimum(
+            self.budget.matvec,
+            self.problem.order.removed_vector(num_removed),
+            self.problem.order.mask(num_removed),
+            jax.tree.map(jnp.zeros_like, like) if self.start is None else self.start,
+            eps,
+            self.budget.left,
+            self.accuracy,
+        )
+        if self.budget.left < 1 and lower <= eps < upper:
+            raise BudgetSpent
+        self.start, used = best, self.budget.count - before
+        self.store.save_tree(name, {"x": best, "bounds": np.array([lower, upper, used])})
+        return lower, upper
 
 
 @jax.jit

@@ -6,23 +6,24 @@ H = V diag(lambda) V^T in float64 on the host, |H| = V diag(|lambda|) V^T. Cost:
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 
-from jaxlimit.core.trees import flatten
-from jaxlimit.geometry.magnitude import MagnitudeOrder
-from jaxlimit.limits.roots import Estimate
+from jaxlimit.curvature.dense_matrix import dense_matrix
+from jaxlimit.limits.budget import Budget
+from jaxlimit.limits.estimate import Estimate
+from jaxlimit.limits.problem import Problem
 from jaxlimit.spectrum.bracket import SpectralBracket
 from jaxlimit.spectrum.measure import SpectralMeasure
 
-PyTree = Any
+# Up to here a dense eigendecomposition fits in 1 GB and is done in seconds, without any probe error.
+DENSE_DIM = 5_000
 
 
 @dataclass(frozen=True)
-class DenseCurvature:
+class DenseSource:
     """A curvature as a matrix, with its weights in the order in which they are removed.
 
     Attributes:
@@ -31,7 +32,7 @@ class DenseCurvature:
         eigenvectors: (D, D), columns.
         weights: (D,) the weights in the same order.
         gradient: (D,) the gradient in the same order.
-        loss_tolerance: eps.
+        problem: order of the weights, and eps.
     """
 
     matrix: NDArray[np.float64]
@@ -39,7 +40,17 @@ class DenseCurvature:
     eigenvectors: NDArray[np.float64]
     weights: NDArray[np.float64]
     gradient: NDArray[np.float64]
-    loss_tolerance: float
+    problem: Problem
+
+    @property
+    def method(self) -> str:
+        """As the result names it."""
+        return "dense eigendecomposition"
+
+    @property
+    def exact(self) -> bool:
+        """All eigenvalues are known to rounding."""
+        return True
 
     @property
     def reorthogonalized(self) -> bool:
@@ -57,18 +68,16 @@ class DenseCurvature:
 
     def removed(self, counts: list[int]) -> list[SpectralBracket]:
         """The spectral measure seen from c after n removals, for each n > 0. Cost: D^2 each."""
-        return [SpectralBracket.exact(self._removed_measure(n)) for n in counts]
-
-    def _removed_measure(self, n: int) -> SpectralMeasure:
-        squares = (self.weights[:n] @ self.eigenvectors[:n]) ** 2
-        return SpectralMeasure(self.eigenvalues, squares / np.sum(squares))
+        squares = [(self.weights[:n] @ self.eigenvectors[:n]) ** 2 for n in counts]
+        measures = [SpectralMeasure(self.eigenvalues, x / np.sum(x)) for x in squares]
+        return [SpectralBracket.exact(measure) for measure in measures]
 
     def one_shot(self) -> Estimate:
         """First n at which -g^T c + c^T H c / 2 (signed H) exceeds eps, from one pass over the matrix."""
         c, dim = self.weights, len(self.weights)
         rows = np.tril(self.matrix, -1) @ c  # row n against the n weights removed before it
         losses = np.cumsum(c * rows + np.diag(self.matrix) * c**2 / 2 - self.gradient * c)
-        crossed = losses > self.loss_tolerance
+        crossed = losses > self.problem.loss_tolerance
         n = int(np.argmax(crossed)) + 1 if crossed.any() else dim
         return Estimate.between(n / dim, n / dim, n / dim, dim)
 
@@ -94,18 +103,15 @@ class DenseCurvature:
         return value
 
 
-def dense_curvature(
-    matrix: NDArray[np.float64], order: MagnitudeOrder, gradient: PyTree, loss_tolerance: float
-) -> DenseCurvature:
-    """Eigendecomposition of a dense curvature.
+def dense_fits(dim: int, num_products: float = np.inf) -> bool:
+    """Whether the matrix of D weights is decomposed in seconds and can be had with so many products."""
+    return dim <= min(DENSE_DIM, num_products)
 
-    Args:
-        matrix: (D, D) H in the order of the flattened weights.
-        order: of the weights.
-        gradient: pytree like the weights.
-        loss_tolerance: eps.
-    """
-    sorted_matrix = matrix[np.ix_(order.order, order.order)]
-    eigenvalues, eigenvectors = np.linalg.eigh(sorted_matrix)
-    weights, slope = flatten(order.like)[order.order], flatten(gradient)[order.order]
-    return DenseCurvature(sorted_matrix, eigenvalues, eigenvectors, weights, slope, loss_tolerance)
+
+def dense_source(problem: Problem, budget: Budget) -> DenseSource:
+    """The matrix by D products, and its eigendecomposition."""
+    budget.stage = "dense"
+    order = problem.order
+    matrix = dense_matrix(budget.matmat, order.like)[np.ix_(order.order, order.order)]
+    gradient = order.sort(budget.curvature.gradient)
+    return DenseSource(matrix, *np.linalg.eigh(matrix), order.sort(order.like), gradient, problem)

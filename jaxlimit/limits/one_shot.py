@@ -6,7 +6,7 @@ is no monotone function of n, and every n costs a product with H. It is interpol
 where it may cross eps, points are added.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import NamedTuple
@@ -14,7 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlimit.limits.roots import BudgetSpent, Estimate
+from jaxlimit.limits.budget import Budget, BudgetSpent
+from jaxlimit.limits.estimate import Estimate
+from jaxlimit.limits.problem import Problem
 
 # Intervals of the first grid, and pieces of an interval that is looked at again.
 INTERVALS, PIECES = 32, 8
@@ -32,6 +34,25 @@ class PathPoint(NamedTuple):
     num_removed: int
     loss: float
     slope: NDArray[np.float64]
+
+
+def predicted_path(problem: Problem, budget: Budget) -> tuple[Callable[[int], PathPoint], PathPoint]:
+    """The point of the path at n, for one product, and that at n = 0, which costs none.
+
+    The function raises `BudgetSpent` where no product is left.
+    """
+    order = problem.order
+    weights, gradient = order.sort(order.like), order.sort(budget.curvature.gradient)
+
+    def path(n: int) -> PathPoint:
+        budget.stage = "one_shot"
+        if budget.left < 1:
+            raise BudgetSpent
+        hc = order.sort(budget.matvec(order.removed_vector(n)))
+        loss = float(weights[:n] @ (hc / 2 - gradient)[:n])
+        return PathPoint(n, loss, (hc - gradient) * weights)
+
+    return path, PathPoint(0, 0.0, -gradient * weights)
 
 
 def loss_between(left: PathPoint, right: PathPoint) -> tuple[NDArray[np.float64], float]:
@@ -91,50 +112,61 @@ def one_shot_limit(
     dim = len(start.slope)
     narrow = max(1, int(tolerance * dim))
 
-    def crossing(intervals: list[tuple[PathPoint, PathPoint, NDArray[np.float64]]]) -> Estimate:
-        """Between the ends of intervals of which one crosses at least."""
-        value = next(
-            left.num_removed + 1 + int(np.argmax(losses > loss_tolerance))
-            for left, _, losses in intervals
-            if np.max(losses) > loss_tolerance
-        )
-        lower, upper = intervals[0][0].num_removed, intervals[-1][1].num_removed
-        return Estimate.between(value / dim, lower / dim, upper / dim, dim)
-
-    def points(counts: NDArray[np.int64]) -> Iterator[PathPoint]:
-        for count in counts.tolist():
-            point = path(count)
-            if not np.isfinite(point.loss):
-                raise FloatingPointError(f"the predicted loss after {count} removals is not finite.")
-            yield point
-
     def search(left: PathPoint, grid: Iterable[PathPoint]) -> Estimate | None:
-        doubtful: list[tuple[PathPoint, PathPoint, NDArray[np.float64]]] = []
+        doubtful: list[Interval] = []
         for right in grid:
             losses, uncertainty = loss_between(left, right)
             losses[-1] = right.loss  # to the last bit
             wide = right.num_removed - left.num_removed > narrow
             if np.max(losses) + (uncertainty if wide else 0.0) > loss_tolerance:
-                doubtful.append((left, right, losses))
+                doubtful.append(Interval(left, right, losses))
             left = right
             if right.loss > loss_tolerance:
                 break
         for i, (left, right, _) in enumerate(doubtful):
             if right.num_removed - left.num_removed <= narrow:
-                return crossing(doubtful[i : i + 1])
+                return _crossing(doubtful[i : i + 1], loss_tolerance, dim)
             between = _grid(left.num_removed, right.num_removed, PIECES)[:-1]
             try:
-                found = search(left, chain(points(between), [right]))
+                found = search(left, chain(_points(path, between), [right]))
             except BudgetSpent:
-                if doubtful[-1][1].loss <= loss_tolerance:
+                if doubtful[-1].right.loss <= loss_tolerance:
                     raise  # they need not cross at all
-                found = crossing(doubtful[i:])
+                found = _crossing(doubtful[i:], loss_tolerance, dim)
                 found = replace(found, spread=found.upper - found.lower)
             if found is not None:
                 return found
         return None
 
-    return search(start, points(_grid(0, dim, INTERVALS))) or Estimate.between(1.0, 1.0, 1.0, dim)
+    whole = search(start, _points(path, _grid(0, dim, INTERVALS)))
+    return whole or Estimate.between(1.0, 1.0, 1.0, dim)
+
+
+class Interval(NamedTuple):
+    """Two points of the path, and the predicted loss at n = left + 1 ... right."""
+
+    left: PathPoint
+    right: PathPoint
+    losses: NDArray[np.float64]
+
+
+def _crossing(intervals: Sequence[Interval], loss_tolerance: float, dim: int) -> Estimate:
+    """Between the ends of intervals of which one crosses at least."""
+    value = next(
+        left.num_removed + 1 + int(np.argmax(losses > loss_tolerance))
+        for left, _, losses in intervals
+        if np.max(losses) > loss_tolerance
+    )
+    lower, upper = intervals[0].left.num_removed, intervals[-1].right.num_removed
+    return Estimate.between(value / dim, lower / dim, upper / dim, dim)
+
+
+def _points(path: Callable[[int], PathPoint], counts: NDArray[np.int64]) -> Iterator[PathPoint]:
+    for count in counts.tolist():
+        point = path(count)
+        if not np.isfinite(point.loss):
+            raise FloatingPointError(f"the predicted loss after {count} removals is not finite.")
+        yield point
 
 
 def _grid(start: int, end: int, pieces: int) -> NDArray[np.int64]:

@@ -1,46 +1,41 @@
 r"""The pruning limit of a network: how much of it can be removed before the loss rises by more than eps.
 
-`pruning_limit` answers in four ways, each weaker in its demand than the one before (see `roots`): the loss
-of the pruned network itself (one_shot), the paper's Gaussian width (width), the exact statistical dimension
-of the cone (cone), and the best readjustment of the kept weights (readjusted).
+`pruning_limit` answers in four ways, each weaker in its demand than the one before (see `width`): the loss of
+the pruned network itself (one_shot), the paper's Gaussian width (width), the exact statistical dimension of
+the cone (cone), and the best readjustment of the kept weights (readjusted).
 
-Small networks are solved from a dense eigendecomposition (`dense`), large ones by Lanczos (`adaptive`).
+Small networks are solved from a dense eigendecomposition (`dense_source`), large ones by Lanczos
+(`lanczos_source`).
 """
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxlimit.core.memory import advice_on_memory, device_memory
-from jaxlimit.core.storage import Checkpoint, ordered_sum
-from jaxlimit.core.trees import flatten
-from jaxlimit.curvature.dense_matrix import dense_matrix
+from jaxlimit.core.storage import Checkpoint
 from jaxlimit.curvature.operator import Curvature
-from jaxlimit.geometry.dimensions import width_ridge
-from jaxlimit.geometry.magnitude import MagnitudeOrder, magnitude_order, num_removed
-from jaxlimit.limits.dense_source import DenseCurvature, dense_curvature
-from jaxlimit.limits.lanczos_source import AdaptiveCurvature, Products, Progress
+from jaxlimit.geometry.magnitude import magnitude_order
+from jaxlimit.limits.budget import Budget, BudgetSpent, Progress
+from jaxlimit.limits.checks import check_arguments
+from jaxlimit.limits.cone import cone_limit
+from jaxlimit.limits.dense_source import dense_fits, dense_source
+from jaxlimit.limits.estimate import LIMITS, Estimate
+from jaxlimit.limits.lanczos_source import lanczos_source
+from jaxlimit.limits.problem import Problem, fingerprint
+from jaxlimit.limits.readjusted import readjusted_limit
 from jaxlimit.limits.result import PruningLimit
-from jaxlimit.limits.roots import (
-    LIMITS,
-    BudgetSpent,
-    Estimate,
-    cone_limit,
-    readjusted_limit,
-    width_limit,
-)
+from jaxlimit.limits.source import Source
+from jaxlimit.limits.status import exact_status, status_of
+from jaxlimit.limits.width import width_limit
 from jaxlimit.spectrum.bracket import SpectralBracket
 
 PyTree = Any
-
-# Up to here a dense eigendecomposition fits in 1 GB and is done in seconds, without any probe error.
-DENSE_DIM = 5_000
 # A budget, not a target: Lanczos stops when the limits are resolved.
-MAX_MATVECS, LEAST_MATVECS = 10_000, 16
+MAX_MATVECS = 10_000
 
 
 @advice_on_memory()
@@ -105,176 +100,93 @@ def pruning_limit(
         >>> print(limit.width)  # s = 1 / (1 + R(s)^2) for this H = I
         0.4181 [0.3868, 0.4493]
 
-    Source: arXiv 2306.05857 for the question and `width`; for the others the modules `geometry` (cone) and
-    `roots` (one_shot, readjusted).
+    Source: arXiv 2306.05857 for the question and `width`; for cone `geometry.cone_dimension`, for the others
+    their modules, `one_shot` and `readjusted`.
     """
-    _check_arguments(loss_tolerance, tolerance, max_matvecs, num_probes, which, basis_bytes)
-    loss_tolerance, tolerance, max_matvecs = float(loss_tolerance), float(tolerance), int(max_matvecs)
-    num_probes = None if num_probes is None else int(num_probes)
-    order = magnitude_order(curvature.weights, scores)
-    if order.squared_norm[-1] == 0:
+    check_arguments(loss_tolerance, tolerance, max_matvecs, num_probes, which, basis_bytes)
+    tolerance, num_probes = float(tolerance), None if num_probes is None else int(num_probes)
+    problem = Problem(magnitude_order(curvature.weights, scores), float(loss_tolerance))
+    if problem.radius(problem.dim) == 0:
         raise ValueError("all prunable weights are zero: every sparsity leaves the network as it is.")
-    if basis_bytes is None:
-        basis_bytes = device_memory() // 2
-    fingerprint = _fingerprint(curvature, order, key, loss_tolerance, tolerance, num_probes)
-    store = Checkpoint(checkpoint, fingerprint)
-    products = Products(curvature, max_matvecs, progress)
-
-    def dense() -> DenseCurvature:
-        products.stage = "dense"
-        return dense_curvature(
-            dense_matrix(products.matmat, curvature.weights), order, curvature.gradient, loss_tolerance
-        )
-
-    resolve = not {"width", "cone"}.isdisjoint(which)
-    exact = num_probes is None and curvature.dim <= min(DENSE_DIM, max_matvecs)
-    if exact:
-        source, accuracy = dense(), 0.0
+    store = Checkpoint(checkpoint, fingerprint(curvature, problem, key, tolerance, num_probes))
+    budget = Budget(curvature, int(max_matvecs), progress)
+    if num_probes is None and dense_fits(curvature.dim, max_matvecs):
+        source: Source = dense_source(problem, budget)
     else:
-        source = AdaptiveCurvature(
-            products, order, key, loss_tolerance, tolerance, num_probes, store, basis_bytes, resolve
+        source = lanczos_source(
+            problem,
+            budget,
+            store,
+            key,
+            tolerance=tolerance,
+            num_probes=num_probes,
+            which=which,
+            basis_bytes=device_memory() // 2 if basis_bytes is None else basis_bytes,
         )
-        accuracy = tolerance
-    # A spectrum that does not resolve must leave something for the other limits.
-    with products.half(num_probes or 1) if set(which) != {"width"} else nullcontext():
-        bracket, removed = source.spectrum(), {}
-    width = width_limit(bracket, order, loss_tolerance)
-
-    def seen_from(counts: list[int]) -> list[SpectralBracket]:
-        removed.update(zip(counts, source.removed(counts), strict=True))
-        return [removed[n] for n in counts]
-
-    def cone() -> Estimate:
-        return cone_limit(bracket, order, seen_from, loss_tolerance, width.value, accuracy)
-
-    def readjusted() -> Estimate:
-        # |H| is not to be had from products alone, so the Hessian's needs the dense matrix.
-        needs_dense = not (exact or curvature.positive_semidefinite)
-        if needs_dense and curvature.dim > min(DENSE_DIM, products.left):
-            raise BudgetSpent
-        minimum = (dense() if needs_dense else source).minimum()
-        return readjusted_limit(minimum, order.dim, loss_tolerance, accuracy / 2, width.value)
-
-    limits: dict[str, Estimate | None] = {"width": width}
-    for name, solve in (("one_shot", source.one_shot), ("cone", cone), ("readjusted", readjusted)):
-        try:
-            limits[name] = solve() if name in which else None
-        except BudgetSpent:
-            limits[name] = None
-    if exact:
-        status = f"converged: exact, from all {order.dim:,} eigenvalues."
-    else:
-        spectral = [x for x in (width, limits["cone"]) if x is not None and resolve]
-        status = _status(curvature, tolerance, max_matvecs, spectral, limits, which)
-        if not source.reorthogonalized:
-            status += " Lanczos kept its first vectors only (basis_bytes), so it may take more products."
+    bracket = source.spectrum()
+    width = width_limit(bracket, problem)
+    limits, removed = _solve(source, problem, bracket, width, which, 0.0 if source.exact else tolerance)
+    code, status = (
+        exact_status(problem.dim)
+        if source.exact
+        else status_of(
+            limits,
+            which,
+            dim=problem.dim,
+            semidefinite=curvature.positive_semidefinite,
+            tolerance=tolerance,
+            max_matvecs=budget.max_matvecs,
+            reorthogonalized=source.reorthogonalized,
+        )
+    )
     measure = source.measure
-    n = max(int(num_removed(order.dim, width.value)), order.num_zeros + 1)
     return PruningLimit(
         **{name: limits[name] if name in which else None for name in LIMITS},
         measure=measure,
-        loss_tolerance=loss_tolerance,
+        loss_tolerance=problem.loss_tolerance,
         tolerance=tolerance,
-        num_matvecs=products.count,
+        num_matvecs=budget.count,
         num_probes=0 if measure.dim is None else len(measure.nodes),
         num_steps=measure.nodes.shape[1],
         num_examples=curvature.num_examples,
         dim=curvature.dim,
         positive_semidefinite=curvature.positive_semidefinite,
-        method="dense eigendecomposition" if exact else "Lanczos",
+        method=source.method,
         reorthogonalized=source.reorthogonalized,
         largest_eigenvalue=float(np.max(np.abs(measure.nodes))),
-        ridge=width_ridge(order.radius(n), loss_tolerance),
+        ridge=problem.ridge(problem.num_removed(width.value)),
+        code=code,
         status=status,
-        _order=order,
+        _problem=problem,
         _bracket=bracket,
         _removed=removed,
     )
 
 
-def _status(
-    curvature: Curvature,
-    tolerance: float,
-    max_matvecs: int,
-    spectral: list[Estimate],
-    limits: dict[str, Estimate | None],
+def _solve(
+    source: Source,
+    problem: Problem,
+    bracket: SpectralBracket,
+    width: Estimate,
     which: Sequence[str],
-) -> str:
-    """The verdict first, then one sentence on each thing the reader must know."""
-    semidefinite = curvature.positive_semidefinite
-    spread = max((limit.spread for limit in spectral), default=0.0)
-    searched = {name: limits[name] for name in ("one_shot", "readjusted")}
-    left = {name: x.spread for name, x in searched.items() if x is not None and x.spread > tolerance}
-    probe_error = spectral[0].probe_error if spectral else 0.0
-    too_large = "readjusted" in which and not semidefinite and curvature.dim > DENSE_DIM
-    missing = [n for n in which if limits[n] is None and not (n == "readjusted" and too_large)]
-    kind = "bracket" if semidefinite else "spread over step counts"
-    sentences = [f"converged: {kind} {spread:.4f}, within the tolerance of {tolerance:g}."]
-    if missing or left or spread > tolerance:
-        wide = f"{kind} {spread:.4f} at a tolerance of {tolerance:g}, " if spread > tolerance else ""
-        sentences = [f"under-resolved: {wide}limited by max_matvecs = {max_matvecs:,}: raise it."]
-    if missing:
-        sentences.append(f"Too few products were left for {', '.join(missing)}.")
-    sentences += [f"{name} was left in an interval of {width:.4f}." for name, width in left.items()]
-    if probe_error > 1.5 * tolerance:
-        sentences.append(f"The probe error {probe_error:.4f} exceeds the tolerance: use more probes.")
-    if spectral and not semidefinite:
-        sentences.append("The rigorous interval of an indefinite Hessian is much wider than its spread.")
-    if too_large:
-        sentences.append(
-            f"readjusted with |H| needs a dense matrix (at most {DENSE_DIM:,} weights): gauss_newton has an "
-            "optimistic one."
-        )
-    return " ".join(sentences)
-
-
-def _fingerprint(
-    curvature: Curvature,
-    order: MagnitudeOrder,
-    key: jax.Array,
-    loss_tolerance: float,
     tolerance: float,
-    num_probes: int | None,
-) -> dict[str, Any]:
-    """What tells one problem from another, so that a checkpoint is not continued by mistake.
+) -> tuple[dict[str, Estimate | None], dict[int, SpectralBracket]]:
+    """The limits by name, None where not wanted or not to be had, and what the cone was seen from."""
 
-    Devices round the loss of one network differently: of this four digits, and six decimals.
-    """
-    return {
-        "dim": curvature.dim,
-        "num_examples": curvature.num_examples,
-        "positive_semidefinite": curvature.positive_semidefinite,
-        "loss": round(float(f"{curvature.loss:.4g}"), 6),
-        "weights": ordered_sum(flatten(curvature.weights)),
-        "order": ordered_sum(order.rank),
-        "loss_tolerance": loss_tolerance,
-        "tolerance": tolerance,
-        "num_probes": num_probes,
-        "key": np.asarray(jax.random.key_data(key)).ravel().tolist(),
-    }
+    def cone() -> Estimate:
+        limit, brackets = cone_limit(bracket, source.removed, problem, width.value, tolerance)
+        removed.update(brackets)
+        return limit
 
+    def readjusted() -> Estimate:
+        minimum = source.minimum()
+        return readjusted_limit(minimum, problem.dim, problem.loss_tolerance, tolerance / 2, width.value)
 
-def _check_arguments(
-    loss_tolerance: float,
-    tolerance: float,
-    max_matvecs: int,
-    num_probes: int | None,
-    which: Sequence[str],
-    basis_bytes: int | None,
-) -> None:
-    for name, value in (("loss_tolerance", loss_tolerance), ("tolerance", tolerance)):
-        if np.ndim(value) != 0 or not 0 < float(value) < np.inf:
-            raise ValueError(f"{name} must be a positive finite number, got {value}.")
-    counts = {"max_matvecs": max_matvecs, "num_probes": num_probes, "basis_bytes": basis_bytes}
-    for name, value in counts.items():
-        if value is not None and not isinstance(value, (int, np.integer)):
-            raise ValueError(f"{name} must be an integer, got {value!r}.")
-    if max_matvecs < LEAST_MATVECS:
-        raise ValueError(f"max_matvecs must be at least {LEAST_MATVECS}, got {max_matvecs}.")
-    if num_probes is not None and not 1 <= num_probes <= max_matvecs:
-        raise ValueError(f"num_probes must lie between 1 and max_matvecs = {max_matvecs}, got {num_probes}.")
-    if basis_bytes is not None and basis_bytes < 0:
-        raise ValueError(f"basis_bytes must be at least 0, got {basis_bytes}.")
-    unknown = [name for name in which if name not in LIMITS]
-    if isinstance(which, str) or unknown or not which:
-        raise ValueError(f"which must name limits among {', '.join(LIMITS)}, got {which!r}.")
+    limits: dict[str, Estimate | None] = {"width": width}
+    removed: dict[int, SpectralBracket] = {}
+    for name, solve in (("one_shot", source.one_shot), ("cone", cone), ("readjusted", readjusted)):
+        try:
+            limits[name] = solve() if name in which else None
+        except BudgetSpent:
+            limits[name] = None
+    return limits, removed

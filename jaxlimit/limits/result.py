@@ -1,14 +1,18 @@
 r"""What `pruning_limit` returns: the limits, what they rest on, and how far to trust them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jaxlimit.geometry.dimensions import transition_halfwidth, width_ridge
-from jaxlimit.geometry.magnitude import MagnitudeOrder, num_removed
-from jaxlimit.limits.roots import LIMITS, Estimate, cone_point, cone_root, width_limit
+from jaxlimit.geometry.magnitude import num_removed
+from jaxlimit.limits.cone import cone_point, cone_root
+from jaxlimit.limits.estimate import LIMITS, Estimate
+from jaxlimit.limits.problem import Problem
+from jaxlimit.limits.status import Code
+from jaxlimit.limits.width import width_limit
 from jaxlimit.spectrum.bracket import SpectralBracket
 from jaxlimit.spectrum.measure import SpectralMeasure
 
@@ -72,7 +76,8 @@ class PruningLimit:
         reorthogonalized: whether Lanczos kept all of its vectors orthogonal.
         largest_eigenvalue: of |H|.
         ridge: a = 2 eps / R^2 at the width limit; largest_eigenvalue / ridge is what Lanczos must resolve.
-        status: a sentence: converged or not, why, and what to do.
+        code: how it ended, for programs.
+        status: the same in sentences: converged or not, why, and what to do.
     """
 
     one_shot: Estimate | None
@@ -92,10 +97,11 @@ class PruningLimit:
     reorthogonalized: bool
     largest_eigenvalue: float
     ridge: float
+    code: Code
     status: str
-    _order: MagnitudeOrder = field(repr=False)
+    _problem: Problem = field(repr=False)
     _bracket: SpectralBracket = field(repr=False)
-    _removed: dict[int, SpectralBracket] = field(repr=False)
+    _removed: dict[int, SpectralBracket] = field(repr=False)  # seen from c, by the number of removed weights
 
     @property
     def transition_halfwidth(self) -> float:
@@ -111,7 +117,7 @@ class PruningLimit:
         """R(s) and delta(s) / D on a grid of sparsities (default: 201 from 0 to 1), for plots."""
         grid = np.linspace(0, 1, 201) if sparsities is None else _numbers(sparsities)
         counts = num_removed(self.dim, grid)
-        radii = np.sqrt(self._order.squared_norm[counts])
+        radii = np.sqrt(self._problem.order.squared_norm[counts])
 
         ridges = [width_ridge(float(radius), self.loss_tolerance) for radius in radii]
         width = self._bracket.dimension.map(lambda delta: np.array([delta(a) for a in ridges]))
@@ -122,9 +128,8 @@ class PruningLimit:
         )
 
     def _cone_dimension(self, n: int) -> float:
-        radius = self._order.radius(n)
-        point = cone_point(n, self._removed[n], radius, self.loss_tolerance)
-        ridge = width_ridge(radius, self.loss_tolerance) * np.exp(point.log_rho.value)
+        point = cone_point(self._removed[n], self._problem, n)
+        ridge = self._problem.ridge(n) * np.exp(point.log_rho.value)
         return self._bracket.dimension.value(ridge)
 
     def sensitivity(self, loss_tolerances: ArrayLike | None = None) -> Sensitivity:
@@ -142,18 +147,20 @@ class PruningLimit:
         if not np.all(np.isfinite(grid) & (grid > 0)):
             raise ValueError(f"loss_tolerances must be positive and finite, got {grid}.")
 
-        def cone(eps: float) -> float:
-            points = [cone_point(n, m, self._order.radius(n), eps) for n, m in self._removed.items()]
-            return cone_root(self._bracket, self._order, points, eps).value
+        problems = [replace(self._problem, loss_tolerance=float(eps)) for eps in grid]
 
-        width = np.array([width_limit(self._bracket, self._order, eps).value for eps in grid])
-        return Sensitivity(grid, width, np.array([cone(eps) for eps in grid]) if self._removed else None)
+        def cone(problem: Problem) -> float:
+            points = [cone_point(bracket, problem, n) for n, bracket in self._removed.items()]
+            return cone_root(self._bracket, problem, points).value
+
+        width = np.array([width_limit(self._bracket, problem).value for problem in problems])
+        return Sensitivity(grid, width, np.array([cone(x) for x in problems]) if self._removed else None)
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the arrays, as JSON values."""
         names = (
             "loss_tolerance tolerance num_matvecs num_probes num_steps num_examples dim "
-            "positive_semidefinite method reorthogonalized largest_eigenvalue ridge status "
+            "positive_semidefinite method reorthogonalized largest_eigenvalue ridge code status "
             "transition_halfwidth"
         )
         limits = {name: vars(estimate) for name, estimate in self.estimates().items()}

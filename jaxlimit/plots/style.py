@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlimit.limits.roots import Estimate
+from jaxlimit.limits.estimate import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,0 +1,37 @@
+"""Arguments of `pruning_limit` that cannot be meant."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxlimit.limits.estimate import LIMITS
+
+# Fewer products leave no limit anything to say.
+LEAST_MATVECS = 16
+
+
+def check_arguments(
+    loss_tolerance: float,
+    tolerance: float,
+    max_matvecs: int,
+    num_probes: int | None,
+    which: Sequence[str],
+    basis_bytes: int | None,
+) -> None:
+    """A ValueError for the first one that is out of range, naming it."""
+    for name, value in (("loss_tolerance", loss_tolerance), ("tolerance", tolerance)):
+        if np.ndim(value) != 0 or not 0 < float(value) < np.inf:
+            raise ValueError(f"{name} must be a positive finite number, got {value}.")
+    counts = {"max_matvecs": max_matvecs, "num_probes": num_probes, "basis_bytes": basis_bytes}
+    for name, value in counts.items():
+        if value is not None and not isinstance(value, (int, np.integer)):
+            raise ValueError(f"{name} must be an integer, got {value!r}.")
+    if max_matvecs < LEAST_MATVECS:
+        raise ValueError(f"max_matvecs must be at least {LEAST_MATVECS}, got {max_matvecs}.")
+    if num_probes is not None and not 1 <= num_probes <= max_matvecs:
+        raise ValueError(f"num_probes must lie between 1 and max_matvecs = {max_matvecs}, got {num_probes}.")
+    if basis_bytes is not None and basis_bytes < 0:
+        raise ValueError(f"basis_bytes must be at least 0, got {basis_bytes}.")
+    unknown = [name for name in which if name not in LIMITS]
+    if isinstance(which, str) or unknown or not which:
+        raise ValueError(f"which must name limits among {', '.join(LIMITS)}, got {which!r}.")

@@ -1,0 +1,59 @@
+r"""The width limit: the paper's, delta_width(s) / D = s with the ridge 2 eps / R(s)^2.
+
+With c = c(s) the removed vector, R its norm and x any vector on the kept weights, the four limits solve
+
+| limit      | equation                                        | function of s          |
+|------------|-------------------------------------------------|------------------------|
+| one_shot   | -g^T c + c^T H c / 2 = eps, first crossing      | not monotone           |
+| width      | delta(2 eps / R^2) / D = s                      | left side falls        |
+| cone       | delta(a) / D = s, a c^T H (H+a)^{-1} c = 2 eps  | crosses once in practice |
+| readjusted | min_x (c - x)^T H (c - x) / 2 = eps             | left side rises        |
+
+Each has a module. The solvers take what they need as numbers and functions, so that the same code serves a
+dense eigendecomposition and Lanczos.
+"""
+
+from collections.abc import Callable
+
+from jaxlimit.geometry.dimensions import fixed_point
+from jaxlimit.limits.estimate import Estimate
+from jaxlimit.limits.problem import Problem
+from jaxlimit.spectrum.bracket import Bracketed, EffectiveDimension, SpectralBracket, spread
+
+Ridge = Callable[[int], float]  # n -> a
+# Standard errors by which the probe error widens [lower, upper]: 99.7 % if the error were normal.
+STANDARD_ERRORS = 3.0
+
+
+def width_limit(bracket: SpectralBracket, problem: Problem) -> Estimate:
+    """The root of delta(2 eps / R(s)^2) / D = s.
+
+    Args:
+        bracket: of the spectral measure.
+        problem: order of the weights, and eps.
+    """
+    return dimension_root(bracket, Bracketed.known(problem.ridge), problem.dim)
+
+
+def dimension_root(bracket: SpectralBracket, ridge: Bracketed[Ridge], dim: int) -> Estimate:
+    """Root of delta(a(s)) / D = s, with its bracket, probe error and spread.
+
+    Args:
+        bracket: of the spectral measure.
+        ridge: n -> a, the ridge after n removals.
+        dim: D.
+    """
+    delta = bracket.dimension
+
+    def root(delta: EffectiveDimension, ridge: Ridge, standard_errors: float = 0.0) -> float:
+        def dimension(n: int) -> float:
+            a = ridge(n)
+            return delta(a) + standard_errors * bracket.probe_error(a)
+
+        return fixed_point(dimension, dim)
+
+    roots = delta.join(root, ridge)
+    probe_error = (root(delta.value, ridge.value, 1) - root(delta.value, ridge.value, -1)) / 2
+    lower = root(delta.lower, ridge.lower, -STANDARD_ERRORS)
+    upper = root(delta.upper, ridge.upper, STANDARD_ERRORS)
+    return Estimate.between(roots.value, lower, upper, dim, probe_error, spread(roots))
