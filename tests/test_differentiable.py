@@ -68,7 +68,7 @@ def test_value_and_gradient_are_those_of_the_dense_matrix(problem, sparsity, eps
 
     @jax.jit
     def dimension(params):
-        return differentiable.width_dimension(
+        return differentiable.width_dimension_of_params(
             predict,
             cross_entropy,
             params,
@@ -119,7 +119,7 @@ def test_random_probes_scatter_around_it_as_their_error_says(problem):
 
     @jax.jit
     def estimate(probes):
-        return differentiable.width_dimension(
+        return differentiable.width_dimension_of_params(
             predict, cross_entropy, params, batch, probes, sparsity=0.8, loss_tolerance=1e-2
         )
 
@@ -134,7 +134,7 @@ def test_a_step_along_the_gradient_makes_more_directions_flat(problem):
     probes = all_probes(params)
 
     def dimension(params):
-        return differentiable.width_dimension(
+        return differentiable.width_dimension_of_params(
             predict, cross_entropy, params, batch, probes, sparsity=0.8, loss_tolerance=1e-2
         )
 
@@ -166,7 +166,7 @@ def test_weights_that_are_zero_can_go(problem):
     params = params | {"a": 0 * params["a"]}  # 30 of 48
 
     def dimension(params):
-        return differentiable.width_dimension(
+        return differentiable.width_dimension_of_params(
             predict, cross_entropy, params, batch, all_probes(params), sparsity=0.5, loss_tolerance=0.1
         )
 
@@ -187,7 +187,7 @@ def test_weights_that_are_zero_can_go(problem):
 def test_bad_arguments_are_named(problem, arguments, message):
     params, batch = problem
     with pytest.raises(ValueError, match=message):
-        differentiable.width_dimension(
+        differentiable.width_dimension_of_params(
             predict,
             cross_entropy,
             params,

@@ -85,7 +85,7 @@ def programs():
         return {"loss": mlp.loss(params, batch)}
 
     def width_dimension(params, batch, probes):
-        return differentiable.width_dimension(
+        return differentiable.width_dimension_of_params(
             mlp.predict, mlp.output_loss, params, batch, probes, sparsity=0.5, loss_tolerance=0.1
         )
 

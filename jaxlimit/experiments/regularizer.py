@@ -25,7 +25,7 @@ from jaxlimit.experiments.tables import (
     markdown,
     threshold_cells,
 )
-from jaxlimit.geometry.differentiable import width_dimension
+from jaxlimit.geometry.differentiable import width_dimension_of_params
 from jaxlimit.spectrum.probes import rademacher
 from jaxlimit.training.classifier import train
 from jaxlimit.training.losses import Loss, classification_loss, cross_entropy
@@ -94,7 +94,7 @@ def flat_loss(predict: Any, flatness: Flatness, key: jax.Array) -> Loss:
         total = jnp.sum(images.reshape(len(labels), -1) * (1 + labels[:, None]), dtype=jnp.float32)
         number = jax.lax.bitcast_convert_type(total, jnp.uint32)
         probe = rademacher(jax.random.fold_in(key, number), partition(params)[0], 1)
-        delta = width_dimension(
+        delta = width_dimension_of_params(
             lambda params, batch: predict(params, batch[0]),
             lambda outputs, batch: cross_entropy(outputs, batch[1]),
             params,

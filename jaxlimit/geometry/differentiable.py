@@ -32,7 +32,7 @@ from jaxlimit.geometry.magnitude import num_removed
 PyTree = Any
 
 
-def width_dimension(
+def width_dimension_of_params(
     predict_fn: Callable[[PyTree, PyTree], PyTree],
     loss_fn: Callable[[PyTree, PyTree], jax.Array],
     params: PyTree,
@@ -74,7 +74,7 @@ def width_dimension(
         >>> def predict(w, x): return x @ w
         >>> def loss(outputs, x): return jnp.mean(outputs**2) / 2
         >>> signs = jnp.array([[[1.0], [-1.0], [1.0], [1.0]]])
-        >>> delta = width_dimension(
+        >>> delta = width_dimension_of_params(
         ...     predict, loss, jnp.ones((4, 1)), 2 * jnp.eye(4), signs, sparsity=0.5, loss_tolerance=1.0)
         >>> print(f"{delta:.4f}")
         0.5000
@@ -84,11 +84,7 @@ def width_dimension(
     if not loss_tolerance > 0:
         raise ValueError(f"loss_tolerance must be positive, got {loss_tolerance}.")
     weights, rest = partition(params, prunable)
-    magnitudes = jnp.abs(jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(weights)]))
-    removed = int(num_removed(magnitudes.size, sparsity))
-    if removed == 0:
-        raise ValueError(f"sparsity {sparsity} removes none of {magnitudes.size} weights.")
-    squared_norm = jnp.sum(jnp.sort(magnitudes)[:removed] ** 2)
+    squared_norm, dim = _squared_removed_norm(weights, sparsity)
     anything = squared_norm > 0
     ridge = 2 * loss_tolerance / jnp.where(anything, squared_norm, jnp.ones_like(squared_norm))
     product = GaussNewtonProduct(predict_fn, loss_fn, precision)
@@ -106,6 +102,15 @@ def width_dimension(
         solution, _ = cg(shifted, probe, **tolerances, maxiter=max_matvecs)
         return ridge * sum(jax.tree.leaves(jax.tree.map(jnp.vdot, probe, solution)))
 
-    delta = jnp.mean(jax.lax.map(quadratic_form, probes)) / magnitudes.size
+    delta = jnp.mean(jax.lax.map(quadratic_form, probes)) / dim
     # Weights that are 0 can go: every direction is flat.
     return jnp.where(anything, delta, jnp.ones_like(delta))
+
+
+def _squared_removed_norm(weights: PyTree, sparsity: float) -> tuple[jax.Array, int]:
+    """R(s)^2, and the number of weights D."""
+    magnitudes = jnp.abs(jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(weights)]))
+    removed = int(num_removed(magnitudes.size, sparsity))
+    if removed == 0:
+        raise ValueError(f"sparsity {sparsity} removes none of {magnitudes.size} weights.")
+    return jnp.sum(jnp.sort(magnitudes)[:removed] ** 2), magnitudes.size
