@@ -25,11 +25,9 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.sparse.linalg import cg
 
-from jaxlimit.core.trees import Prunable, is_kernel, partition
+from jaxlimit.core.trees import Prunable, PyTree, is_kernel, partition
 from jaxlimit.curvature.products import GaussNewtonProduct
 from jaxlimit.geometry.magnitude import num_removed
-
-PyTree = Any
 
 
 def width_dimension_of_params(

@@ -14,9 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jaxlimit.core.sharding import sharding_like
-from jaxlimit.core.trees import flatten, unflatten
-
-PyTree = Any
+from jaxlimit.core.trees import PyTree, flatten, unflatten
 
 
 @dataclass(frozen=True)

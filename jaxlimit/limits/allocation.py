@@ -30,11 +30,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxlimit.core.trees import PyTree
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.geometry.magnitude import magnitude_mask, magnitude_order
 from jaxlimit.spectrum.probes import rademacher
-
-PyTree = Any
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
+from jaxlimit.core.trees import PyTree
 from jaxlimit.curvature.operator import Curvature
-
-PyTree = Any
 
 
 class BudgetSpent(Exception):

@@ -9,17 +9,15 @@ using products with H and masks only. Every iterate x gives an upper bound of th
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxlimit.core.storage import Checkpoint
+from jaxlimit.core.trees import PyTree
 from jaxlimit.limits.budget import Budget, BudgetSpent
 from jaxlimit.limits.problem import Problem
-
-PyTree = Any
 
 # Conjugate gradients stop when the last WINDOW products lowered the loss by less than DECISIVE of what
 # would be needed to reach eps: the decision could then only change if convergence sped up a hundredfold.

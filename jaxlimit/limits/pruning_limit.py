@@ -10,13 +10,13 @@ Small networks are solved from a dense eigendecomposition (`dense_source`), larg
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
 from jaxlimit.core.memory import advice_on_memory, device_memory
 from jaxlimit.core.storage import Checkpoint
+from jaxlimit.core.trees import PyTree
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.geometry.magnitude import magnitude_order
 from jaxlimit.limits.budget import Budget, BudgetSpent, Progress
@@ -33,7 +33,6 @@ from jaxlimit.limits.status import exact_status, status_of
 from jaxlimit.limits.width import width_limit
 from jaxlimit.spectrum.bracket import SpectralBracket
 
-PyTree = Any
 # A budget, not a target: Lanczos stops when the limits are resolved.
 MAX_MATVECS = 10_000
 

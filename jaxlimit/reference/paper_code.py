@@ -18,7 +18,6 @@ Source: the code published with arXiv 2306.05857; `tests/test_compat.py` has its
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jaxlimit.core.memory import advice_on_memory
-from jaxlimit.core.trees import combine, flatten
+from jaxlimit.core.trees import PyTree, combine, flatten
 from jaxlimit.curvature.dense_matrix import unit_vectors
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.geometry.dimensions import fixed_point, width_dimension
@@ -36,7 +35,6 @@ from jaxlimit.spectrum.measure import SpectralMeasure
 from jaxlimit.spectrum.probes import rademacher
 from jaxlimit.spectrum.rules import gauss
 
-PyTree = Any
 GRID = np.arange(1000) / 1000
 # Steps of its Lanczos run in most of its presets.
 NUM_MATVECS = 128

@@ -8,15 +8,13 @@ panels, and once more where that cancelled much of it (Daniel, Gragg, Kaufman an
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxlimit.core.sharding import sharding_like
-
-PyTree = Any
+from jaxlimit.core.trees import PyTree
 
 # Vectors in a panel of the basis: few enough that the last, partly filled one wastes little, and enough that
 # the vector which is orthogonalised against it costs little to read and write beside it.
@@ -30,7 +28,7 @@ def per_run(scalars: jax.Array, like: jax.Array) -> jax.Array:
     return scalars.astype(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def inner_products(x: PyTree, y: PyTree) -> jax.Array:
+def inner_products_per_run(x: PyTree, y: PyTree) -> jax.Array:
     """(P,) inner products of P pairs of vectors."""
     products = jax.tree.map(lambda a, b: jnp.sum(a * b, axis=tuple(range(1, a.ndim))), x, y)
     return sum(jax.tree.leaves(products))  # pyright: ignore[reportReturnType]
@@ -39,7 +37,7 @@ def inner_products(x: PyTree, y: PyTree) -> jax.Array:
 @jax.jit
 def norms(x: PyTree) -> jax.Array:
     """(P,) Euclidean norms."""
-    return jnp.sqrt(inner_products(x, x))
+    return jnp.sqrt(inner_products_per_run(x, x))
 
 
 def empty_panel(vectors: jax.Array) -> jax.Array:

@@ -18,25 +18,24 @@ which is an answer and no error.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxlimit.core.trees import PyTree
 from jaxlimit.spectrum.basis import (
     PANEL,
     empty_panel,
-    inner_products,
+    inner_products_per_run,
     norms,
     orthogonalize,
     per_run,
     store,
 )
 from jaxlimit.spectrum.tridiagonal import Tridiagonal
-
-PyTree = Any
 
 # beta_k below BREAKDOWN * machine epsilon * ||T|| is rounding noise: a product with H alone is uncertain by
 # a small multiple of machine epsilon * ||H||.
@@ -214,7 +213,7 @@ def three_terms(
     previous: PyTree, current: PyTree, beta: jax.Array, product: PyTree
 ) -> tuple[PyTree, jax.Array]:
     """The residual H q_j - alpha_j q_j - beta_{j-1} q_{j-1} of all runs, and alpha_j."""
-    alpha = inner_products(current, product)
+    alpha = inner_products_per_run(current, product)
     residual = jax.tree.map(
         lambda hq, q, p: hq - per_run(alpha, q) * q - per_run(beta, p) * p, product, current, previous
     )

@@ -4,16 +4,13 @@ The vectors of a basis fill panels. A full panel does not change any more and is
 its own; the rest of the state is written after every block of steps.
 """
 
-from typing import Any
-
 import jax
 import numpy as np
 
 from jaxlimit.core.sharding import place, sharding_like
 from jaxlimit.core.storage import Checkpoint
+from jaxlimit.core.trees import PyTree
 from jaxlimit.spectrum.lanczos import LanczosState
-
-PyTree = Any
 
 
 class LanczosFiles:

@@ -1,14 +1,12 @@
 """Random sign vectors: their mean z^T F z / D is the trace of F over D."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
 
 from jaxlimit.core.sharding import sharding_like
-
-PyTree = Any
+from jaxlimit.core.trees import PyTree
 
 
 def rademacher(key: jax.Array, like: PyTree, num_probes: int) -> PyTree:
