@@ -10,7 +10,7 @@ the same bits after it was killed, if it is given a folder.
 from jaxlimit.baselines.controls import dense, random_pruning
 from jaxlimit.baselines.gems import RareGems, rare_gems
 from jaxlimit.baselines.iterative import IterativePruning, iterative_pruning
-from jaxlimit.baselines.lomp import LOMP, lomp
+from jaxlimit.baselines.l1_pruning import LOMP, lomp
 from jaxlimit.baselines.network import SparseNetwork
 from jaxlimit.baselines.ratios import SmartRatio, smart_ratio
 from jaxlimit.training.recipe import Recipe, TrainingOptions
