@@ -188,7 +188,7 @@ class Network:
     def train(self) -> dict[str, Any]:
         """Trains the network and writes its weights."""
         params, objectives = minimise(self.problem, self.l1)
-        model_files.save_weights(self.folder / run_folder.WEIGHTS, params)
+        model_files.save_params(self.folder / run_folder.MODEL, params)
         loss, test = (
             jaxlimit.loss_statistics(self.problem.loss, params, batches).mean
             for batches in (self.problem.batches, self.problem.test_batches)
@@ -205,7 +205,7 @@ class Network:
     @cached_property
     def params(self) -> Any:
         """The trained parameters."""
-        return model_files.load_weights(self.folder / run_folder.WEIGHTS, self.problem.initial)
+        return model_files.load_params(self.folder / run_folder.MODEL, self.problem.initial)
 
     @cached_property
     def curvatures(self) -> dict[str, jaxlimit.Curvature]:

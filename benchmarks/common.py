@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import jaxlimit
-from jaxlimit.application import run_folder
+from jaxlimit.application import machine
+from jaxlimit.core import writing
 from jaxlimit.geometry.magnitude import magnitude_order
 from jaxlimit.limits.budget import Budget
 from jaxlimit.limits.one_shot import one_shot_limit, predicted_path
@@ -28,8 +29,8 @@ FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 def environment() -> dict[str, Any]:
     """The machine, the versions, and settings of the C library, for the results of this process."""
     settings = {name: value for name, value in os.environ.items() if name.startswith(("MALLOC_", "GLIBC_"))}
-    device = run_folder.device() | {"processor": processor()}
-    return {"device": device, "versions": run_folder.versions(), "settings": settings}
+    device = machine.device() | {"processor": processor()}
+    return {"device": device, "versions": machine.versions(), "settings": settings}
 
 
 def huge_pages() -> bool:
@@ -129,12 +130,12 @@ def write(name: str, document: Mapping[str, Any], table: str | None = None) -> N
 
 def write_document(name: str, document: Mapping[str, Any]) -> None:
     """Results as results/NAME.json, as they are."""
-    run_folder.write_json(RESULTS / f"{name}.json", {"format": run_folder.FORMAT, **document})
+    writing.write_json(RESULTS / f"{name}.json", {"format": writing.FORMAT, **document})
 
 
 def write_table(name: str, table: str) -> None:
     """A table as results/NAME.md and on the screen."""
-    run_folder.write_atomic(RESULTS / f"{name}.md", table)
+    writing.write_file(RESULTS / f"{name}.md", table)
     print(table, end="", flush=True)
 
 
@@ -149,10 +150,10 @@ def step(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
-        found = {"format": run_folder.FORMAT} | compute()
-        run_folder.write_json(path, found | {"seconds": round(time.perf_counter() - start, 1)})
+        found = {"format": writing.FORMAT} | compute()
+        writing.write_json(path, found | {"seconds": round(time.perf_counter() - start, 1)})
         print(f"{time.strftime('%H:%M:%S')} {path.parent.name}/{path.stem}", flush=True)
-    return run_folder.read_json(path)
+    return writing.read_json(path)
 
 
 def kernel_in(path: Sequence[Any], *parts: str) -> bool:

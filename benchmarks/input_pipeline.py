@@ -35,7 +35,7 @@ def epoch_seconds(name: str, arrays: Arrays) -> float:
         epochs=2,
         batch_size=BATCH_SIZE,
         learning_rate=1e-3,
-        l1=preset.l1,
+        l1=preset.recipe.l1,
         augment=preset.augmentation(),
         on_epoch=lambda *_: ends.append(time.perf_counter()),
     )

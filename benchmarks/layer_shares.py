@@ -28,9 +28,8 @@ import numpy as np
 from predicted_vs_measured import CASES, Case, Problem, step, train
 
 from jaxlimit import training
-from jaxlimit.application import run_folder
 from jaxlimit.baselines.masks import layer_counts
-from jaxlimit.core import trees
+from jaxlimit.core import trees, writing
 from jaxlimit.geometry import magnitude
 from jaxlimit.limits import allocation
 from jaxlimit.measuring.loss_statistics import loss_statistics
@@ -47,7 +46,7 @@ SEEDS = {"digits": (0, 1, 2), "fc2-mnist": (0,)}
 def cases() -> list[Case]:
     """Networks of predicted_vs_measured.py, at every weight of their L1 term."""
     chosen = [case for case in CASES if case.seed == 0 and case.preset.name in SEEDS]
-    ordered = sorted(chosen, key=lambda case: (list(SEEDS).index(case.preset.name), case.preset.l1))
+    ordered = sorted(chosen, key=lambda case: (list(SEEDS).index(case.preset.name), case.preset.recipe.l1))
     return [replace(case, seed=seed) for case in ordered for seed in SEEDS[case.preset.name]]
 
 
@@ -120,8 +119,8 @@ def main() -> None:
     for case in cases():
         folder = work / case.name
         step(folder, NAME, partial(measured, case, folder))
-        found = run_folder.read_json(folder / f"{NAME}.json")
-        rows.append({"network": case.preset.name, "l1": case.preset.l1, "seed": case.seed} | found)
+        found = writing.read_json(folder / f"{NAME}.json")
+        rows.append({"network": case.preset.name, "l1": case.preset.recipe.l1, "seed": case.seed} | found)
         print(f"{time.strftime('%H:%M:%S')} {case.name}: {found['crossings']}", flush=True)
     document = {"command": COMMAND, "num_probes": NUM_PROBES, "times": list(TIMES), "cases": rows}
     common.write(NAME, document, table(document))

@@ -129,11 +129,12 @@ def train(experiment: Experiment) -> Network:
     arrays, _ = presets.load_arrays(preset, presets.Options())
     predict, params = from_nnx(presets.build_network(preset, seed=0))
     loss = training.classification_loss(predict)
-    rate = preset.recipe.rate(len(arrays[0]))
+    recipe = preset.recipe
+    rate = recipe.rate(len(arrays[0]))
     params = training.train(
-        loss, params, arrays, jax.random.key(0), epochs=preset.epochs, learning_rate=rate, l1=preset.l1
+        loss, params, arrays, jax.random.key(0), epochs=recipe.epochs, learning_rate=rate, l1=recipe.l1
     )
-    batches = jaxlimit.batched(arrays, preset.batch_size)
+    batches = jaxlimit.batched(arrays, recipe.batch_size)
     curvatures = [training.classification_curvature(name, predict, params, batches) for name in CURVATURES]
     gradient = flatten(curvatures[0].gradient)
     hessian, gauss_newton = (curvature.dense() for curvature in curvatures)

@@ -31,8 +31,8 @@ import numpy as np
 
 from jaxlimit import models, training
 from jaxlimit.application import run_folder
-from jaxlimit.application.presets import PRESETS, Arrays, Options, Preset, build_network, load_arrays
-from jaxlimit.core import trees
+from jaxlimit.application.presets import PRESETS, SGD, Arrays, Options, Preset, build_network, load_arrays
+from jaxlimit.core import trees, writing
 from jaxlimit.core.batches import Batches, batched
 from jaxlimit.limits import pruning_limit
 from jaxlimit.limits.estimate import LIMITS
@@ -88,29 +88,38 @@ class Case:
     @property
     def name(self) -> str:
         """Of the case and of its folder."""
-        return f"{self.preset.name}-l1-{self.preset.l1:g}-seed{self.seed}"
+        return f"{self.preset.name}-l1-{self.preset.recipe.l1:g}-seed{self.seed}"
+
+    def order(self) -> tuple[int, float, int]:
+        """Where it stands in the results."""
+        return NAMES.index(self.preset.name), self.preset.recipe.l1, self.seed
+
+    def to_json(self) -> dict[str, Any]:
+        """As the files of the case name it."""
+        return asdict(self) | {"preset": self.preset.to_json()}
 
 
+FC5 = "784-1000-600-300-100-10"
 # Each network with its weights of the L1 term. Epochs and numbers of examples were chosen for the time they
 # take on one core, before any limit was computed.
 NETWORKS = (
     (Case(PRESETS["digits"], num_examples=1_438, num_test=359), (0.0, 1e-4, 5e-4)),
     (
-        Case(Preset("fc2-mnist", "mnist", "784-100-10", 20, 0.01, "constant", 0.0), 2_048, 10_000),
+        Case(Preset("fc2-mnist", "mnist", "784-100-10", replace(SGD, epochs=20, l1=0.0)), 2_048, 10_000),
         (0.0, 5e-5, 3e-4),
     ),
     (
-        Case(Preset("fc5-mnist", "mnist", "784-1000-600-300-100-10", 5, 0.01, "constant", 0.0), 512, 2_000),
+        Case(Preset("fc5-mnist", "mnist", FC5, replace(SGD, epochs=5, l1=0.0)), 512, 2_000),
         (0.0, 5e-5, 2e-4),
     ),
     (
-        Case(Preset("lenet-cifar10", "cifar10", "LeNet", 4, 0.01, "constant", 0.0), 256, 1_000),
+        Case(Preset("lenet-cifar10", "cifar10", "LeNet", replace(SGD, epochs=4, l1=0.0)), 256, 1_000),
         (0.0, 5e-5, 3e-4),
     ),
 )
 NAMES = tuple(case.preset.name for case, _ in NETWORKS)
 CASES = tuple(
-    replace(case, preset=replace(case.preset, l1=l1[i]), seed=seed)
+    replace(case, preset=case.preset.changed(l1=l1[i]), seed=seed)
     for seed in SEEDS
     for i in range(3)
     for case, l1 in NETWORKS
@@ -164,18 +173,18 @@ def train(case: Case, problem: Problem, folder: Path) -> Any:
             problem.initial,
             problem.train,
             jax.random.fold_in(jax.random.key(case.seed), 0),
-            epochs=case.preset.epochs,
-            batch_size=case.preset.batch_size,
+            epochs=case.preset.recipe.epochs,
+            batch_size=case.preset.recipe.batch_size,
             learning_rate=case.preset.recipe.rate(len(problem.train[1])),
-            momentum=case.preset.momentum,
-            l1=case.preset.l1,
+            momentum=case.preset.recipe.momentum,
+            l1=case.preset.recipe.l1,
             on_epoch=lambda epoch, loss: report(f"epoch {epoch + 1}, loss + L1 {loss:.4f}"),
         )
-        model_files.save_weights(folder / run_folder.WEIGHTS, params)
-        return {"case": asdict(case)}
+        model_files.save_params(folder / run_folder.MODEL, params)
+        return {"case": case.to_json()}
 
     step(folder, "trained", compute)
-    return model_files.load_weights(folder / run_folder.WEIGHTS, problem.initial)
+    return model_files.load_params(folder / run_folder.MODEL, problem.initial)
 
 
 def measured(case: Case, problem: Problem, params: Any) -> dict[str, Any]:
@@ -261,7 +270,7 @@ def predicted(
     found = pruning_limit.pruning_limit(
         operator,
         jax.random.key(case.seed),
-        loss_tolerance=run_folder.read_json(folder / "measured.json")["loss_tolerance"],
+        loss_tolerance=writing.read_json(folder / "measured.json")["loss_tolerance"],
         tolerance=TOLERANCE,
         max_matvecs=max_matvecs,
         checkpoint=str(checkpoint),
@@ -277,10 +286,10 @@ def step(folder: Path, name: str, compute: Callable[[], dict[str, Any]]) -> None
     if path.exists():
         return
     wall, cpu = time.perf_counter(), time.process_time()
-    found = {"format": run_folder.FORMAT} | compute()
+    found = {"format": writing.FORMAT} | compute()
     found["seconds"] = round(time.perf_counter() - wall, 1)
     found["cpu_seconds"] = round(time.process_time() - cpu, 1)
-    run_folder.write_json(path, found | {"environment": common.environment()})
+    writing.write_json(path, found | {"environment": common.environment()})
     reporter(folder.name)(f"{name} in {found['seconds']} s")
 
 
@@ -300,10 +309,10 @@ def reporter(subject: str, seconds: float = 30) -> Callable[[str], None]:
 def collect(work: Path) -> dict[str, Any]:
     """All measured cases as one document, with their limits as far as they are predicted."""
     rows, environments = [], []
-    for case in sorted(CASES, key=lambda case: (NAMES.index(case.preset.name), case.preset.l1, case.seed)):
+    for case in sorted(CASES, key=Case.order):
         paths = {name: work / case.name / f"{name}.json" for name in ("trained", "measured", *CURVATURES)}
         if paths["measured"].exists():
-            found = {name: run_folder.read_json(path) for name, path in paths.items() if path.exists()}
+            found = {name: writing.read_json(path) for name, path in paths.items() if path.exists()}
             environments += [part["environment"] for part in found.values()]
             rows.append(row(case, found))
     distinct = [found for i, found in enumerate(environments) if found not in environments[:i]]
@@ -321,8 +330,8 @@ def row(case: Case, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "network": case.preset.name,
         "layers": case.preset.network,
-        "epochs": case.preset.epochs,
-        "l1": case.preset.l1,
+        "epochs": case.preset.recipe.epochs,
+        "l1": case.preset.recipe.l1,
         "seed": case.seed,
         "num_examples": case.num_examples,
         "num_test": case.num_test,
@@ -388,7 +397,7 @@ def select(names: Sequence[str], work: Path) -> list[Case]:
     cases = [case for case in CASES if case.preset.name in names or case.name in names]
     for case in cases:
         path = work / case.name / "trained.json"
-        if path.exists() and run_folder.read_json(path)["case"] != asdict(case):
+        if path.exists() and writing.read_json(path)["case"] != case.to_json():
             raise ValueError(f"{path.parent} holds a network of other settings: name another --work.")
     return cases
 

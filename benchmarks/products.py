@@ -33,7 +33,7 @@ import peers
 from jax.flatten_util import ravel_pytree
 
 import jaxlimit
-from jaxlimit.application import run_folder
+from jaxlimit.core import writing
 from jaxlimit.core.batches import grouped
 from jaxlimit.core.trees import combine, partition
 
@@ -267,12 +267,12 @@ def add(row: dict[str, Any]) -> None:
     """Writes a row with those that are there, in the place of the one before."""
     name = NAME if common.on_cpu() else f"{NAME}_{jax.default_backend()}"
     path = common.RESULTS / f"{name}.json"
-    rows = run_folder.read_json(path)["rows"] if path.exists() else []
+    rows = writing.read_json(path)["rows"] if path.exists() else []
     keys = ("network", "operator", "precision", "huge_pages")
     measured = {tuple(one[key] for key in keys): one for one in (*rows, row)}
     order = list(networks.NETWORKS)
     rows = sorted(measured.values(), key=lambda one: (order.index(one["network"]), one["huge_pages"]))
-    run_folder.write_atomic(common.RESULTS / f"{name}_peers.md", peer_table(rows))
+    writing.write_file(common.RESULTS / f"{name}_peers.md", peer_table(rows))
     print(peer_table([row]))
     common.write(name, {"command": f"python benchmarks/{NAME}.py", "rows": rows}, own_table(rows))
 

@@ -17,6 +17,7 @@ import common
 
 from jaxlimit import cli
 from jaxlimit.application import run_folder
+from jaxlimit.core import writing
 
 NAME = "real_runs"
 # What is typed after `jaxlimit`.
@@ -53,7 +54,7 @@ def perform(name: str, folder: Path) -> None:
     code = cli.main([*RUNS[name].split(), "--out", str(folder)])
     if code:
         raise SystemExit(code)
-    document = run_folder.read_json(folder / run_folder.LIMIT) | {"command": f"jaxlimit {RUNS[name]}"}
+    document = writing.read_json(folder / run_folder.LIMIT) | {"command": f"jaxlimit {RUNS[name]}"}
     common.write_document(name, document)
     shutil.copyfile(folder / run_folder.FIGURES / "loss.png", common.FIGURES / f"{name}.png")
 

@@ -26,8 +26,8 @@ import numpy as np
 import peers
 
 import jaxlimit
-from jaxlimit.application import run_folder
 from jaxlimit.application.presets import Options, build_network, find_preset, load_arrays
+from jaxlimit.core import writing
 from jaxlimit.models import from_nnx
 from jaxlimit.spectrum import lanczos
 from jaxlimit.spectrum.basis import PANEL
@@ -170,13 +170,13 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     options = parser.parse_args()
     path = common.RESULTS / f"{NAME}.json"
-    document = run_folder.read_json(path) if path.exists() else {}
+    document = writing.read_json(path) if path.exists() else {}
     document |= {"command": f"python benchmarks/{NAME}.py"}
     if "peers" in options.parts:
         document["peers"] = [row for name in options.networks for row in against_peers(name, NETWORKS[name])]
     if "overhead" in options.parts:
         document["overhead"] = [overhead(count) for count in OVERHEAD_EXAMPLES]
-        run_folder.write_atomic(common.RESULTS / f"{NAME}_overhead.md", overhead_table(document["overhead"]))
+        writing.write_file(common.RESULTS / f"{NAME}_overhead.md", overhead_table(document["overhead"]))
         print(overhead_table(document["overhead"]))
     common.write(NAME, document, table(document["peers"]))
 

@@ -1,34 +1,40 @@
-"""The command line: `jaxlimit run`, `jaxlimit presets`, `jaxlimit report`, `jaxlimit experiment`."""
+"""The command line: `jaxlimit run`, `jaxlimit presets`, `jaxlimit report`, `jaxlimit experiment`.
+
+A command is imported when it is asked for, so that help and errors come at once.
+"""
 
 import importlib.util
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from jaxlimit import __version__
 
 if TYPE_CHECKING:
-    from jaxlimit.application.presets import Options, Preset
+    from jaxlimit.application.options import Run
     from jaxlimit.experiments import Experiment
 
-EXTRA = ("tyro", "rich", "matplotlib", "safetensors")
+EXTRA = ("tyro", "rich", "matplotlib", "safetensors", "jinja2")
 INSTALL = 'pip install "jaxlimit[cli]"'
+DESCRIPTION = """How sparse can a trained network be pruned, how sure is that, and is it true?
+
+(--version prints the version.)"""
+COMMANDS = {
+    "run": """Train a network, predict how sparse it can be pruned, measure the truth, write a report.
+
+After Ctrl-C the same command goes on with what is missing. What is not given of the training is the preset's;
+of other epochs its warm-up takes at most half.""",
+    "presets": "Print the presets as a table.",
+    "report": "Make the figures and report.html of a finished run again, from its files.",
+    "experiment": """Run an experiment; `jaxlimit experiment --help` names them.
+
+Each has options of its own, which `jaxlimit experiment NAME --help` lists.""",
+}
 # Exit codes: of the shell for Ctrl-C, and customary ones for wrong use and for failure.
 INTERRUPTED, WRONG_USE, FAILED = 130, 2, 1
-
-
-@dataclass(frozen=True)
-class Run:
-    """`jaxlimit run`."""
-
-    preset: "Preset"
-    options: "Options"
-    out: Path
-    data: str | None
-    overwrite: bool
 
 
 @dataclass(frozen=True)
@@ -58,16 +64,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return _error(f"the command line needs {', '.join(missing)}: {INSTALL}", FAILED)
     try:
         command = parse(args or ["--help"])
-        if isinstance(command, Run):
-            return _run(command, args)
-        if isinstance(command, Report):
-            return _report(command)
-        if not isinstance(command, Presets):
-            return _experiment(command, args)
-        from jaxlimit.application.presets import presets_table
-
-        print(presets_table())
-        return 0
+        return _PERFORM[args[0]](command, args)
     except (ValueError, OSError) as error:
         return _error(error, WRONG_USE)
     except (FloatingPointError, ImportError, MemoryError) as error:
@@ -83,139 +80,71 @@ def parse(args: Sequence[str]) -> "Run | Presets | Report | Experiment":
         ValueError: an option out of range.
         SystemExit: arguments that cannot be read (2), or a request for help (0).
     """
+    name, *rest = args
+    if name == "run":
+        from jaxlimit.application.options import run
+
+        return _read(run, rest, name, COMMANDS[name])
+    if name == "presets":
+        return _read(Presets, rest, name, COMMANDS[name])
+    if name == "report":
+        return Report(Path(_read(_word("DIR", "folder of the run."), rest, name, COMMANDS[name])))
+    if name == "experiment":
+        return _parse_experiment(rest)
+    from tyro.extras import subcommand_cli_from_dict
+
+    # Prints the commands, or says that there is no such one.
+    names = {name: _named(text) for name, text in COMMANDS.items()}
+    subcommand_cli_from_dict(names, prog="jaxlimit", description=DESCRIPTION, args=list(args))
+    raise ValueError(f"the first word must be one of {', '.join(COMMANDS)}, got {name!r}.")
+
+
+def _parse_experiment(args: Sequence[str]) -> "Experiment":
+    from jaxlimit.experiments import EXPERIMENTS
+
+    if args and args[0] in EXPERIMENTS:
+        return _read(EXPERIMENTS[args[0]], args[1:], f"experiment {args[0]}")
+    names = ", ".join(EXPERIMENTS)
+    description = f"{COMMANDS['experiment']}\n\nNAME is one of {names}."
+    name = _read(_word("NAME", "name of the experiment."), args, "experiment", description)
+    raise ValueError(f"there is no experiment {name!r}; the experiments are {names}.")
+
+
+def _read(command: Any, args: Sequence[str], name: str, description: str | None = None) -> Any:
+    """What a function makes of the arguments, each of its parameters being an option."""
     import tyro
-    from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-    from jaxlimit.application.presets import Options, find_preset
-    from jaxlimit.experiments import EXPERIMENTS, Experiment
-
-    config = (FlagCreatePairsOff,)
-    if args[0] == "experiment" and len(args) > 1 and args[1] in EXPERIMENTS:
-        prog = f"jaxlimit experiment {args[1]}"
-        return tyro.cli(EXPERIMENTS[args[1]], prog=prog, args=list(args[2:]), config=config)
-
-    def by(default: str, metavar: str) -> Any:
-        return arg(help_behavior_hint=f"(default: {default})", metavar=metavar)
-
-    def run(
-        preset: Annotated[Positional[str], arg(metavar="PRESET")] = "digits",
-        *,
-        seed: int = 0,
-        l1: Annotated[float | None, by("the preset's", "FLOAT")] = None,
-        epochs: Annotated[int | None, by("the preset's", "INT")] = None,
-        batch_size: Annotated[int | None, by("the preset's", "INT")] = None,
-        learning_rate: Annotated[float | None, by("the preset's", "FLOAT")] = None,
-        schedule: Annotated[
-            Literal["constant", "cosine", "steps"] | None, by("the preset's", "{constant,cosine,steps}")
-        ] = None,
-        warmup_epochs: Annotated[int | None, by("the preset's", "INT")] = None,
-        momentum: Annotated[float | None, by("the preset's", "FLOAT")] = None,
-        augment: Annotated[bool | None, by("the preset's", "{True,False}")] = None,
-        curvature: Literal["both", "hessian", "gauss_newton"] = "both",
-        tolerance: float = 1e-3,
-        loss_tolerance: Annotated[float | None, by("spread of the training batches' losses", "FLOAT")] = None,
-        num_examples: Annotated[int | None, by("all", "INT")] = None,
-        finetune_steps: Annotated[int | None, by("the preset's", "INT")] = None,
-        out: Annotated[Path | None, by("results/PRESET-seedSEED-...", "DIR")] = None,
-        data: Annotated[str | None, by("$JAXLIMIT_DATA", "DIR")] = None,
-        overwrite: bool = False,
-    ) -> Run:
-        """Train a network, predict how sparse it can be pruned, measure the truth, write a report.
-
-        After Ctrl-C the same command goes on with what is missing.
-
-        Args:
-            preset: which experiment: see `jaxlimit presets`.
-            seed: of the initial weights, the order of the examples and the probes.
-            l1: lambda, the weight of the L1 term in training.
-            epochs: passes over the training data; the preset's warm-up takes at most half of them.
-            batch_size: of training; the loss tolerance, too, is taken over batches of so many.
-            learning_rate: of SGD, after the warm-up.
-            schedule: of the learning rate: cosine falls to 0, steps is halved three times.
-            warmup_epochs: in which the learning rate grows from 0.
-            momentum: of SGD.
-            augment: random crops and flips in training.
-            curvature: of the loss: the Hessian predicts, Gauss-Newton is fast, certified and optimistic.
-            tolerance: wanted accuracy of the limits, in sparsity.
-            loss_tolerance: by how much the training loss may rise, in nats.
-            num_examples: how many of the training examples give the curvature.
-            finetune_steps: steps of Adam at each sparsity of the fine-tuned sweep; 0 leaves it out.
-            out: folder of the results.
-            data: folder that holds mnist/ or cifar10/; not needed for digits.
-            overwrite: replace the run in the folder.
-        """
-        settings = find_preset(
-            preset,
-            l1=l1,
-            epochs=epochs,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            schedule=schedule,
-            warmup_epochs=warmup_epochs,
-            momentum=momentum,
-            augment=augment,
-            finetune_steps=finetune_steps,
-        )
-        options = Options(seed, curvature, tolerance, loss_tolerance, num_examples)
-        return Run(settings, options, out or default_folder(settings, options), data, overwrite)
-
-    def presets() -> Presets:
-        """Print the presets as a table."""
-        return Presets()
-
-    def report(folder: Annotated[Positional[Path], arg(metavar="DIR")]) -> Report:
-        """Make the figures and report.html of a finished run again, from its files.
-
-        Args:
-            folder: of the run.
-        """
-        return Report(folder)
-
-    def experiment(name: Annotated[Positional[str], arg(metavar="NAME")]) -> Experiment:
-        # Those that exist were parsed above, each with options of its own.
-        raise ValueError(f"there is no experiment {name!r}; the experiments are {', '.join(EXPERIMENTS)}.")
-
-    experiment.__doc__ = f"""Run an experiment: {", ".join(EXPERIMENTS)}.
-
-        Each has options of its own, which `jaxlimit experiment NAME --help` lists.
-
-        Args:
-            name: of the experiment.
-        """
-
-    return tyro.extras.subcommand_cli_from_dict(
-        {"run": run, "presets": presets, "report": report, "experiment": experiment},
-        prog="jaxlimit",
-        description="How sparse can a trained network be pruned, how sure is that, and is it true? "
-        "(--version prints the version.)",
-        args=list(args),
-        config=config,
-    )
+    config = (tyro.conf.FlagCreatePairsOff,)
+    prog = f"jaxlimit {name}"
+    return tyro.cli(command, prog=prog, description=description, args=list(args), config=config)
 
 
-def default_folder(preset: "Preset", options: "Options") -> Path:
-    """results/PRESET-seedSEED, with every other option that is not at its default in the name.
+def _word(metavar: str, explained: str) -> Any:
+    """A single word on the command line, as a type."""
+    from tyro.conf import Positional, arg
 
-    Examples:
-        >>> from jaxlimit.application.presets import Options, find_preset
-        >>> default_folder(find_preset("digits", l1=0.0), Options(seed=1)).name
-        'digits-seed1-l1-0'
-    """
-    from dataclasses import asdict
-
-    from jaxlimit.application.presets import PRESETS, Options
-
-    usual = asdict(PRESETS[preset.name]) | asdict(Options())
-    chosen = asdict(preset) | asdict(options)
-    changed = [(name, value) for name, value in chosen.items() if name != "seed" and value != usual[name]]
-    parts = [f"{name}-{value if isinstance(value, str) else format(value, 'g')}" for name, value in changed]
-    return Path("results") / "-".join([preset.name, f"seed{options.seed}", *parts]).replace("_", "-")
+    return Annotated[Positional[str], arg(name="word", metavar=metavar, help=explained)]
 
 
-def _run(command: Run, args: Sequence[str]) -> int:
+def _named(text: str) -> Any:
+    def command() -> None: ...
+
+    command.__doc__ = text
+    return command
+
+
+def _presets(command: Presets, args: Sequence[str]) -> int:
+    from jaxlimit.application.presets import presets_table
+
+    print(presets_table())
+    return 0
+
+
+def _run(command: "Run", args: Sequence[str]) -> int:
     from jaxlimit.application import comparison, pipeline, run_folder
+    from jaxlimit.application.interrupt import Interrupt
     from jaxlimit.application.presets import load_arrays
-    from jaxlimit.application.terminal import Interrupt, make_monitor
+    from jaxlimit.application.terminal import make_monitor
 
     folder = command.out
     config = pipeline.config_of(command.preset, command.options)
@@ -225,18 +154,19 @@ def _run(command: Run, args: Sequence[str]) -> int:
         with interrupt, make_monitor(interrupt) as monitor:
             # Before anything is written: data that are missing leave no folder behind.
             arrays = load_arrays(command.preset, command.options, command.data)
-            resumed = run_folder.prepare_folder(folder, config, overwrite=command.overwrite)
-            print(f"{'going on with' if resumed else 'writing to'} {folder}", file=sys.stderr)
-            run = pipeline.execute(
-                folder, command.preset, command.options, arrays, shlex.join(typed), monitor
-            )
+            claim = run_folder.prepare_folder(folder, config, overwrite=command.overwrite)
+            with claim.lock:
+                print(f"{'going on with' if claim.resumed else 'writing to'} {folder}", file=sys.stderr)
+                run = pipeline.execute(
+                    folder, command.preset, command.options, arrays, shlex.join(typed), monitor
+                )
     except KeyboardInterrupt:
         return _interrupted(folder, typed)
     print(f"\n{comparison.comparison_table(run.document)}\n\nreport: {folder / run_folder.REPORT}")
     return 0
 
 
-def _report(command: Report) -> int:
+def _report(command: Report, args: Sequence[str]) -> int:
     from jaxlimit.application import report, run_folder
 
     run = run_folder.read_record(command.folder)
@@ -245,7 +175,8 @@ def _report(command: Report) -> int:
 
 
 def _experiment(command: "Experiment", args: Sequence[str]) -> int:
-    from jaxlimit.application.terminal import Interrupt, make_monitor
+    from jaxlimit.application.interrupt import Interrupt
+    from jaxlimit.application.terminal import make_monitor
     from jaxlimit.experiments import execute
 
     typed = ["jaxlimit", *args]
@@ -273,6 +204,13 @@ def _error(message: object, code: int) -> int:
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     return code
 
+
+_PERFORM: dict[str, Callable[[Any, Sequence[str]], int]] = {
+    "run": _run,
+    "presets": _presets,
+    "report": _report,
+    "experiment": _experiment,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -25,7 +25,7 @@ import jaxlimit
 from jaxlimit.core.trees import partition
 from jaxlimit.models import from_equinox, from_linen
 from jaxlimit.training import classification_loss, classification_metrics
-from jaxlimit.training.model_files import load_weights, save_weights
+from jaxlimit.training.model_files import load_params, save_params
 
 KERNEL_WEIGHTS, PARAMETERS = 114, 114 + (2 + 3) + (2 + 2)
 IMAGES = jax.random.normal(jax.random.key(7), (8, 6, 6, 1))
@@ -151,8 +151,8 @@ def test_all_of_jaxlimit_takes_the_parameters(network, tmp_path):
     expected = [float(loss(params, arrays)), float(loss(pruned, arrays))]
     np.testing.assert_allclose(sweep.metrics["loss"], expected, rtol=1e-5)
 
-    save_weights(tmp_path / "weights", params)
-    jax.tree.map(np.testing.assert_array_equal, load_weights(tmp_path / "weights", params), params)
+    save_params(tmp_path / "weights", params)
+    jax.tree.map(np.testing.assert_array_equal, load_params(tmp_path / "weights", params), params)
 
 
 @pytest.mark.parametrize("collection", [dict, FrozenDict])

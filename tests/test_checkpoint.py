@@ -3,13 +3,19 @@
 import builtins
 import io
 import json
+import os
 import pickle
+import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlimit.core import locks, storage
+from jaxlimit.core.locks import LOCK
 from jaxlimit.core.storage import Checkpoint
 from jaxlimit.spectrum import lanczos
 from jaxlimit.spectrum.lanczos_files import LanczosFiles
@@ -25,6 +31,11 @@ def folder(tmp_path):
 def same_bits(x, y):
     x, y = np.asarray(x), np.asarray(y)
     return x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
+
+
+def names_in(folder):
+    """What is in a folder beside the lock of the process that works there."""
+    return sorted(path.name for path in folder.iterdir() if path.name != LOCK)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +71,7 @@ def test_a_name_is_overwritten_as_a_whole(folder):
     store.save_tree("name", np.arange(3))
     store.save_tree("other", np.zeros(2))
     assert store.load_tree("name", 0).tolist() == [0, 1, 2]
-    assert sorted(path.name for path in folder.iterdir()) == ["name.npz", "other.npz", "problem.json"]
+    assert names_in(folder) == ["name.npz", "other.npz", "problem.json"]
 
 
 def test_a_write_that_was_interrupted_leaves_the_old_file(folder, monkeypatch):
@@ -138,12 +149,7 @@ def test_a_panel_is_written_once_and_missed_when_it_is_gone(folder):
     written = panel.stat().st_mtime_ns
     files.save("run", lanczos.run(product, state, 40))
     assert panel.stat().st_mtime_ns == written
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "problem.json",
-        "run-panel-0000.npz",
-        "run-panel-0001.npz",
-        "run.npz",
-    ]
+    assert names_in(folder) == ["problem.json", "run-panel-0000.npz", "run-panel-0001.npz", "run.npz"]
     panel.unlink()
     with pytest.raises(ValueError, match=r"run-panel-0000\.npz is missing .* remove run\.npz"):
         files.load("run", initial)
@@ -181,7 +187,7 @@ def test_another_problem(change, names, folder):
         Checkpoint(folder, {**FINGERPRINT, **change})
     with pytest.raises(ValueError, match="of another problem: dim differ"):  # which this one does not have
         Checkpoint(folder, {name: value for name, value in FINGERPRINT.items() if name != "dim"})
-    assert json.loads((folder / "problem.json").read_text()) == FINGERPRINT
+    assert json.loads((folder / "problem.json").read_text()) == {"format": 1, **FINGERPRINT}
     assert Checkpoint(folder, FINGERPRINT).load_tree("name", 0).tolist() == [1, 1]
 
 
@@ -193,6 +199,13 @@ def test_a_folder_with_other_things(folder):
     assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
 
 
+def test_a_fingerprint_that_is_not_a_number_is_itself(folder):
+    Checkpoint(folder, {"loss": float("nan")})
+    Checkpoint(folder, {"loss": float("nan")})
+    with pytest.raises(ValueError, match="loss differ"):
+        Checkpoint(folder, {"loss": 1.0})
+
+
 def test_an_empty_folder(folder):
     folder.mkdir(parents=True)
     Checkpoint(folder, FINGERPRINT)
@@ -201,8 +214,85 @@ def test_an_empty_folder(folder):
 
 def test_a_run_killed_while_it_made_the_folder_can_start_again(folder):
     folder.mkdir(parents=True)
-    (folder / "problem.tmp").write_text('{"dim"')
-    Checkpoint(folder, FINGERPRINT)
+    (folder / "problem.json.0123.tmp").write_text('{"dim"')
+    (folder / LOCK).write_text("process 1 on another machine")
+    store = Checkpoint(folder, FINGERPRINT)
+    assert names_in(folder) == ["problem.json"]
+    del store
+    assert not (folder / LOCK).exists()
+
+
+def test_a_folder_of_another_version(folder):
+    folder.mkdir(parents=True)
+    (folder / "problem.json").write_text(json.dumps(FINGERPRINT))
+    with pytest.raises(ValueError, match="is not of a checkpoint of this version"):
+        Checkpoint(folder, FINGERPRINT)
+
+
+# Several processes.
+
+
+def process(folder, code):
+    """Another process with the checkpoint of a folder, which says when it has it and waits for a line."""
+    code = (
+        "from jaxlimit.core.storage import Checkpoint\nimport numpy as np\n"
+        f"store = Checkpoint({str(folder)!r}, {FINGERPRINT!r})\n{code}"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+WORK = "print('begun', flush=True); input(); store.save_tree('name', np.arange(3)); print('done', flush=True)"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+def test_a_second_process_waits_and_goes_on_with_what_the_first_has_done(folder, monkeypatch, caplog):
+    first = process(folder, WORK)
+    assert first.stdout.readline() == "begun\n"
+    with pytest.raises(ValueError, match="another problem"):  # without waiting
+        Checkpoint(folder, {**FINGERPRINT, "dim": 8})
+    with pytest.raises(ValueError, match=rf"process {first.pid} on .* is at work in .*: wait"):
+        storage.claim(folder, storage.CHECKPOINT, FINGERPRINT, wait=False)
+    looks = []
+
+    def look(seconds):
+        looks.append(seconds)
+        if len(looks) == 2:
+            first.communicate("\n")
+
+    monkeypatch.setattr(locks.time, "sleep", look)
+    assert Checkpoint(folder, FINGERPRINT).load_tree("name", 0).tolist() == [0, 1, 2]
+    assert len(looks) == 2
+    assert caplog.text.count(f"waiting for process {first.pid}") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+def test_the_lock_of_a_killed_process_is_taken_over(folder):
+    first = process(folder, WORK)
+    assert first.stdout.readline() == "begun\n"
+    (folder / "name.npz.0123.tmp").write_bytes(b"half of it")
+    first.kill()
+    first.communicate()
+    assert (folder / LOCK).exists()
+    store = Checkpoint(folder, FINGERPRINT)
+    assert names_in(folder) == ["problem.json"]
+    assert str(os.getpid()) in (folder / LOCK).read_text()
+    Checkpoint(folder, FINGERPRINT)  # this process does not wait for itself
+    assert (folder / LOCK).exists()
+    del store
+    assert not (folder / LOCK).exists()
+
+
+def test_a_folder_that_was_removed_is_locked_anew(folder):
+    first = locks.lock(folder)
+    shutil.rmtree(folder)
+    assert not first.holds
+    with locks.lock(folder) as second:
+        assert second.holds
+        first.release()
+        assert (folder / LOCK).exists()
+    assert not (folder / LOCK).exists()
 
 
 # Files that are damaged.

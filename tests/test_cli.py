@@ -1,7 +1,6 @@
 """The command line, end to end, on a network small enough for seconds (592 weights)."""
 
 import csv
-import dataclasses
 import json
 import os
 import re
@@ -9,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
 import jax
@@ -19,11 +19,17 @@ from safetensors.numpy import load_file
 import jaxlimit
 from jaxlimit import __version__, models, training
 from jaxlimit.application import presets
-from jaxlimit.cli import default_folder, main, parse
+from jaxlimit.application.options import default_folder
+from jaxlimit.cli import main, parse
 from jaxlimit.training import model_files
+from jaxlimit.training.recipe import Recipe
 
 TINY = presets.Preset(
-    "tiny", "digits", "64-8-10", epochs=3, learning_rate=0.1, schedule="cosine", l1=5e-4, finetune_steps=5
+    "tiny",
+    "digits",
+    "64-8-10",
+    replace(presets.SGD, epochs=3, learning_rate=0.1, schedule="cosine", l1=5e-4),
+    finetune_steps=5,
 )
 RUN = ["run", "tiny", "--curvature", "gauss_newton"]
 FIGURES = {"loss.png", "accuracy.png", "transition.png", "spectrum.png", "sensitivity.png"}
@@ -50,9 +56,9 @@ def command(args):
     BLAS has one thread, as in this process (conftest.py): eigenvalues depend on their number in the last bit.
     """
     code = (
-        "import sys, threadpoolctl; from jaxlimit import presets; from jaxlimit.cli import main; "
-        "threadpoolctl.threadpool_limits(1, user_api='blas'); "
-        f"presets.PRESETS['tiny'] = presets.{TINY!r}; sys.exit(main({args!r}))"
+        "import sys, threadpoolctl; from jaxlimit.application.presets import *; "
+        "from jaxlimit.cli import main; threadpoolctl.threadpool_limits(1, user_api='blas'); "
+        f"PRESETS['tiny'] = {TINY!r}; sys.exit(main({args!r}))"
     )
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
@@ -127,7 +133,7 @@ def test_a_limit_from_part_of_the_examples_says_so(tmp_path, capsys):
     document = json.loads((folder / "limit.json").read_text())
     found = document["limits"]["gauss_newton"]
     predict, like = models.from_nnx(presets.build_network(TINY, 0))
-    params = model_files.load_weights(folder / "weights.safetensors", like)
+    params = model_files.load_params(folder / "weights.safetensors", like)
     images, labels = presets.load_arrays(TINY, presets.Options())[0]
     operator = jaxlimit.gauss_newton(
         lambda params, batch: predict(params, batch[0]),
@@ -285,14 +291,24 @@ def test_every_hyperparameter_can_be_given():
         "l1": 0.0,
         "warmup_epochs": 2,
         "momentum": 0.5,
-        "augment": True,
+        "factor": 0.25,
+        "weight_decay": 1e-3,
+        "augment": False,
         "finetune_steps": 0,
     }
     words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    expected = dataclasses.replace(presets.PRESETS["cifar10-lenet"], **given)
-    assert parse(["run", "cifar10-lenet", *words]).preset == expected
-    fixed = {"name", "dataset", "network"}
-    assert {field.name for field in dataclasses.fields(presets.Preset)} == given.keys() | fixed
+    words += ["--milestones", "0.25", "0.5"]
+    usual = presets.PRESETS["cifar10-lenet"]
+    others = {name: given.pop(name) for name in ("augment", "finetune_steps")}
+    given["milestones"] = (0.25, 0.5)
+    expected = replace(usual, recipe=replace(usual.recipe, **given), **others)
+    found = parse(["run", "cifar10-lenet", *words])
+    assert found.preset == expected
+    assert {field.name for field in fields(Recipe)} == given.keys()
+    fixed = {"name", "dataset", "network", "recipe"}
+    assert {field.name for field in fields(presets.Preset)} == fixed | others.keys()
+    assert "lenet-seed0-epochs-7-learning-rate-0.05-schedule-steps-l1-0" in str(found.out)
+    assert "milestones-0.25-0.5-factor-0.25-weight-decay-0.001" in str(found.out)
 
 
 def test_words_that_are_no_numbers_are_refused(capsys):
@@ -325,6 +341,35 @@ def test_the_default_folder_tells_configurations_apart():
     assert default_folder(TINY, options) == Path("results/tiny-seed3-num-examples-100")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+@pytest.mark.parametrize("args", [RUN, ["experiment", "crossing", "tiny"]], ids=["run", "experiment"])
+def test_a_folder_in_which_another_process_works_is_left_alone(args, tmp_path, capsys):
+    code = f"""if True:
+        from pathlib import Path
+        from jaxlimit.core.locks import lock
+        held = lock(Path({str(tmp_path)!r}))
+        print(flush=True)
+        input()"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert main([*args, "--out", str(tmp_path)]) == 2
+        assert f"error: process {other.pid} on " in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+        other.communicate("\n")
+
+
+def test_help_comes_before_what_it_does_not_need():
+    code = "import sys; from jaxlimit.cli import main\ntry: main(['--help'])\nfinally: print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
+    modules = done.stdout.splitlines()[-1].split()
+    assert "tyro" in modules
+    assert not {"flax", "matplotlib", "sklearn", "rich", "jaxlimit.application"} & {*modules}
+
+
 def test_the_report_is_made_again_from_the_files_alone(finished, tmp_path, capsys):
     folder = tmp_path / "moved"
     shutil.copytree(finished[0], folder)
@@ -336,7 +381,7 @@ def test_the_report_is_made_again_from_the_files_alone(finished, tmp_path, capsy
     # Only the seconds of the report itself were not known when the run wrote it.
     regenerated = (folder / "report.html").read_text()
     original = (finished[0] / "report.html").read_text()
-    assert re.sub(r"<tr><th>report</th>.*?</tr>", "", regenerated) == original
+    assert re.sub(r"<tr><th>report</th>.*?</tr>\n", "", regenerated) == original
     for name in FIGURES:
         assert (folder / "figures" / name).read_bytes() == (finished[0] / "figures" / name).read_bytes()
 

@@ -2,16 +2,22 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from jaxlimit.application import presets, run_folder
+from jaxlimit.application import machine, presets, run_folder
 from jaxlimit.cli import main
 from jaxlimit.experiments.compare import figure, table
 from jaxlimit.experiments.methods import METHODS, settings_of
 
-TINY = presets.Preset("tiny", "digits", "64-8-10", epochs=2, learning_rate=0.1, schedule="cosine", l1=5e-4)
+TINY = presets.Preset(
+    "tiny",
+    "digits",
+    "64-8-10",
+    replace(presets.SGD, epochs=2, learning_rate=0.1, schedule="cosine", l1=5e-4),
+)
 COMPARE = ["experiment", "compare", "tiny", "--methods", "dense", "lomp", "--seeds", "2"]
 COMPARE += ["--sparsities", "0.9", "0.5", "--epochs", "2"]
 
@@ -47,7 +53,7 @@ def test_a_comparison_writes_results_table_and_figure(finished):
     assert document["config"]["settings"]["lomp"]["l1"] == 5e-4
     assert document["config"]["settings"]["dense"]["l1"] == 0
     assert document["config"]["sparsities"] == [0.5, 0.9]
-    made = {"device": run_folder.device(), "versions": run_folder.versions()}
+    made = {"device": machine.device(), "versions": machine.versions()}
     assert all(made.items() <= piece.items() for piece in document["pieces"].values())
     assert (finished / "figures" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in finished.iterdir()} == {
@@ -164,7 +170,7 @@ def test_a_folder_with_other_options_or_other_files_is_refused(finished, tmp_pat
         (["distance", "--seeds", "1"], "seeds must be at least 2, got 1"),
         (["gems", "--sparsities", "1"], "sparsities must be one or more numbers from 0 to below 1"),
         (["gradual", "--rounds", "0"], "rounds must be at least 1, got 0"),
-        (["gradual", "--learning-rate", "0"], "learning_rate must be finite and above 0, got 0.0"),
+        (["gradual", "--learning-rate", "0"], "learning_rate must be positive and finite, got 0.0"),
         (["lambda", "--lambdas", "-1"], "lambdas must be one or more finite numbers of at least 0"),
         (["rows", "--num-rows", "3"], "num_rows must be at least 20, got 3"),
         (

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from jaxlimit.application.terminal import Interrupt
+from jaxlimit.application.interrupt import Interrupt
 
 
 @pytest.fixture(autouse=True)

@@ -46,9 +46,9 @@ def test_networks_fit_their_data(name):
 
 def test_every_preset_of_the_paper_has_its_dense_control():
     for name in PRESETS:
-        assert find_preset(name, l1=0.0).l1 == 0.0
+        assert find_preset(name, l1=0.0).recipe.l1 == 0.0
     ours = PRESETS["cifar10-resnet18-8"]
-    assert {preset.epochs for preset in PRESETS.values() if preset.augment and preset != ours} == {200}
+    assert {preset.recipe.epochs for preset in PRESETS.values() if preset.augment and preset != ours} == {200}
 
 
 def test_the_rate_warms_up_and_is_halved():

@@ -12,7 +12,9 @@ import pytest
 
 import jaxlimit
 from jaxlimit import plots
-from jaxlimit.application import comparison, report, run_folder
+from jaxlimit.application import comparison, report, run_folder, spectra
+from jaxlimit.application.columns import read_columns, write_columns
+from jaxlimit.core import writing
 
 GRID = np.arange(401) / 400
 # Loss exp(20 s) / exp(18) - small: crosses .5 at s = .9 + log(.5) / 20 = .8653.
@@ -38,7 +40,7 @@ def limit():
 def run(limit, tmp_path_factory):
     """A record whose numbers are known."""
     path = tmp_path_factory.mktemp("spectra") / "spectrum.npz"
-    run_folder.save_spectrum(path, limit, GRID)
+    spectra.save_spectrum(path, limit, GRID)
     finetuned = np.full(401, np.nan)
     finetuned[::20] = 0.1 * LOSS[::20]
     columns = {"sparsity": GRID, "train_loss": LOSS, "finetuned_train_loss": finetuned}
@@ -59,7 +61,7 @@ def run(limit, tmp_path_factory):
     }
     document["comparison"] = [vars(row) for row in comparison.compare(document, columns)]
     config = {"preset": {"name": "hand-made", "epochs": 3}, "options": {"seed": 0, "loss_tolerance": None}}
-    return run_folder.Record(config, document, columns, {"hessian": run_folder.load_spectrum(path)})
+    return run_folder.Record(config, document, columns, {"hessian": spectra.load_spectrum(path)})
 
 
 def test_limits_are_compared_with_the_threshold_of_their_question(run, limit):
@@ -220,29 +222,30 @@ def test_no_figure_touches_pyplot(limit):
 
 
 def test_columns_are_read_back_to_the_bit(tmp_path):
-    columns = {"sparsity": np.array([0.1, 1 / 3]), "loss": np.array([np.nan, np.pi])}
-    run_folder.write_columns(tmp_path / "curves.csv", columns)
-    found = run_folder.read_columns(tmp_path / "curves.csv")
-    for name, values in columns.items():
+    table = {"sparsity": np.array([0.1, 1 / 3]), "loss": np.array([np.nan, np.pi])}
+    write_columns(tmp_path / "curves.csv", table)
+    found = read_columns(tmp_path / "curves.csv")
+    for name, values in table.items():
         assert np.array_equal(found[name], values, equal_nan=True)
 
 
 def test_spectra_are_read_back_to_the_bit(limit, tmp_path):
-    run_folder.save_spectrum(tmp_path / "spectrum.npz", limit, GRID)
-    found = run_folder.load_spectrum(tmp_path / "spectrum.npz")
+    spectra.save_spectrum(tmp_path / "spectrum.npz", limit, GRID)
+    found = spectra.load_spectrum(tmp_path / "spectrum.npz")
     assert np.array_equal(found.measure.nodes, limit.measure.nodes)
     assert np.array_equal(found.curve.width_dimension, limit.curve(GRID).width_dimension)
     assert np.array_equal(found.sensitivity.cone, limit.sensitivity().cone)
 
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "limit.json"
-    run_folder.write_json(path, {"format": 1, "value": "old"})
+    writing.write_json(path, {"format": 1, "value": "old"})
 
-    def interrupted(self, content):
+    def interrupted(file):
+        file.write(b"half of it")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pathlib.Path.write_bytes", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_folder.write_json(path, {"format": 1, "value": "new"})
-    assert run_folder.read_json(path)["value"] == "old"
+        writing.write_file(path, interrupted)
+    assert writing.read_json(path)["value"] == "old"
+    assert [item.name for item in tmp_path.iterdir()] == ["limit.json"]

@@ -35,7 +35,11 @@ from jaxlimit.training import pure_classifier
 from jaxlimit.training.losses import classification_loss
 
 TINY = presets.Preset(
-    "tiny", "digits", "64-3-10", epochs=2, learning_rate=0.1, schedule="cosine", l1=5e-4, finetune_steps=2
+    "tiny",
+    "digits",
+    "64-3-10",
+    replace(presets.SGD, epochs=2, learning_rate=0.1, schedule="cosine", l1=5e-4),
+    finetune_steps=2,
 )
 SMALL = ["--seeds", "1", "--probes", "0", "--num-examples", "200"]
 OPTIONS = {

@@ -11,23 +11,20 @@ to 64 channels instead of 64 to 512, which trains without an accelerator.
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 
 from jaxlimit import data, models
-from jaxlimit.baselines import Recipe
 from jaxlimit.training.losses import CURVATURES
-from jaxlimit.training.schedule import SCHEDULES
+from jaxlimit.training.recipe import Recipe
 
 Arrays = tuple[np.ndarray, np.ndarray]
-# The learning rate of "steps" is halved after these shares of the epochs: 60, 120 and 160 of 200.
-MILESTONES = (0.3, 0.6, 0.8)
 
 
 class _Source(NamedTuple):
@@ -63,15 +60,10 @@ class Preset:
         name: as on the command line.
         dataset: "digits", or one of `DATASETS`.
         network: widths of a fully connected network, such as "64-48-24-10", or one of `NETWORKS`.
-        epochs: passes over the training data.
-        learning_rate: of SGD, after the warm-up.
-        schedule: one of `SCHEDULES`: "cosine" goes to 0 over all updates, "steps" is halved at `MILESTONES`.
-        l1: weight of the L1 term.
-        warmup_epochs: epochs in which the learning rate grows linearly from 0.
+        recipe: how the network is trained. The standard deviation of the losses of its batches is the default
+            loss tolerance.
         augment: random crops and flips in training.
-        momentum: of SGD.
-        batch_size: of training, and of the batches whose losses' spread is the default loss tolerance.
-        finetune_steps: full-batch Adam steps of the fine-tuned sweep; 0 leaves it out.
+        finetune_steps: full-batch steps of Adam at each sparsity of the fine-tuned sweep; 0 leaves it out.
 
     Raises:
         ValueError: a setting out of range.
@@ -80,50 +72,39 @@ class Preset:
     name: str
     dataset: str
     network: str
-    epochs: int
-    learning_rate: float
-    schedule: str
-    l1: float
-    warmup_epochs: int = 0
+    recipe: Recipe
     augment: bool = False
-    momentum: float = 0.9
-    batch_size: int = 128
     finetune_steps: int = 400
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("warmup_epochs", 0), ("finetune_steps", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}.")
-        if not 0 <= self.l1 < math.inf:
-            raise ValueError(f"l1 must be finite and at least 0, got {self.l1}.")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}.")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}.")
-        if self.warmup_epochs > self.epochs:
-            raise ValueError(
-                f"warmup_epochs must be at most epochs = {self.epochs}, got {self.warmup_epochs}."
-            )
+        if self.finetune_steps < 0:
+            raise ValueError(f"finetune_steps must be at least 0, got {self.finetune_steps}.")
         if self.augment and self.dataset not in DATASETS:
             raise ValueError(f"augment crops and flips images: {self.dataset} is not meant for that.")
 
-    @property
-    def recipe(self) -> Recipe:
-        """How the network is trained."""
-        return Recipe(
-            self.epochs,
-            self.batch_size,
-            self.learning_rate,
-            self.schedule,
-            milestones=MILESTONES,
-            factor=0.5,
-            warmup_epochs=self.warmup_epochs,
-            momentum=self.momentum,
-            weight_decay=0.0,
-            l1=self.l1,
-        )
+    def to_json(self) -> dict[str, Any]:
+        """All settings side by side, without those that no preset changes.
+
+        Examples:
+            >>> find_preset("digits", l1=0.0).to_json()["l1"]
+            0.0
+        """
+        recipe = {
+            name: value
+            for name, value in asdict(self.recipe).items()
+            if name not in SHARED or value != getattr(SGD, name)
+        }
+        names = {name: getattr(self, name) for name in ("name", "dataset", "network")}
+        return names | recipe | {"augment": self.augment, "finetune_steps": self.finetune_steps}
+
+    def changed(self, **settings: Any) -> "Preset":
+        """The preset with other settings, as for `find_preset`."""
+        given = {name: value for name, value in settings.items() if value is not None}
+        training = {field.name: given.pop(field.name) for field in fields(Recipe) if field.name in given}
+        if "epochs" in training:
+            warmup = min(self.recipe.warmup_epochs, training["epochs"] // 2)
+            training = {"warmup_epochs": warmup} | training
+        return replace(self, recipe=replace(self.recipe, **training), **given)
 
     def augmentation(self) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
         """The random crops and flips, for images in the shape that `load_arrays` gives them."""
@@ -138,61 +119,70 @@ class Preset:
         return augment
 
 
-def _of_the_paper(
-    name: str,
-    dataset: str,
-    network: str,
-    learning_rate: float,
-    l1: float,
-    schedule: str = "constant",
-    warmup_epochs: int = 0,
-) -> Preset:
-    return Preset(name, dataset, network, 200, learning_rate, schedule, l1, warmup_epochs, augment=True)
+# What the presets share. The learning rate of "steps" is halved after 60, 120 and 160 of 200 epochs.
+SGD = Recipe(
+    epochs=200,
+    learning_rate=0.01,
+    schedule="constant",
+    milestones=(0.3, 0.6, 0.8),
+    factor=0.5,
+    weight_decay=0.0,
+    l1=5e-5,
+)
+SHARED = ("milestones", "factor", "weight_decay")
+
+
+def _preset(name: str, dataset: str, network: str, *, augment: bool = True, **changes: Any) -> Preset:
+    return Preset(name, dataset, network, replace(SGD, **changes), augment)
 
 
 _FC5 = "1000-600-300-100"
 _FC12 = "1000-900-800-750-700-650-600-500-400-200-100"
+_DIGITS: dict[str, Any] = {"epochs": 400, "learning_rate": 0.05, "schedule": "cosine", "l1": 5e-4}
+_RESNET: dict[str, Any] = {"learning_rate": 0.1, "schedule": "cosine", "warmup_epochs": 5}
+_SHORT: dict[str, Any] = _RESNET | {"epochs": 10, "warmup_epochs": 1}
 PRESETS = {
     preset.name: preset
     for preset in (
-        Preset("digits", "digits", "64-48-24-10", 400, 0.05, "cosine", 5e-4),
-        Preset("mnist-fc2", "mnist", "784-100-10", 10, 0.01, "constant", 5e-5),
-        Preset("mnist-fc5", "mnist", f"784-{_FC5}-10", 200, 0.01, "constant", 5e-5),
-        Preset("fashion-mnist-fc5", "fashion-mnist", f"784-{_FC5}-10", 200, 0.01, "constant", 5e-5),
-        _of_the_paper("cifar10-lenet", "cifar10", "LeNet", 0.01, 5e-5),
-        Preset("cifar10-resnet18-8", "cifar10", "ResNet18-8", 10, 0.1, "cosine", 5e-5, 1, augment=True),
-        _of_the_paper("cifar10-fc5", "cifar10", f"3072-{_FC5}-10", 0.01, 5e-5),
-        _of_the_paper("cifar10-fc12", "cifar10", f"3072-{_FC12}-10", 0.01, 5e-5),
-        _of_the_paper("cifar10-alexnet", "cifar10", "AlexNet", 0.01, 3e-5, "steps", warmup_epochs=5),
-        _of_the_paper("cifar10-vgg16", "cifar10", "VGG16", 0.01, 1e-4, warmup_epochs=5),
-        _of_the_paper("cifar100-resnet18", "cifar100", "ResNet18", 0.1, 5e-5, "cosine", warmup_epochs=5),
-        _of_the_paper("cifar100-resnet50", "cifar100", "ResNet50", 0.1, 2e-5, "cosine", warmup_epochs=5),
-        _of_the_paper("tiny-imagenet-resnet18", "tiny-imagenet", "ResNet18", 0.1, 5e-5, "cosine", 5),
-        _of_the_paper("tiny-imagenet-resnet50", "tiny-imagenet", "ResNet50", 0.1, 2e-5, "cosine", 5),
+        _preset("digits", "digits", "64-48-24-10", augment=False, **_DIGITS),
+        _preset("mnist-fc2", "mnist", "784-100-10", augment=False, epochs=10),
+        _preset("mnist-fc5", "mnist", f"784-{_FC5}-10", augment=False),
+        _preset("fashion-mnist-fc5", "fashion-mnist", f"784-{_FC5}-10", augment=False),
+        _preset("cifar10-lenet", "cifar10", "LeNet"),
+        _preset("cifar10-resnet18-8", "cifar10", "ResNet18-8", **_SHORT),
+        _preset("cifar10-fc5", "cifar10", f"3072-{_FC5}-10"),
+        _preset("cifar10-fc12", "cifar10", f"3072-{_FC12}-10"),
+        _preset("cifar10-alexnet", "cifar10", "AlexNet", schedule="steps", warmup_epochs=5, l1=3e-5),
+        _preset("cifar10-vgg16", "cifar10", "VGG16", warmup_epochs=5, l1=1e-4),
+        _preset("cifar100-resnet18", "cifar100", "ResNet18", **_RESNET),
+        _preset("cifar100-resnet50", "cifar100", "ResNet50", **_RESNET, l1=2e-5),
+        _preset("tiny-imagenet-resnet18", "tiny-imagenet", "ResNet18", **_RESNET),
+        _preset("tiny-imagenet-resnet50", "tiny-imagenet", "ResNet50", **_RESNET, l1=2e-5),
     )
 }
 
 
 def find_preset(name: str, **settings: Any) -> Preset:
-    """The preset of that name, with other settings (fields of `Preset`) where they are not None.
+    """The preset of that name, with other settings where they are not None.
 
     When `epochs` is given, the preset's warm-up takes at most half of them.
+
+    Args:
+        name: of the preset.
+        settings: fields of `Recipe` and of `Preset`, but for its names.
 
     Raises:
         ValueError: there is no such preset, or a setting is out of range.
 
     Examples:
-        >>> find_preset("digits", l1=0.0, epochs=None).l1
+        >>> find_preset("digits", l1=0.0, epochs=None).recipe.l1
         0.0
-        >>> find_preset("cifar10-vgg16", epochs=4).warmup_epochs
+        >>> find_preset("cifar10-vgg16", epochs=4).recipe.warmup_epochs
         2
     """
     if name not in PRESETS:
         raise ValueError(f"there is no preset {name!r}; the presets are {', '.join(PRESETS)}.")
-    preset, given = PRESETS[name], {key: value for key, value in settings.items() if value is not None}
-    if "epochs" in given:
-        given = {"warmup_epochs": min(preset.warmup_epochs, given["epochs"] // 2)} | given
-    return replace(preset, **given)
+    return PRESETS[name].changed(**settings)
 
 
 @dataclass(frozen=True)
@@ -200,15 +190,16 @@ class Options:
     """What decides the numbers of a run beside the preset.
 
     Attributes:
-        seed: of the initial weights, the order of the examples and the probes.
-        curvature: "hessian", "gauss_newton" or "both".
+        seed: seed of the initial weights, the order of the examples and the probes.
+        curvature: the matrix of the loss: the Hessian predicts, Gauss-Newton is fast, certified, optimistic.
         tolerance: wanted accuracy of the limits, in sparsity.
-        loss_tolerance: eps, in units of the loss; None: the spread of the training batches' losses.
-        num_examples: the first so many training examples give the curvature; None: all.
+        loss_tolerance: eps, by how much the training loss may rise, in nats; None: the standard deviation of
+            the losses of the training batches.
+        num_examples: how many of the training examples give the curvature, the first ones; None: all.
     """
 
     seed: int = 0
-    curvature: str = "both"
+    curvature: Literal["both", "hessian", "gauss_newton"] = "both"
     tolerance: float = 1e-3
     loss_tolerance: float | None = None
     num_examples: int | None = None
@@ -253,10 +244,10 @@ def load_arrays(
     train, test = dataset.train_images, dataset.test_images
     if options.num_examples is not None and options.num_examples > len(train):
         raise ValueError(f"num_examples must be at most {len(train)}, got {options.num_examples}.")
-    if options.loss_tolerance is None and preset.batch_size >= len(train):
+    if options.loss_tolerance is None and preset.recipe.batch_size >= len(train):
         raise ValueError(
-            f"batch_size must be below {len(train)}, the number of examples, got {preset.batch_size}: the "
-            "loss tolerance is the spread over batches. Or give a loss_tolerance."
+            f"batch_size must be below {len(train)}, the number of examples, got {preset.recipe.batch_size}: "
+            "the loss tolerance is the spread over batches. Or give a loss_tolerance."
         )
     if preset.network not in NETWORKS and train.ndim > 2:
         train, test = data.flatten_channel_first(train), data.flatten_channel_first(test)
@@ -284,20 +275,15 @@ def build_network(preset: Preset, seed: int) -> nnx.Module:
 def presets_table() -> str:
     """All presets as text, one a line."""
     heads = ("preset", "data", "network", "epochs", "learning rate", "L1", "batch")
-    rows = [
-        (
-            p.name,
-            p.dataset,
-            p.network,
-            str(p.epochs),
-            f"{p.learning_rate:g} {p.schedule}",
-            f"{p.l1:g}",
-            str(p.batch_size),
-        )
-        for p in PRESETS.values()
-    ]
+    rows = [_row(preset, preset.recipe) for preset in PRESETS.values()]
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in (heads, *rows)
     )
+
+
+def _row(preset: Preset, recipe: Recipe) -> tuple[str, ...]:
+    rate = f"{recipe.learning_rate:g} {recipe.schedule}"
+    numbers = str(recipe.epochs), rate, f"{recipe.l1:g}", str(recipe.batch_size)
+    return preset.name, preset.dataset, preset.network, *numbers

@@ -1,12 +1,12 @@
 """The report of a run: predicted against measured, as a table for the terminal and as one HTML page.
 
-Everything is made from the files of the run's folder (see `record`); nothing is computed anew.
+Everything is made from the files of the run's folder (see `run_folder`); nothing is computed anew.
 """
 
 import base64
-import html
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from jaxlimit import plots
 from jaxlimit.application import run_folder
 from jaxlimit.application.comparison import COLUMNS, headline, notes, table_groups
 from jaxlimit.application.run_folder import Record
+from jaxlimit.core import writing
 from jaxlimit.limits.estimate import LIMITS
 
 if TYPE_CHECKING:
@@ -112,12 +113,11 @@ def write_report(folder: Path, run: Record) -> Path:
     """Writes figures/*.png and report.html, and returns the path of the latter."""
     pictures: dict[str, bytes] = {}
     for name, figure in make_figures(run).items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-        run_folder.write_atomic(folder / run_folder.FIGURES / f"{name}.png", buffer.getvalue())
-        pictures[name] = buffer.getvalue()
+        picture = folder / run_folder.FIGURES / f"{name}.png"
+        writing.write_file(picture, partial(figure.savefig, format="png", metadata={"Software": None}))
+        pictures[name] = picture.read_bytes()
     path = folder / run_folder.REPORT
-    run_folder.write_atomic(path, render(run, pictures))
+    writing.write_file(path, render(run, pictures))
     return path
 
 
@@ -128,55 +128,38 @@ def render(run: Record, pictures: Mapping[str, bytes]) -> str:
         run: what to report.
         pictures: PNGs by the names of `CAPTIONS`, in the order shown.
     """
-    document, preset = run.document, run.config["preset"]
-    figures = "\n".join(
-        f'<figure><img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        f"<figcaption>{html.escape(CAPTIONS[name])}</figcaption></figure>"
-        for name, png in pictures.items()
-    )
-    body = "\n".join(
-        f'<tr class="group"><th colspan="{len(COLUMNS)}">{html.escape(title)}</th></tr>'
-        + "".join(map(_row, rows))
-        for title, rows in table_groups(document)
-    )
-    heads = "".join(f"<th>{name}</th>" for name in COLUMNS)
-    details = {
-        "preset": preset | run.config["options"],
-        "network": document["network"],
-        "Hessian": _details(document, "hessian"),
-        "Gauss-Newton": _details(document, "gauss_newton"),
-        "seconds": document["seconds"],
-        "versions": document["versions"],
-        "device": document["device"],
-    }
-    lists = "".join(_definitions(title, values) for title, values in details.items() if values)
-    command = f"<p>Made by <code>{html.escape(document['command'])}</code></p>"
-    return PAGE.format(
-        title=html.escape(f"Pruning limit: {preset['name']}, seed {run.config['options']['seed']}"),
-        headline=html.escape(headline(document)),
-        table=f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>",
-        notes="".join(f"<p>{html.escape(note)}</p>" for note in notes(document)),
-        figures=figures,
-        details=lists + command,
-    )
+    from jinja2 import Environment, StrictUndefined
 
-
-def _row(cells: Sequence[str]) -> str:
-    head, *rest = map(html.escape, cells)
-    return f"<tr><th>{head}</th>{''.join(f'<td>{cell}</td>' for cell in rest)}</tr>"
+    document, preset, options = run.document, run.config["preset"], run.config["options"]
+    page = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    )
+    page.filters["shown"] = _shown
+    template = resources.files("jaxlimit.application").joinpath("report.html.jinja").read_text()
+    return page.from_string(template).render(
+        title=f"Pruning limit: {preset['name']}, seed {options['seed']}",
+        headline=headline(document),
+        columns=COLUMNS,
+        groups=table_groups(document),
+        notes=notes(document),
+        captions=CAPTIONS,
+        pictures={name: base64.b64encode(png).decode() for name, png in pictures.items()},
+        details={
+            "preset": preset | options,
+            "network": document["network"],
+            "Hessian": _details(document, "hessian"),
+            "Gauss-Newton": _details(document, "gauss_newton"),
+            "seconds": document["seconds"],
+            "versions": document["versions"],
+            "device": document["device"],
+        },
+        command=document["command"],
+    )
 
 
 def _details(document: Mapping[str, Any], name: str) -> dict[str, Any]:
     found = document["limits"].get(name, {})
     return {key: value for key, value in found.items() if key not in (*LIMITS, "reference")}
-
-
-def _definitions(title: str, values: Mapping[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><th>{html.escape(key.replace('_', ' '))}</th><td>{html.escape(_shown(value))}</td></tr>"
-        for key, value in values.items()
-    )
-    return f"<section><h3>{html.escape(title)}</h3><table>{rows}</table></section>"
 
 
 def _shown(value: Any) -> str:
@@ -187,46 +170,3 @@ def _shown(value: Any) -> str:
     return (
         f"{value:.5g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
     )
-
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 60rem;
-  margin: 2rem auto; padding: 0 1.2rem; }}
-h1 {{ font-size: 1.6rem; margin-bottom: .2rem; }}
-h2 {{ font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }}
-h3 {{ font-size: 1rem; margin: 1rem 0 .3rem; }}
-.lead {{ font-size: 1.05rem; color: #444; margin-top: 0; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ text-align: right; padding: .18rem .7rem; vertical-align: top; }}
-th:first-child {{ text-align: left; font-weight: normal; }}
-thead th {{ border-bottom: 2px solid #444; font-weight: 600; }}
-.group th {{ font-weight: 600; padding-top: .7rem; }}
-.notes p {{ margin: .25rem 0; font-size: .9rem; color: #444; }}
-figure {{ margin: 1.6rem 0; }}
-figure img {{ width: 100%; max-width: 46rem; display: block; }}
-figcaption {{ font-size: .9rem; color: #444; max-width: 46rem; }}
-.details {{ columns: 2 22rem; font-size: .85rem; }}
-.details section {{ break-inside: avoid; }}
-.details th, .details td {{ text-align: left; padding: .05rem .6rem .05rem 0; }}
-code {{ background: #f3f3f3; padding: .1rem .3rem; overflow-wrap: anywhere; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p class="lead">{headline}</p>
-<h2>Predicted against measured</h2>
-{table}
-<div class="notes">{notes}</div>
-<h2>Figures</h2>
-{figures}
-<h2>How it was made</h2>
-<div class="details">{details}</div>
-</body>
-</html>
-"""

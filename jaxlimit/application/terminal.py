@@ -1,12 +1,10 @@
-"""Progress of a run on the screen, and Ctrl-C."""
+"""Progress of a run on the screen."""
 
-import contextlib
-import functools
-import signal
 import sys
 import time
-from collections.abc import Callable
 from typing import Any, Protocol
+
+from jaxlimit.application.interrupt import Interrupt
 
 # Seconds between two lines on the progress of a stage, where there is no terminal to show a bar.
 QUIET = 60.0
@@ -26,38 +24,6 @@ class Monitor(Protocol):
     def finish(self, note: str) -> None:
         """The stage is over."""
         ...
-
-
-class Interrupt:
-    """Remembers Ctrl-C: raised inside a callback of the garbage collector, it gets lost there."""
-
-    def __init__(self) -> None:
-        self.pressed, self._restore = False, contextlib.ExitStack()
-
-    def __enter__(self) -> "Interrupt":
-        with contextlib.suppress(ValueError):  # not the main thread: leave signals alone
-            self._restore.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, self._press))
-            self._restore.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
-            sys.unraisablehook = functools.partial(_unless_ctrl_c, sys.unraisablehook)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore.close()
-
-    def _press(self, *_: object) -> None:
-        self.pressed = True
-        raise KeyboardInterrupt
-
-    def check(self) -> None:
-        """Raises KeyboardInterrupt if it was pressed and got lost."""
-        if self.pressed:
-            raise KeyboardInterrupt
-
-
-def _unless_ctrl_c(report: Callable[[Any], object], unraisable: Any) -> None:
-    """Reports an exception that got lost; of a Ctrl-C no traceback is printed, since it is remembered."""
-    if unraisable.exc_type is not KeyboardInterrupt:
-        report(unraisable)
 
 
 def make_monitor(interrupt: Interrupt) -> "Bars | Lines":

@@ -1,28 +1,152 @@
-r"""Intermediate results on disk: plain NumPy arrays in a folder, written whole or not at all.
+"""Folders that belong to one problem and one process, and intermediate results in them.
 
-A file is first written beside its place and then renamed, so a process killed at any moment leaves either
-the old file or the new one. Arrays are stored exactly; a resumed run continues to the same bits. Nothing is
-pickled. Of several processes the first writes and all read, from a folder that they share.
+A JSON file in the folder says what it is for; a folder that is for something else is refused. While a process
+works there, others wait or leave. Arrays are stored exactly; a resumed run continues to the same bits.
+Nothing is pickled.
 """
 
 import json
 import os
 import zipfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from numpy.typing import ArrayLike, NDArray
 
+from jaxlimit.core.locks import LOCK, Lock, lock
 from jaxlimit.core.sharding import to_host
+from jaxlimit.core.writing import FORMAT, read_json, write_file
 
 PyTree = Any
 
 
+@dataclass(frozen=True)
+class Purpose:
+    """What a kind of folder is for.
+
+    Attributes:
+        kind: such as "a run".
+        file: name of the JSON file that says which.
+        foreign: why a folder with other files in it is refused; {folder} and {file} are filled in.
+        different: why one of another identity is refused; {folder}, {names} (what differs) and {values} (how)
+            are filled in.
+    """
+
+    kind: str
+    file: str
+    foreign: str
+    different: str
+
+
+class Claim(NamedTuple):
+    """A folder in use: keep it as long as you write there.
+
+    Attributes:
+        lock: keeps other processes out.
+        resumed: whether the folder was made before.
+    """
+
+    lock: Lock
+    resumed: bool
+
+
+def claim(
+    folder: Path,
+    purpose: Purpose,
+    identity: Mapping[str, Any],
+    *,
+    wait: bool = True,
+    free: Collection[str] = (),
+) -> Claim:
+    """Makes a folder for a problem, or finds it made for the same one, and keeps other processes out of it.
+
+    What killed writers left in it is removed.
+
+    Args:
+        folder: the folder.
+        purpose: what for.
+        identity: of the problem, as JSON values.
+        wait: as for `lock`. A folder of another identity is refused without waiting.
+        free: names in the identity that may differ; the new value is stored.
+
+    Raises:
+        ValueError: the folder is of another identity, holds something else, or its identity is damaged; or
+            another process works there, and `wait` is False.
+    """
+    wanted = json.loads(json.dumps({"format": FORMAT, **identity}))
+    stored_identity(folder, purpose, wanted, free)
+    held = lock(folder, wait=wait)
+    stored = stored_identity(folder, purpose, wanted, free)
+    if held.holds:  # nobody else writes these any more
+        for leftover in (*folder.glob("*.tmp"), *folder.glob("*/*.tmp")):
+            leftover.unlink(missing_ok=True)
+    if stored is None or _different(stored, wanted):
+        write_file(folder / purpose.file, json.dumps(wanted, indent=1) + "\n")
+    return Claim(held, stored is not None)
+
+
+def stored_identity(
+    folder: Path, purpose: Purpose, wanted: Mapping[str, Any], free: Collection[str] = ()
+) -> dict[str, Any] | None:
+    """The identity of a folder, None where it is empty or missing; changes nothing.
+
+    Raises:
+        ValueError: as for `claim`.
+    """
+    path = folder / purpose.file
+    if path.exists():
+        stored = read_json(path, purpose.kind)
+        different = _different(stored, wanted)
+        if not {names[0] for names in different} <= {*free}:
+            names = ", ".join(dict.fromkeys(names[0] for names in different))
+            values = "; ".join(
+                f"{names[-2 if names[-1] == 'name' else -1]} = {old}, not {new}"
+                for names, (old, new) in different.items()
+            )
+            raise ValueError(purpose.different.format(folder=folder, names=names, values=values))
+        return stored
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: name another folder.")
+    files = sorted(item.name for item in folder.iterdir()) if folder.exists() else []
+    foreign = [name for name in files if name != LOCK and not name.endswith(".tmp")]
+    if foreign:
+        raise ValueError(purpose.foreign.format(folder=folder, file=foreign[0]))
+    return None
+
+
+def _different(
+    stored: Mapping[str, Any], wanted: Mapping[str, Any], at: tuple[str, ...] = ()
+) -> dict[tuple[str, ...], tuple[Any, Any]]:
+    """The two values wherever two documents differ, by the names that lead there."""
+    found = {}
+    for name in {**wanted, **stored}:
+        old, new = stored.get(name), wanted.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found |= _different(old, new, (*at, name))
+        elif json.dumps(old) != json.dumps(new):  # NaN is itself
+            found[*at, name] = (old, new)
+    return found
+
+
+CHECKPOINT = Purpose(
+    "a checkpoint",
+    "problem.json",
+    "{folder} is not empty and holds no checkpoint: name another folder.",
+    "the checkpoint in {folder} is of another problem: {names} differ. Name another folder, or remove this "
+    "one.",
+)
+
+
 class Checkpoint:
     """A folder of named results of one problem; without a folder nothing is kept.
+
+    Where one computation runs in several processes, the first writes and all read, from a folder that they
+    share. Another computation with the same folder waits until this one is done, and goes on from there.
 
     Args:
         folder: where to write; made if missing.
@@ -36,45 +160,23 @@ class Checkpoint:
         self.folder = None if folder is None else Path(folder)
         if self.folder is None:
             return
-        identity = self.folder / "problem.json"
         try:
             if jax.process_index() == 0:
-                self._begin(identity, fingerprint)
+                self._claim = claim(self.folder, CHECKPOINT, fingerprint)
         finally:  # without waiting for a process that failed
             if jax.process_count() > 1:
                 multihost_utils.sync_global_devices("checkpoint")
-        if not identity.exists():
+        wanted = json.loads(json.dumps({"format": FORMAT, **fingerprint}))
+        if jax.process_index() and stored_identity(self.folder, CHECKPOINT, wanted) is None:
             raise ValueError(f"{self.folder} holds no checkpoint here: it must be shared by all processes.")
-        try:
-            stored = json.loads(identity.read_text())
-        except ValueError as error:
-            raise ValueError(
-                f"{identity} is damaged ({error}): remove {self.folder} to start anew."
-            ) from error
-        names = {**fingerprint, **stored}
-        different = [name for name in names if stored.get(name) != fingerprint.get(name)]
-        if different:
-            raise ValueError(
-                f"the checkpoint in {self.folder} is of another problem: {', '.join(different)} differ. Name "
-                "another folder, or remove this one."
-            )
-
-    def _begin(self, identity: Path, fingerprint: dict[str, Any]) -> None:
-        folder = identity.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        if not identity.exists():
-            if any(path.suffix != ".tmp" for path in folder.iterdir()):
-                raise ValueError(f"{folder} is not empty and holds no checkpoint: name another folder.")
-            temporary = identity.with_suffix(".tmp")
-            temporary.write_text(json.dumps(fingerprint, indent=1))
-            temporary.replace(identity)
 
     def save_tree(self, name: str, tree: PyTree) -> None:
         """Stores the leaves of a pytree."""
         if self.folder is not None:
             leaves = {f"leaf_{i:04d}": to_host(x) for i, x in enumerate(jax.tree.leaves(tree))}
             if jax.process_index() == 0:
-                self._write(self.folder / name, leaves)
+                path = self.folder / f"{name}.npz"
+                write_file(path, lambda file: np.savez(file, **leaves))  # pyright: ignore[reportArgumentType]
 
     def load_tree(self, name: str, like: PyTree) -> PyTree | None:
         """The pytree of that name with the structure of `like`, or None."""
@@ -93,14 +195,6 @@ class Checkpoint:
         return structure.unflatten(
             [x.view(leaf.dtype) if x.dtype.kind == "V" else x for x, leaf in zip(stored, leaves, strict=True)]
         )
-
-    def _write(self, path: Path, arrays: dict[str, NDArray[Any]]) -> None:
-        temporary = path.with_name(f"{path.name}.tmp")
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path.with_name(f"{path.name}.npz"))
 
     def load_arrays(self, name: str) -> dict[str, NDArray[Any]] | None:
         """The stored arrays of that name, or None."""

@@ -9,6 +9,7 @@ import jax
 from tyro.conf import arg
 
 from jaxlimit import baselines, plots
+from jaxlimit.application.options import shown
 from jaxlimit.application.presets import Arrays, build_network
 from jaxlimit.baselines.masks import kept_counts
 from jaxlimit.baselines.network import kernels
@@ -16,7 +17,7 @@ from jaxlimit.baselines.ratios import layer_sizes
 from jaxlimit.core.batches import batched
 from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.methods import METHODS, settings_of
-from jaxlimit.experiments.study import Trainings, shown
+from jaxlimit.experiments.study import Trainings
 from jaxlimit.experiments.subject import Task
 from jaxlimit.experiments.tables import Results, by_variant, cell, markdown, over_seeds
 from jaxlimit.measuring.sweeps import sparsity_sweep
@@ -57,7 +58,7 @@ def plan(
     }
     _check(settings, sparsities, build_network(task.preset, 0))
     config = {
-        "preset": asdict(task.preset),
+        "preset": task.preset.to_json(),
         "sparsities": sparsities,
         "seeds": trainings.seeds,
         "settings": {name: asdict(value) for name, value in settings.items()},

@@ -32,7 +32,7 @@ def plan(study: Annotated[Study, arg(name="")] = Study()) -> Experiment:
     task = study.task()
     if study.seeds < 2:
         raise ValueError(f"seeds must be at least 2, got {study.seeds}.")
-    variants = {f"{l1:g}": l1 for l1 in sorted({0.0, task.preset.l1})}
+    variants = {f"{l1:g}": l1 for l1 in sorted({0.0, task.preset.recipe.l1})}
     return study.experiment("distance", task, variants, _run, table, figure)
 
 

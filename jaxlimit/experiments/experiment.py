@@ -6,7 +6,6 @@ results.json     all pieces and the command
 table.md, figures/*.png
 """
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -14,10 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxlimit.application import run_folder
+from jaxlimit.application import machine, run_folder
 from jaxlimit.application.terminal import Monitor
+from jaxlimit.core import writing
+from jaxlimit.core.storage import Purpose, claim
 
 RESULTS, TABLE = "results.json", "table.md"
+EXPERIMENT = Purpose(
+    "an experiment",
+    run_folder.CONFIG,
+    "{folder} holds something that is not of an experiment: name another --out.",
+    "{folder} holds an experiment with other options ({names}): give the same ones to go on with it, or name "
+    "another --out.",
+)
 # note(what a piece is at)
 Note = Callable[[str], None]
 # compute(checkpoint folder, note) -> what a piece found, as JSON values
@@ -59,68 +67,50 @@ def execute(experiment: Experiment, command: str, monitor: Monitor) -> str:
     Raises:
         ValueError: the folder is of another experiment or of other options, or a file is damaged.
     """
-    folder, found = experiment.out, {}
-    prepare(folder, experiment.name, experiment.config)
-    monitor.start(experiment.name, len(experiment.pieces))
-    for number, (name, compute) in enumerate(experiment.pieces.items()):
-        path, checkpoint = folder / "pieces" / f"{name}.json", run_folder.checkpoint_path(folder, name)
-        if not path.exists():
-            _compute(path, compute, checkpoint, monitor, number, name)
-        shutil.rmtree(checkpoint, ignore_errors=True)
-        found[name] = {key: value for key, value in run_folder.read_json(path).items() if key != "format"}
-        monitor.update(number + 1, name)
+    identity = {"experiment": experiment.name, **experiment.config}
+    # Every piece has a seed of its own, so that a folder may get more of them.
+    with claim(experiment.out, EXPERIMENT, identity, wait=False, free=["seeds"]).lock:
+        monitor.start(experiment.name, len(experiment.pieces))
+        found = {
+            name: _piece(experiment.out, name, compute, monitor, number)
+            for number, (name, compute) in enumerate(experiment.pieces.items())
+        }
+        table = _write(experiment, found, command)
+        monitor.finish(str(experiment.out))
+    return table
+
+
+def _piece(folder: Path, name: str, compute: Compute, monitor: Monitor, number: int) -> dict[str, Any]:
+    """What a piece found: read from its file, or computed and written there."""
+    path, checkpoint = folder / "pieces" / f"{name}.json", run_folder.checkpoint_path(folder, name)
+    if not path.exists():
+        start = time.perf_counter()
+        found = compute(checkpoint, lambda text: monitor.update(number, f"{name}: {text}"))
+        seconds = round(time.perf_counter() - start, 1)
+        found |= {"seconds": seconds, "device": machine.device(), "versions": machine.versions()}
+        writing.write_json(path, {"format": writing.FORMAT, **found})
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    monitor.update(number + 1, name)
+    return {key: value for key, value in writing.read_json(path).items() if key != "format"}
+
+
+def _write(experiment: Experiment, found: Mapping[str, dict[str, Any]], command: str) -> str:
+    """Writes results, table and figures; returns the table."""
     results = {
-        "format": run_folder.FORMAT,
+        "format": writing.FORMAT,
         "experiment": experiment.name,
         "command": command,
         "config": experiment.config,
         "pieces": found,
     }
-    run_folder.write_json(folder / RESULTS, results)
+    writing.write_json(experiment.out / RESULTS, results)
     table = experiment.table(found)
-    run_folder.write_atomic(folder / TABLE, table)
+    writing.write_file(experiment.out / TABLE, table)
     for name, draw in experiment.figures.items():
-        path = folder / run_folder.FIGURES / name
-        path.parent.mkdir(exist_ok=True)
-        draw(found).savefig(path)
-    monitor.finish(str(folder))
+        writing.write_file(experiment.out / run_folder.FIGURES / name, draw(found).savefig)
     return table
-
-
-def _compute(
-    path: Path, compute: Compute, checkpoint: Path, monitor: Monitor, number: int, name: str
-) -> None:
-    start = time.perf_counter()
-    found = compute(checkpoint, lambda text: monitor.update(number, f"{name}: {text}"))
-    seconds = round(time.perf_counter() - start, 1)
-    found |= {"seconds": seconds, "device": run_folder.device(), "versions": run_folder.versions()}
-    run_folder.write_json(path, {"format": run_folder.FORMAT, **found})
 
 
 def on_epoch(note: Note) -> Callable[[int, float], None]:
     """Notes of the epochs of a training."""
     return lambda epoch, mean_loss: note(f"epoch {epoch + 1}, loss {mean_loss:.4f}")
-
-
-def prepare(folder: Path, name: str, config: Mapping[str, Any]) -> None:
-    """Makes the folder, or finds it made by the same experiment with the same options but for its seeds.
-
-    Raises:
-        ValueError: it is not, or holds files of something else.
-    """
-    wanted = json.loads(json.dumps({"format": run_folder.FORMAT, "experiment": name, **config}))
-    path = folder / run_folder.CONFIG
-    if path.exists():
-        stored = run_folder.read_json(path)
-        keys = {key for key in {*stored, *wanted} if stored.get(key) != wanted.get(key)}
-        if keys == {"seeds"}:  # every piece has one of its own
-            run_folder.write_json(path, wanted)
-        elif keys:
-            raise ValueError(
-                f"{folder} holds an experiment with other options ({', '.join(sorted(keys))}): give the same "
-                "ones to go on with it, or name another --out."
-            )
-        return
-    if folder.exists() and (not folder.is_dir() or any(item.suffix != ".tmp" for item in folder.iterdir())):
-        raise ValueError(f"{folder} holds something that is not of an experiment: name another --out.")
-    run_folder.write_json(path, wanted)

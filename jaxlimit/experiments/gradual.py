@@ -11,12 +11,13 @@ from jax.flatten_util import ravel_pytree
 from tyro.conf import arg
 
 from jaxlimit import baselines, plots
+from jaxlimit.application.options import shown
 from jaxlimit.application.presets import build_network
 from jaxlimit.baselines.network import SparseNetwork, subfolder
 from jaxlimit.core.trees import PyTree, combine, flatten, partition
 from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.methods import settings_of
-from jaxlimit.experiments.study import Study, shown
+from jaxlimit.experiments.study import Study
 from jaxlimit.experiments.subject import Task, values
 from jaxlimit.experiments.tables import Results, by_variant, cell, curve, limit, markdown, tally
 
@@ -51,7 +52,7 @@ def plan(
     settings_of("imp", task.preset, len(task.train[1]), study.epochs, learning_rate)
     variants = {
         "recipe": {"l1": False, "rounds": rounds, "epochs": study.epochs, **changes},
-        "l1": {"l1": True, "rounds": rounds, "epochs": task.preset.epochs},
+        "l1": {"l1": True, "rounds": rounds, "epochs": task.preset.recipe.epochs},
     }
     return study.experiment("gradual", task, variants, _run, table, figure)
 

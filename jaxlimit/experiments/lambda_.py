@@ -7,8 +7,9 @@ import numpy as np
 from tyro.conf import arg
 
 from jaxlimit import plots
+from jaxlimit.application.options import shown
 from jaxlimit.experiments.experiment import Experiment
-from jaxlimit.experiments.study import Study, shown
+from jaxlimit.experiments.study import Study
 from jaxlimit.experiments.subject import DEFAULT_LIMITS, Task, values
 from jaxlimit.experiments.tables import (
     Results,
@@ -48,7 +49,7 @@ def plan(
     if lambdas is not None:
         study.refuse("l1")
     task = study.task()
-    chosen = [m * task.preset.l1 for m in MULTIPLES] if lambdas is None else sorted({*lambdas})
+    chosen = [m * task.preset.recipe.l1 for m in MULTIPLES] if lambdas is None else sorted({*lambdas})
     if not chosen or not all(0 <= value < float("inf") for value in chosen):
         raise ValueError(f"lambdas must be one or more finite numbers of at least 0, got {list(chosen)}.")
     variants = {f"{value:g}": value for value in chosen}

@@ -57,7 +57,7 @@ def settings_of(
         return replace(recipe, **{key: value for key, value in given.items() if value is not None})
 
     if name in ("dense", "lomp", "random"):
-        return replace(preset.recipe, l1=preset.l1 if name == "lomp" else 0.0)
+        return replace(preset.recipe, l1=preset.recipe.l1 if name == "lomp" else 0.0)
     if name == "imp":
         usual = baselines.IterativePruning()
         if vgg:

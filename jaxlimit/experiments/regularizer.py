@@ -77,7 +77,7 @@ def plan(
     if task.preset.augment:
         raise ValueError(f"{task.preset.name} augments its data, which this training does not: take another.")
     variants: dict[str, Any] = {"neither": None}
-    variants |= {f"L1 {m * task.preset.l1:g}": m * task.preset.l1 for m in MULTIPLES}
+    variants |= {f"L1 {m * task.preset.recipe.l1:g}": m * task.preset.recipe.l1 for m in MULTIPLES}
     variants |= {f"flat {value:g}": [value, sparsity, loss_tolerance] for value in sorted({*weights})}
     return study.experiment("regularizer", task, variants, _run, table, figure)
 
@@ -121,10 +121,10 @@ def _run(task: Task, seed: int, variant: float | list[float] | None) -> dict[str
         start.params,
         task.train,
         jax.random.fold_in(jax.random.key(seed), 0),
-        epochs=preset.epochs,
-        batch_size=preset.batch_size,
+        epochs=preset.recipe.epochs,
+        batch_size=preset.recipe.batch_size,
         learning_rate=preset.recipe.rate(len(task.train[1])),
-        momentum=preset.momentum,
+        momentum=preset.recipe.momentum,
         l1=variant if isinstance(variant, float) else 0.0,
         on_epoch=on_epoch(task.note),
         checkpoint=task.checkpoint,

@@ -26,7 +26,7 @@ def plan(study: Annotated[Study, arg(name="")] = Study(), *, num_rows: int = 500
     task = study.task()
     if num_rows < 20:
         raise ValueError(f"num_rows must be at least 20, got {num_rows}.")
-    variants = {f"{l1:g}": {"l1": l1, "num_rows": num_rows} for l1 in sorted({0.0, task.preset.l1})}
+    variants = {f"{l1:g}": {"l1": l1, "num_rows": num_rows} for l1 in sorted({0.0, task.preset.recipe.l1})}
     return study.experiment("rows", task, variants, _run, table, figure)
 
 

@@ -1,13 +1,12 @@
 """What the experiments on trained networks share: their options, and a piece for each variant and seed."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import Positional, arg
-
+from jaxlimit.application.options import DataFolder, PresetName, shown
 from jaxlimit.application.presets import Options, find_preset, load_arrays
 from jaxlimit.experiments.experiment import Compute, Experiment, Note
 from jaxlimit.experiments.subject import Task
@@ -17,11 +16,6 @@ from jaxlimit.limits.pruning_limit import MAX_MATVECS
 
 # run(task, seed, variant, value of the variant) -> what a piece found, as JSON values
 Run = Callable[..., dict[str, Any]]
-
-
-def shown(default: str, metavar: str) -> Any:
-    """How the help shows an option whose default None stands for something else."""
-    return arg(help_behavior_hint=f"(default: {default})", metavar=metavar)
 
 
 @dataclass(frozen=True)
@@ -42,12 +36,12 @@ class Trainings:
         ValueError: fewer than one seed.
     """
 
-    preset: Annotated[Positional[str], arg(metavar="PRESET")] = "digits"
+    preset: PresetName = "digits"
     seeds: int = 3
     epochs: Annotated[int | None, shown("the preset's or the recipe's", "INT")] = None
     l1: Annotated[float | None, shown("the preset's", "FLOAT")] = None
     out: Annotated[Path | None, shown("results/NAME-PRESET", "DIR")] = None
-    data: Annotated[str | None, shown("$JAXLIMIT_DATA", "DIR")] = None
+    data: DataFolder = None
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
@@ -136,7 +130,7 @@ class Study(Trainings):
             FileNotFoundError: as `load`.
         """
         task = self.load(num_examples=self.num_examples)
-        available, batch_size = self.num_examples or len(task.train[1]), task.preset.batch_size
+        available, batch_size = self.num_examples or len(task.train[1]), task.preset.recipe.batch_size
         if available <= batch_size:
             raise ValueError(
                 f"num_examples must be above the batch size, {batch_size}, got {available}: "
@@ -166,7 +160,7 @@ class Study(Trainings):
         out = self.folder(name)
         task = replace(task, networks=self.networks or out / "networks")
         config = {
-            "preset": asdict(task.preset),
+            "preset": task.preset.to_json(),
             "num_examples": self.num_examples,
             "seeds": self.seeds,
             "probes": self.probes,

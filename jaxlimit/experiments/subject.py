@@ -6,7 +6,7 @@ preset's size; the tolerance is the standard deviation of these batches' losses,
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -75,12 +75,13 @@ class Task:
             until: epochs after which the training is looked at, its schedule being that of all epochs; 0 is
                 the random start.
         """
-        preset = self.preset if l1 is None else replace(self.preset, l1=l1)
+        preset = self.preset.changed(l1=l1)
+        recipe = preset.recipe
         model = build_network(preset, seed)
-        epochs = preset.epochs if until is None else until
-        name = f"{preset.name}-l1-{preset.l1:g}-epoch-{epochs}-of-{preset.epochs}-seed{seed}"
+        epochs = recipe.epochs if until is None else until
+        name = f"{preset.name}-l1-{recipe.l1:g}-epoch-{epochs}-of-{recipe.epochs}-seed{seed}"
         if epochs:
-            model = preset.recipe.train(
+            model = recipe.train(
                 model,
                 self.train,
                 jax.random.fold_in(jax.random.key(seed), 0),
@@ -97,7 +98,7 @@ class Task:
     def subject(self, model: nnx.Module, seed: int) -> "Subject":
         """A network with what is asked about it."""
         first = tuple(array[: self.num_examples] for array in self.train)
-        size = self.preset.batch_size
+        size = self.preset.recipe.batch_size
         batches, test = batched(first, size), batched(self.test, size)
         numbers = seed, self.num_probes, self.max_matvecs
         return Subject(

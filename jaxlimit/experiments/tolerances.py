@@ -45,7 +45,7 @@ def plan(study: Annotated[Study, arg(name="")] = Study()) -> Experiment:
 
 def _run(task: Task, seed: int, variant: Any) -> dict[str, Any]:
     subject = task.trained(seed)
-    test = batched(tuple(array[: task.num_examples] for array in task.test), task.preset.batch_size)
+    test = batched(tuple(array[: task.num_examples] for array in task.test), task.preset.recipe.batch_size)
     data = {"train": subject.batches, "test": test}
     statistics = {name: loss_statistics(subject.loss, subject.params, found) for name, found in data.items()}
     loss, tolerance = statistics[variant[0]].mean, statistics[variant[1]].batch_std

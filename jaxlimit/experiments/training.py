@@ -5,8 +5,9 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from jaxlimit import plots
+from jaxlimit.application.options import shown
 from jaxlimit.experiments.experiment import Experiment
-from jaxlimit.experiments.study import Study, shown
+from jaxlimit.experiments.study import Study
 from jaxlimit.experiments.subject import DEFAULT_LIMITS, Task, values
 from jaxlimit.experiments.tables import Results, by_variant, cell, curve, limit, limit_cells, markdown
 
@@ -30,7 +31,7 @@ def plan(
         at: epochs after which the limit is computed, 0 being the random start.
     """
     task = study.task()
-    last = task.preset.epochs
+    last = task.preset.recipe.epochs
     epochs = sorted({*(at if at is not None else (round(share * last) for share in SHARES)), last})
     if epochs[0] < 0 or epochs[-1] > last:
         raise ValueError(f"at must hold epochs from 0 to {last}, got {list(at or ())}.")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
-from jaxlimit.application.run_folder import write_atomic
+from jaxlimit.core.writing import write_file
 from jaxlimit.models.torch_state import read_safetensors
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -15,7 +15,7 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 def save_model(path: Path, model: nnx.Module) -> None:
     """Writes the parameters and the running statistics of a Flax NNX model as safetensors."""
-    save_weights(path, _arrays(model))
+    save_params(path, _arrays(model))
 
 
 def load_model(path: Path, model: Model) -> Model:
@@ -25,7 +25,7 @@ def load_model(path: Path, model: Model) -> Model:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or not of that network.
     """
-    model, arrays = nnx.clone(model), load_weights(path, _arrays(model))
+    model, arrays = nnx.clone(model), load_params(path, _arrays(model))
     nnx.update(model, nnx.restore_int_paths(arrays))
     return model
 
@@ -36,16 +36,16 @@ def _arrays(model: nnx.Module) -> Any:
     return traverse_util.unflatten_dict({tuple(map(str, path)): leaf for path, leaf in flat.items()})
 
 
-def save_weights(path: Path, params: Any) -> None:
+def save_params(path: Path, params: Any) -> None:
     """Writes nested dictionaries of arrays as safetensors, with names like layers.0.kernel."""
     from safetensors.numpy import save
 
     flat = traverse_util.flatten_dict(params, sep=".")
-    write_atomic(path, save({name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}))
+    write_file(path, save({name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}))
 
 
-def load_weights(path: Path, like: Any) -> Any:
-    """Reads what `save_weights` wrote, to the same bits.
+def load_params(path: Path, like: Any) -> Any:
+    """Reads what `save_params` wrote, to the same bits.
 
     Args:
         path: the file.

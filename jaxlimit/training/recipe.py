@@ -4,15 +4,16 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, TypedDict, TypeVar
 
 import jax
 import optax
 from flax import nnx
 
-from jaxlimit.core.checks import require_count, require_range
+from jaxlimit.core.checks import require_range
 from jaxlimit.training.classifier import train_model
-from jaxlimit.training.schedule import SCHEDULES, learning_rate_schedule, steps_per_epoch
+from jaxlimit.training.schedule import SCHEDULES, Schedule, learning_rate_schedule, steps_per_epoch
 
 PyTree = Any
 Model = TypeVar("Model", bound=nnx.Module)
@@ -39,16 +40,16 @@ class Recipe:
     epochs at rate .1, a tenth of it after 80 and again after 120, momentum .9, weight decay 1e-4.
 
     Attributes:
-        epochs: passes over the data.
-        batch_size: examples per update.
-        learning_rate: after the warm-up.
-        schedule: "constant", "cosine" or "steps", as for `jaxlimit.schedule.learning_rate_schedule`.
-        milestones: of "steps": shares of the epochs after which the rate is multiplied by `factor`.
-        factor: of "steps".
-        warmup_epochs: in which the rate grows linearly from 0.
-        momentum: of the gradient.
-        weight_decay: on every parameter.
-        l1: weight of the L1 term, on every parameter.
+        epochs: passes over the training data.
+        learning_rate: rate after the warm-up.
+        schedule: what the rate does then: cosine falls to 0, steps falls by a factor at each milestone.
+        l1: lambda, the weight of the L1 term, on all parameters.
+        warmup_epochs: epochs in which the rate grows linearly from 0.
+        momentum: momentum of the gradient.
+        batch_size: examples in an update.
+        milestones: shares of the epochs after which the rate of steps falls.
+        factor: what the rate of steps is multiplied by at a milestone.
+        weight_decay: weight of the squared parameters, all of them.
 
     Raises:
         ValueError: a number outside its range.
@@ -60,28 +61,30 @@ class Recipe:
     """
 
     epochs: int = 160
-    batch_size: int = 128
     learning_rate: float = 0.1
-    schedule: str = "steps"
-    milestones: tuple[float, ...] = (80 / 160, 120 / 160)
-    factor: float = 0.1
+    schedule: Schedule = "steps"
+    l1: float = 0.0
     warmup_epochs: int = 0
     momentum: float = 0.9
+    batch_size: int = 128
+    milestones: tuple[float, ...] = (80 / 160, 120 / 160)
+    factor: float = 0.1
     weight_decay: float = 1e-4
-    l1: float = 0.0
 
     def __post_init__(self) -> None:
-        require_count("epochs", self.epochs)
-        require_count("batch_size", self.batch_size)
+        for name, least in (("epochs", 1), ("batch_size", 1), ("warmup_epochs", 0)):
+            value = getattr(self, name)
+            require_range(name, value, isinstance(value, Integral), "an integer")
+            require_range(name, value, value >= least, f"at least {least}")
+        warm = self.warmup_epochs <= self.epochs
+        require_range("warmup_epochs", self.warmup_epochs, warm, f"at most epochs = {self.epochs}")
         require_range("schedule", self.schedule, self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         shares = all(0 <= share <= 1 for share in self.milestones)
         require_range("milestones", self.milestones, shares, "shares of the epochs, from 0 to 1")
-        warm = 0 <= self.warmup_epochs <= self.epochs
-        require_range("warmup_epochs", self.warmup_epochs, warm, f"from 0 to epochs = {self.epochs}")
         require_range("momentum", self.momentum, 0 <= self.momentum < 1, "at least 0 and below 1")
         for name in ("learning_rate", "factor"):
             value = getattr(self, name)
-            require_range(name, value, 0 < value < math.inf, "finite and above 0")
+            require_range(name, value, 0 < value < math.inf, "positive and finite")
         for name in ("weight_decay", "l1"):
             value = getattr(self, name)
             require_range(name, value, 0 <= value < math.inf, "finite and at least 0")

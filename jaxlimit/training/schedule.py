@@ -2,12 +2,14 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import optax
 
 from jaxlimit.core.checks import require_count, require_range
 
-SCHEDULES = ("constant", "cosine", "steps")
+Schedule = Literal["constant", "cosine", "steps"]
+SCHEDULES = get_args(Schedule)
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
@@ -36,7 +38,7 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
 
 
 def learning_rate_schedule(
-    kind: str,
+    kind: Schedule,
     learning_rate: float,
     *,
     epochs: int,
