@@ -111,10 +111,13 @@ class Program:
 
 def _shared_program(lowered: jax.stages.Lowered, jaxpr: ClosedJaxpr, args: list) -> Callable:
     """The compiled program of a lowered one: one with the same text, types and devices, or a new one."""
-    text, devices = lowered.as_text(), getattr(lowered._lowering, "_device_list", None)
+    # Of JAX's inner workings; where they have other names nothing is shared, and a test says so.
+    devices = getattr(lowered._lowering, "_device_list", None)
     const_args = getattr(lowered._lowering, "const_args", None)
-    whole = devices is not None and const_args is not None and len(const_args) == 0
-    if not whole or jaxpr.effects or any(mark in text for mark in NOT_IN_THE_TEXT):
+    if devices is None or const_args is None or len(const_args) or jaxpr.effects:
+        return lowered.compile()
+    text = lowered.as_text()
+    if any(mark in text for mark in NOT_IN_THE_TEXT):
         return lowered.compile()
     types = tuple(map(str, (jaxpr.out_avals, [jax.typeof(x) for x in args], lowered.donate_argnums)))
     digest = hashlib.sha256(text.encode()).digest()
