@@ -9,7 +9,8 @@ Small networks are solved from a dense eigendecomposition (`dense_source`), larg
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -122,14 +123,65 @@ def pruning_limit(
             which=which,
             basis_bytes=device_memory() // 2 if basis_bytes is None else basis_bytes,
         )
-    bracket = source.spectrum()
+    solved = _solve(source, problem, which, 0.0 if source.exact else tolerance)
+    return _result(problem, curvature, source, budget, solved, which, tolerance)
+
+
+class _Solved(NamedTuple):
+    """The limits, and the brackets that they rest on.
+
+    Attributes:
+        limits: by name, None where not wanted or where products did not suffice.
+        width: the width limit, from which the others start: wanted or not.
+        bracket: of the spectral measure.
+        removed: of the spectral measure seen from c after n removals, by n.
+    """
+
+    limits: Mapping[str, Estimate | None]
+    width: Estimate
+    bracket: SpectralBracket
+    removed: dict[int, SpectralBracket]
+
+
+def _solve(source: Source, problem: Problem, which: Sequence[str], tolerance: float) -> _Solved:
+    """Solves for width, then for each of the others that is wanted."""
+    bracket, removed = source.spectrum(), {}
     width = width_limit(bracket, problem)
-    limits, removed = _solve(source, problem, bracket, width, which, 0.0 if source.exact else tolerance)
-    code, status = (
-        exact_status(problem.dim)
-        if source.exact
-        else status_of(
-            limits,
+
+    def cone() -> Estimate:
+        limit, brackets = cone_limit(bracket, source.removed, problem, width.value, tolerance)
+        removed.update(brackets)
+        return limit
+
+    def readjusted() -> Estimate:
+        minimum = source.minimum()
+        return readjusted_limit(minimum, problem.dim, problem.loss_tolerance, tolerance / 2, width.value)
+
+    limits: dict[str, Estimate | None] = {"width": width}
+    for name, solve in (("one_shot", source.one_shot), ("cone", cone), ("readjusted", readjusted)):
+        try:
+            limits[name] = solve() if name in which else None
+        except BudgetSpent:
+            limits[name] = None
+    return _Solved(limits, width, bracket, removed)
+
+
+def _result(
+    problem: Problem,
+    curvature: Curvature,
+    source: Source,
+    budget: Budget,
+    solved: _Solved,
+    which: Sequence[str],
+    tolerance: float,
+) -> PruningLimit:
+    """The limits that were wanted, with what they rest on and what the reader must know."""
+    measure = source.measure
+    if source.exact:
+        code, status = exact_status(problem.dim)
+    else:
+        code, status = status_of(
+            solved.limits,
             which,
             dim=problem.dim,
             semidefinite=curvature.positive_semidefinite,
@@ -137,10 +189,8 @@ def pruning_limit(
             max_matvecs=budget.max_matvecs,
             reorthogonalized=source.reorthogonalized,
         )
-    )
-    measure = source.measure
     return PruningLimit(
-        **{name: limits[name] if name in which else None for name in LIMITS},
+        **{name: solved.limits[name] if name in which else None for name in LIMITS},
         measure=measure,
         loss_tolerance=problem.loss_tolerance,
         tolerance=tolerance,
@@ -153,39 +203,10 @@ def pruning_limit(
         method=source.method,
         reorthogonalized=source.reorthogonalized,
         largest_eigenvalue=float(np.max(np.abs(measure.nodes))),
-        ridge=problem.ridge(problem.num_removed(width.value)),
+        ridge=problem.ridge(problem.num_removed(solved.width.value)),
         code=code,
         status=status,
         _problem=problem,
-        _bracket=bracket,
-        _removed=removed,
+        _bracket=solved.bracket,
+        _removed=solved.removed,
     )
-
-
-def _solve(
-    source: Source,
-    problem: Problem,
-    bracket: SpectralBracket,
-    width: Estimate,
-    which: Sequence[str],
-    tolerance: float,
-) -> tuple[dict[str, Estimate | None], dict[int, SpectralBracket]]:
-    """The limits by name, None where not wanted or not to be had, and what the cone was seen from."""
-
-    def cone() -> Estimate:
-        limit, brackets = cone_limit(bracket, source.removed, problem, width.value, tolerance)
-        removed.update(brackets)
-        return limit
-
-    def readjusted() -> Estimate:
-        minimum = source.minimum()
-        return readjusted_limit(minimum, problem.dim, problem.loss_tolerance, tolerance / 2, width.value)
-
-    limits: dict[str, Estimate | None] = {"width": width}
-    removed: dict[int, SpectralBracket] = {}
-    for name, solve in (("one_shot", source.one_shot), ("cone", cone), ("readjusted", readjusted)):
-        try:
-            limits[name] = solve() if name in which else None
-        except BudgetSpent:
-            limits[name] = None
-    return limits, removed
