@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 
 import jaxlimit
 from jaxlimit import data, models
+from jaxlimit.core.trees import PyTree
 from jaxlimit.models.functional import Params, Predict
 from jaxlimit.training.losses import cross_entropy
 
-PyTree = Any
 Arrays = tuple[NDArray, NDArray]
 BATCH_SIZE = 128
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))

@@ -34,8 +34,8 @@ from scipy.linalg import eigh_tridiagonal
 from twins import Twin, make_twin
 
 import jaxlimit
+from jaxlimit.core.trees import PyTree
 
-PyTree = Any
 OPERATORS = ("hessian", "gauss_newton")
 # Nodes and weights of the Gauss rule of a start vector.
 Rule = tuple[NDArray[np.float64], NDArray[np.float64]]

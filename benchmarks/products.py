@@ -35,7 +35,7 @@ from jax.flatten_util import ravel_pytree
 import jaxlimit
 from jaxlimit.core import writing
 from jaxlimit.core.batches import grouped
-from jaxlimit.core.trees import combine, partition
+from jaxlimit.core.trees import PyTree, combine, partition
 
 NAME = "products"
 BLOCKS = (2, 4, 8)
@@ -43,7 +43,6 @@ BLOCKS = (2, 4, 8)
 BLOCKS_BELOW = 1.0
 # Other ways to differentiate, which the benchmark writes itself.
 MODES = ("forward over reverse", "reverse over reverse")
-PyTree = Any
 Functions = dict[str, Callable[[], Any]]
 
 

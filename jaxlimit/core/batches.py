@@ -22,8 +22,7 @@ import numpy as np
 from jaxlimit.core.checks import require_count
 from jaxlimit.core.programs import Program, Traced
 from jaxlimit.core.sharding import ExampleSharding, example_sharding, sharding_like, sum_of_parts
-
-PyTree = Any
+from jaxlimit.core.trees import PyTree
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-PyTree = Any
-
 
 def require_count(name: str, value: Any) -> None:
     """Raises ValueError unless the value is an integer of at least 1.
@@ -35,14 +33,14 @@ def require_range(name: str, value: Any, holds: bool, allowed: str) -> None:
         raise ValueError(f"{name} must be {allowed}, got {value}.")
 
 
-def require_floating(name: str, tree: PyTree) -> None:
+def require_floating(name: str, tree: Any) -> None:
     """Raises ValueError unless all leaves of a pytree are floating-point."""
     for leaf_name, leaf in named_leaves(name, tree):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise ValueError(f"{name} must be floating arrays, got {jnp.result_type(leaf)} in {leaf_name}.")
 
 
-def require_finite(name: str, tree: PyTree) -> None:
+def require_finite(name: str, tree: Any) -> None:
     """Raises ValueError if a leaf of a pytree holds an infinite or NaN value."""
     named = named_leaves(name, tree)
     for (leaf_name, _), finite in zip(named, are_finite([leaf for _, leaf in named]), strict=True):
@@ -73,7 +71,7 @@ def _are_finite(arrays: list[jax.Array]) -> list[Any]:
     ]
 
 
-def named_leaves(name: str, tree: PyTree) -> list[tuple[str, Any]]:
+def named_leaves(name: str, tree: Any) -> list[tuple[str, Any]]:
     """The leaves of a pytree, and where each stands in it.
 
     Raises:

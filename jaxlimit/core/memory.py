@@ -5,11 +5,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
 
-PyTree = Any
+from jaxlimit.core.trees import PyTree
+
 # Bytes that a container may use under Linux (cgroup v2), or "max".
 CONTAINER_MEMORY = Path("/sys/fs/cgroup/memory.max")
 

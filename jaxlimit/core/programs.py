@@ -18,7 +18,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
-PyTree = Any
+from jaxlimit.core.trees import PyTree
+
 # Compiled programs that are kept for others to use. A run of the command line has about a hundred.
 MAX_SHARED = 256
 # What calls back into this process is not told by its text.

@@ -17,8 +17,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike, NDArray
 
-PyTree = Any
-
 
 @dataclass(frozen=True)
 class ExampleSharding:
@@ -38,7 +36,7 @@ class ExampleSharding:
         return int(np.prod([self.mesh.shape[axis] for axis in self.axes]))
 
 
-def example_sharding(tree: PyTree, axis: int = 0) -> ExampleSharding | None:
+def example_sharding(tree: Any, axis: int = 0) -> ExampleSharding | None:
     """How the examples, along `axis` of every leaf, are divided; None if they are not.
 
     Raises:

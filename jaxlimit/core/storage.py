@@ -20,9 +20,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from jaxlimit.core.locks import LOCK, Lock, lock
 from jaxlimit.core.sharding import to_host
+from jaxlimit.core.trees import PyTree
 from jaxlimit.core.writing import FORMAT, read_json, write_file
-
-PyTree = Any
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +9,8 @@ import numpy as np
 
 from jaxlimit.core.batches import ExampleSum, batch_length, first_of
 from jaxlimit.core.programs import Program
+from jaxlimit.core.trees import PyTree
 from jaxlimit.curvature.products import Loss, Product
-
-PyTree = Any
 
 
 def require_single_precision(weights: PyTree) -> None:

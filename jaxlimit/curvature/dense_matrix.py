@@ -1,13 +1,12 @@
 """A matrix of which only products are known, written out: for small networks, and for tests."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
 from numpy.typing import NDArray
 
-PyTree = Any
+from jaxlimit.core.trees import PyTree
 
 
 def dense_matrix(

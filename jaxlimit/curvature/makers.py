@@ -2,18 +2,15 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
 
 import jax
 
 from jaxlimit.core.batches import Batches, grouped
 from jaxlimit.core.memory import device_memory
-from jaxlimit.core.trees import Prunable, is_kernel, partition
+from jaxlimit.core.trees import Prunable, PyTree, is_kernel, partition
 from jaxlimit.curvature.data_checks import check_data, require_single_precision
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.curvature.products import GaussNewtonProduct, HessianProduct, Product, suitable_batch_size
-
-PyTree = Any
 
 
 def hessian(

@@ -26,7 +26,7 @@ from jax.core import Tracer
 from numpy.typing import NDArray
 
 from jaxlimit.core.batches import ExampleSum, mean_of_sum
-from jaxlimit.core.trees import Prunable, combine, partition
+from jaxlimit.core.trees import Prunable, PyTree, combine, partition
 from jaxlimit.curvature.data_checks import data_changed, require_single_precision
 from jaxlimit.curvature.dense_matrix import dense_matrix
 from jaxlimit.curvature.products import (
@@ -36,7 +36,6 @@ from jaxlimit.curvature.products import (
     num_bytes,
 )
 
-PyTree = Any
 # Linearised batches that another compiled function may hold as constants, in bytes.
 CONSTANT_BYTES = 2**26
 

@@ -10,7 +10,6 @@ of the loss as it was then. Every curvature has a product of its own, equal to n
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +17,8 @@ import jax.numpy as jnp
 from jaxlimit.core.batches import ExampleSum, batch_length, check_scalar, first_of, running_sum
 from jaxlimit.core.programs import Program, Traced
 from jaxlimit.core.sharding import ExampleSharding, example_sharding, on_parts, sum_of_parts
-from jaxlimit.core.trees import combine
+from jaxlimit.core.trees import PyTree, combine
 
-PyTree = Any
 # Memory of a linearised batch, and so the examples at once in a product. On a CPU it should stay in the
 # cache; but it may take five times the memory of the weights, which are read for every batch, and with fewer
 # than four examples the calls of a deep network cost more than its products: measured by

@@ -3,15 +3,13 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
 
 from jaxlimit.core.batches import check_scalar, grouped
 from jaxlimit.core.programs import Program, Traced
-
-PyTree = Any
+from jaxlimit.core.trees import PyTree
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["mean", "batch_std"], meta_fields=["num_examples"])

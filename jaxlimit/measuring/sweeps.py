@@ -8,7 +8,6 @@ fixed; whether the loss then gets down to L* + eps is what `width`, `cone` and `
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +18,10 @@ from numpy.typing import ArrayLike, NDArray
 from jaxlimit.core.batches import ExampleSum, batch_length, group_length, grouped
 from jaxlimit.core.checks import require_count
 from jaxlimit.core.programs import Program, Traced
-from jaxlimit.core.trees import Prunable, combine, is_kernel, partition, unflatten
+from jaxlimit.core.trees import Prunable, PyTree, combine, is_kernel, partition, unflatten
 from jaxlimit.curvature.products import each
 from jaxlimit.geometry.magnitude import magnitude_order, num_removed
 
-PyTree = Any
 Metrics = Callable[[PyTree, PyTree], dict[str, jax.Array]]
 # Sparsities at which thresholds are measured: steps of .0025.
 SPARSITIES = np.arange(401) / 400

@@ -17,11 +17,11 @@ import optax
 from flax import nnx, traverse_util
 
 from jaxlimit.core.programs import Program
+from jaxlimit.core.trees import PyTree
 from jaxlimit.geometry.magnitude import apply_mask
 from jaxlimit.training.descent import Objective, Settings, minimise
 from jaxlimit.training.losses import Loss, cross_entropy
 
-PyTree = Any
 Model = TypeVar("Model", bound=nnx.Module)
 
 

@@ -19,9 +19,9 @@ from jaxlimit.core.checks import named_leaves, require_count, require_finite, re
 from jaxlimit.core.programs import Program
 from jaxlimit.core.sharding import to_host
 from jaxlimit.core.storage import Checkpoint, ordered_sum
+from jaxlimit.core.trees import PyTree
 from jaxlimit.training.losses import l1_norm
 
-PyTree = Any
 # objective(params, state, batch, key) -> (mean loss of the batch, state after it)
 Objective = Callable[[PyTree, PyTree, PyTree, jax.Array], tuple[jax.Array, PyTree]]
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlimit.core.functions import pure_function
+from jaxlimit.core.trees import PyTree
 from jaxlimit.curvature.makers import gauss_newton, hessian
 from jaxlimit.curvature.operator import Curvature
 
@@ -16,7 +17,6 @@ TITLES = {"hessian": "Hessian |H|", "gauss_newton": "Gauss-Newton"}
 """The two curvatures as tables and figures call them: the one that predicts, then the one that is cheap."""
 CURVATURES = tuple(TITLES)
 
-PyTree = Any
 Predict = Callable[[PyTree, jax.Array], jax.Array]
 Loss = Callable[[PyTree, Any], jax.Array]
 

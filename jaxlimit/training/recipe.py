@@ -12,10 +12,10 @@ import optax
 from flax import nnx
 
 from jaxlimit.core.checks import require_range
+from jaxlimit.core.trees import PyTree
 from jaxlimit.training.classifier import train_model
 from jaxlimit.training.schedule import SCHEDULES, Schedule, learning_rate_schedule, steps_per_epoch
 
-PyTree = Any
 Model = TypeVar("Model", bound=nnx.Module)
 Folder = str | os.PathLike[str] | None
 
