@@ -1,8 +1,20 @@
-"""Fixtures that several test modules share."""
+"""How the tests are compiled, and fixtures that several test modules share."""
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+# Compiling takes longer than computing in almost every test. So XLA optimises little, unless XLA_FLAGS says
+# otherwise, and keeps what it compiled for later runs. The processes that tests start inherit both.
+LITTLE_OPTIMIZATION = {"xla_backend_optimization_level": "1", "xla_llvm_disable_expensive_passes": "true"}
+flags = os.environ.get("XLA_FLAGS", "")
+added = [f"--{name}={value}" for name, value in LITTLE_OPTIMIZATION.items() if name not in flags]
+os.environ["XLA_FLAGS"] = " ".join([*added, flags]).strip()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +24,23 @@ import scipy.linalg  # noqa: F401, brings its own BLAS
 import threadpoolctl
 from hypothesis import settings
 
-# The same examples in every run; `--hypothesis-profile default` looks for new ones.
-settings.register_profile("repeatable", derandomize=True, deadline=None)
+# JAX's own bound, jax_compilation_cache_max_size, lists the whole folder for each new entry: minutes in all.
+CACHE_BYTES = 2**30
+
+# The same examples in every run; `--hypothesis-profile default` looks for new ones, `thorough` at three times
+# as many. Tests whose examples take long do a fifth.
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=100)
+settings.register_profile("thorough", derandomize=True, deadline=None, max_examples=300)
 settings.load_profile("repeatable")
+
+
+def pytest_configure(config):
+    """Empty a cache that has grown too large, once, before workers start."""
+    folder = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    if hasattr(config, "workerinput") or not folder.is_dir():
+        return
+    if sum(path.stat().st_size for path in folder.iterdir()) > CACHE_BYTES:
+        shutil.rmtree(folder)
 
 
 @pytest.fixture(autouse=True, scope="session")

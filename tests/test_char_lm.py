@@ -17,6 +17,8 @@ pytest.importorskip("safetensors", reason="needs the cli extra")
 import char_lm
 import common
 
+pytestmark = pytest.mark.nightly
+
 TINY = char_lm.Settings(
     width=8,
     num_heads=2,

@@ -183,7 +183,7 @@ def test_overwrite_replaces_the_run_and_nothing_else(finished, tmp_path, capsys)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to one process")
-@pytest.mark.parametrize("after", ["writing to", "training"])
+@pytest.mark.parametrize("after", [pytest.param("writing to", marks=pytest.mark.nightly), "training"])
 def test_ctrl_c_and_going_on_gives_the_same_bits(finished, tmp_path, capsys, after):
     """After "writing to" the process trains; after the line of "training" it computes products."""
     folder = tmp_path / "run"

@@ -156,6 +156,7 @@ def test_prediction_from_its_weights(tmp_path):
     assert other.value != found.value
 
 
+@pytest.mark.slow
 @pytest.mark.cifar10
 @pytest.mark.skipif("JAXLIMIT_DATA" not in os.environ, reason="needs CIFAR-10 under $JAXLIMIT_DATA")
 def test_product_of_its_convolutional_network(tmp_path, x64):
@@ -172,6 +173,7 @@ def test_product_of_its_convolutional_network(tmp_path, x64):
     assert np.linalg.norm(product - expected) < 1e-6 * np.linalg.norm(expected)
 
 
+@pytest.mark.nightly
 @pytest.mark.cifar10
 @pytest.mark.skipif("JAXLIMIT_DATA" not in os.environ, reason="needs CIFAR-10 under $JAXLIMIT_DATA")
 def test_prediction_of_a_convolutional_network_from_its_weights(tmp_path, monkeypatch):

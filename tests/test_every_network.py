@@ -1,6 +1,7 @@
-"""Every network at its full size takes a step of training and has a finite Hessian product.
+"""Every kind of block takes a step of training and has a finite Hessian product, in one narrow network.
 
-A Hessian is symmetric, whatever the network: u^T H v = v^T H u for random u and v.
+A Hessian is symmetric, whatever the network: u^T H v = v^T H u for random u and v. At full size the shapes
+are evaluated, of the outputs and of such a product; `nightly` computes both.
 """
 
 import math
@@ -12,7 +13,9 @@ import pytest
 from flax import nnx
 
 from jaxlimit import batched, hessian, models
-from jaxlimit.models import from_nnx
+from jaxlimit.models import ConvolutionalNetwork, FullyConnected, from_nnx
+from jaxlimit.models.convolutional import Convolution, Pool
+from jaxlimit.models.resnet import Block
 from jaxlimit.training import classification_loss, train_model
 
 NETWORKS = {
@@ -31,17 +34,82 @@ NETWORKS = {
 DEEP = ("resnet101", "resnet152")
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+class Residual(nnx.Module):
+    """Blocks of a residual network, the mean over the pixels, and a dense layer."""
+
+    def __init__(self, *blocks, rngs):
+        ends = [3, *(layers[-1].channels for layers in blocks)]
+        self.blocks = nnx.List(
+            Block(channels, layers, rngs=rngs) for channels, layers in zip(ends[:-1], blocks, strict=True)
+        )
+        self.dense = nnx.Linear(ends[-1], 10, rngs=rngs)
+
+    def __call__(self, images):
+        for block in self.blocks:
+            images = block(images)
+        return self.dense(images.mean((1, 2)))
+
+
+SHAPE = (8, 8, 3)
+THIN = Convolution(4, padding=1)
+NARROW = {
+    "dense": partial(FullyConnected, [12, 8, 6, 10]),
+    "convolution and pool": partial(
+        ConvolutionalNetwork, [Convolution(4, 5), Pool()], [6], 10, image_shape=SHAPE
+    ),
+    "batch norm": partial(
+        ConvolutionalNetwork, [THIN, Pool(), THIN], [], 10, image_shape=SHAPE, normalize=True
+    ),
+    "enlarged, strides, pools that overlap": partial(
+        ConvolutionalNetwork,
+        [Convolution(4, 11, padding=1, strides=4), Pool(3)],
+        [],
+        10,
+        image_shape=SHAPE,
+        enlarge=7,
+    ),
+    "residual": partial(Residual, [THIN, THIN], [THIN, THIN], [Convolution(6, padding=1, strides=2), THIN]),
+    "bottleneck": partial(
+        Residual, [Convolution(3, 1), Convolution(3, padding=1, strides=2), Convolution(8, 1)]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NARROW)
 def test_a_step_of_training_and_a_hessian_product(name):
+    check(NARROW[name], SHAPE)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_shapes_at_full_size(name):
+    """Of the logits, and of a Hessian product, which are those of the parameters."""
+    make = NETWORKS[name]
+    model = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+    shape = (4, model.widths[0]) if isinstance(model, FullyConnected) else (4, 32, 32, 3)
+
+    def product(images):
+        predict, params = from_nnx(make(rngs=nnx.Rngs(0)))
+        loss = classification_loss(predict)
+        gradient = jax.grad(lambda params: loss(params, (images, np.zeros(4, int))))
+        return predict(params, images), params, jax.jvp(gradient, (params,), (params,))[1]
+
+    logits, params, product = jax.eval_shape(product, jax.ShapeDtypeStruct(shape, np.float32))
+    assert logits.shape == (4, 10)
+    assert jax.tree.map(lambda x: x.shape, product) == jax.tree.map(lambda x: x.shape, params)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_step_of_training_and_a_hessian_product_at_full_size(name):
     with jax.disable_jit(name in DEEP):
-        check(name)
+        check(NETWORKS[name], (32, 32, 3))
 
 
-def check(name):
+def check(make, image_shape):
     rng = np.random.default_rng(0)
-    before = build(NETWORKS[name], rng)
-    width = before.widths[0] if isinstance(before, models.FullyConnected) else None
-    inputs = rng.standard_normal((4, 32, 32, 3) if width is None else (4, width), dtype=np.float32)
+    before = build(make, rng)
+    shape = (before.widths[0],) if isinstance(before, FullyConnected) else image_shape
+    inputs = rng.standard_normal((4, *shape), dtype=np.float32)
     arrays = inputs, rng.integers(0, 10, 4)
 
     after = train_model(before, arrays, jax.random.key(0), epochs=1, batch_size=4, learning_rate=1e-4)

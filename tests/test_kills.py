@@ -3,9 +3,12 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 
+@pytest.mark.nightly
 def test_killed_processes_go_on_to_the_same_bits():
     import kills
 

@@ -35,6 +35,7 @@ def test_ends_in_a_comparison(path):
     assert "assert " in read(path).cells[-1].source
 
 
+@pytest.mark.nightly
 @every_notebook
 def test_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in conftest.py: small matrices gain nothing from more

@@ -34,13 +34,17 @@ KERNELS = {
 @pytest.mark.parametrize("name", PRESETS)
 def test_networks_fit_their_data(name):
     preset = find_preset(name)
-    network = nnx.eval_shape(lambda: build_network(preset, 0))
-    shapes = [leaf.shape for leaf in jax.tree.leaves(nnx.state(network, nnx.Param))]
-    assert sum(math.prod(shape) for shape in shapes if len(shape) > 1) == KERNELS[name]
     source = presets.DATASETS.get(preset.dataset)
     shape = (8, 8, 1) if source is None else source.image_shape
-    inputs = jnp.zeros((2, *shape) if preset.network in presets.NETWORKS else (2, math.prod(shape)))
-    outputs = nnx.eval_shape(lambda: build_network(preset, 0)(inputs))
+    inputs = (2, *shape) if preset.network in presets.NETWORKS else (2, math.prod(shape))
+
+    def run():
+        network = build_network(preset, 0)
+        return nnx.state(network, nnx.Param), network(jnp.zeros(inputs))
+
+    params, outputs = nnx.eval_shape(run)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
+    assert sum(math.prod(shape) for shape in shapes if len(shape) > 1) == KERNELS[name]
     assert outputs.shape == (2, 10 if source is None else source.num_classes)
 
 

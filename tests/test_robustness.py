@@ -193,7 +193,7 @@ def solved_and_checked(problem):
     return limit
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=settings.default.max_examples // 5, suppress_health_check=[HealthCheck.too_slow])
 @given(problem=problems())
 def test_random_problems(problem):
     """`benchmarks/fuzz.py` does 2,000 of them."""

@@ -26,6 +26,11 @@ from jaxlimit.core.sharding import ExampleSharding, example_sharding, place, sha
 from jaxlimit.data import load_digits
 
 KERNELS = {"w0": [1, 64, 48], "w1": [1, 48, 24], "w2": [1, 24, 16]}
+# Parts of the examples and of the kernels.
+MESHES = pytest.mark.parametrize(
+    ("data", "model"),
+    [pytest.param(4, 2, marks=pytest.mark.slow), pytest.param(1, 8, marks=pytest.mark.nightly)],
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +64,8 @@ def problem(tmp_path_factory):
 @cache
 def report(problem, *arguments, processes=1):
     """What `eight_devices.py` prints."""
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
-        "JAX_COMPILATION_CACHE_DIR": str(problem.with_name("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
-    }
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={8 // processes}"
+    environment = os.environ | {"XLA_FLAGS": flags}
     command = [sys.executable, "-W", "error", eight_devices.__file__, str(problem), *map(str, arguments)]
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -98,19 +100,21 @@ def assert_same(many, one, model, kind):
 
 
 @pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
-@pytest.mark.parametrize(("data", "model"), [(8, 1), (1, 8), (4, 2)])
+@MESHES
 def test_many_devices_give_the_same_limits(problem, data, model, kind):
     assert_same(report(problem, "--mesh", data, model), report(problem), model, kind)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
-def test_a_product_is_one_reduction(problem, kind):
+def test_a_product_is_one_reduction_where_only_the_examples_are_divided(problem, kind):
+    assert_same(report(problem, "--mesh", 8, 1), report(problem), 1, kind)
     found = report(problem, "--mesh", 8, 1)[kind]["collectives"]
     assert found == [["all-reduce", list(KERNELS.values())]]
 
 
 @pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
-@pytest.mark.parametrize(("data", "model"), [(1, 8), (4, 2)])
+@MESHES
 def test_no_vector_is_gathered_where_the_kernels_are_divided(problem, kind, data, model):
     """Activations are summed over devices, as in every network divided so; of the vectors parts at most."""
     found = report(problem, "--mesh", data, model)[kind]["collectives"]
@@ -122,6 +126,7 @@ def test_no_vector_is_gathered_where_the_kernels_are_divided(problem, kind, data
         assert not any(shape in KERNELS.values() for shape in shapes)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("data", "model", "kind"), [(4, 2, "hessian"), (1, 8, "gauss_newton")])
 def test_two_processes_give_the_same_limits_and_go_on_from_a_checkpoint(problem, tmp_path, data, model, kind):
     arguments = ("--mesh", data, model, "--kinds", kind, "--checkpoint", tmp_path)

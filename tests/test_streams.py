@@ -42,6 +42,7 @@ print(json.dumps({"product": np.ravel(product).tolist(), "grown": data_bytes() -
 """
 
 
+@pytest.mark.slow
 def test_a_stream_larger_than_the_memory_of_the_process():
     num_batches, size, dim = 128, 1024, 1024  # 4 MiB a batch, 512 MiB a pass; 64 MiB more than at the start
     found = subprocess.run(
@@ -56,6 +57,7 @@ def test_a_stream_larger_than_the_memory_of_the_process():
     np.testing.assert_allclose(product, expected, rtol=1e-4)
 
 
+@pytest.mark.nightly
 def test_the_limit_on_memory_is_felt():
     """The same with a batch larger than what is allowed fails: the test above can."""
     found = subprocess.run(

@@ -55,6 +55,8 @@ OPTIONS = {
     "tolerances": [],
     "training": ["--at", "0"],
 }
+# Their networks are trained in other ways, which compile for longer.
+TRAINS_ANEW = ("gems", "gradual", "regularizer")
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +68,13 @@ def test_every_experiment_is_run_here():
     assert {"compare", *OPTIONS} == EXPERIMENTS.keys()
 
 
-@pytest.mark.parametrize(("name", "options"), OPTIONS.items())
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        pytest.param(*item, marks=[pytest.mark.slow] if item[0] in TRAINS_ANEW else [], id=item[0])
+        for item in OPTIONS.items()
+    ],
+)
 def test_an_experiment_writes_results_table_and_figures(name, options, tmp_path, capsys):
     args = ["experiment", name, "tiny", *SMALL, *options, "--out", str(tmp_path / name)]
     assert main(args) == 0
@@ -390,6 +398,7 @@ def test_experiments_that_share_networks_train_each_once(tmp_path):
     assert again == alone
 
 
+@pytest.mark.nightly
 def test_a_limit_that_was_interrupted_goes_on(tmp_path):
 
     def found(folder, last):

@@ -118,7 +118,7 @@ def test_augmentation_changes_every_epoch_and_repeats_with_the_key():
     assert sorted(map(float, seen)) == first
 
 
-@pytest.mark.parametrize("epoch", [0, 2])
+@pytest.mark.parametrize("epoch", [pytest.param(0, marks=pytest.mark.nightly), 2])
 def test_interrupted_training_goes_on_to_the_same_bits(tmp_path, epoch):
     model, arrays, key = Normalized(nnx.Rngs(0)), examples(), jax.random.key(1)
     expected = leaves(train_model(model, arrays, key, **SETTINGS))
