@@ -157,7 +157,7 @@ def _run(command: "Run", args: Sequence[str]) -> int:
             claim = run_folder.prepare_folder(folder, config, overwrite=command.overwrite)
             with claim.lock:
                 print(f"{'going on with' if claim.resumed else 'writing to'} {folder}", file=sys.stderr)
-                run = pipeline.execute(
+                run = pipeline.execute_run(
                     folder, command.preset, command.options, arrays, shlex.join(typed), monitor
                 )
     except KeyboardInterrupt:
@@ -177,13 +177,13 @@ def _report(command: Report, args: Sequence[str]) -> int:
 def _experiment(command: "Experiment", args: Sequence[str]) -> int:
     from jaxlimit.application.interrupt import Interrupt
     from jaxlimit.application.terminal import make_monitor
-    from jaxlimit.experiments import execute
+    from jaxlimit.experiments import execute_experiment
 
     typed = ["jaxlimit", *args]
     interrupt = Interrupt()
     try:
         with interrupt, make_monitor(interrupt) as monitor:
-            table = execute(command, shlex.join(typed), monitor)
+            table = execute_experiment(command, shlex.join(typed), monitor)
     except KeyboardInterrupt:
         return _interrupted(command.out, typed)
     print(f"\n{table}\nresults: {command.out}")

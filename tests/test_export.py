@@ -76,7 +76,7 @@ def programs():
         residual, alpha = lanczos.three_terms(previous, current, beta, product)
         panel = basis.store(panel, current, 0)
         residual = basis.project_out(panel, basis.project_out(panel, residual))
-        return lanczos.normalize(residual, alpha, beta, norm), panel
+        return lanczos.next_vector(residual, alpha, beta, norm), panel
 
     def signs(seed):
         return rademacher(jax.random.wrap_key_data(seed), weights, 2)
@@ -99,7 +99,7 @@ def programs():
         },
         "lanczos: start": (start, vectors),
         "lanczos: step": (lanczos_step, vectors, vectors, vectors, scalars, scalars, panel),
-        "lanczos: normalize": (lanczos.normalize, vectors, scalars, scalars, scalars),
+        "lanczos: next vector": (lanczos.next_vector, vectors, scalars, scalars, scalars),
         "probes": (signs, np.zeros(2, np.uint32)),
         "conjugate gradients: inner": (conjugate_gradients.inner_products, vectors, vectors),
         "conjugate gradients: add": (conjugate_gradients.add_scaled, vectors, vectors, np.float32(0.5)),

@@ -112,7 +112,7 @@ def config_of(preset: Preset, options: Options) -> dict[str, Any]:
     return {"format": FORMAT, "preset": preset.to_json(), "options": asdict(options)}
 
 
-def execute(
+def execute_run(
     folder: Path,
     preset: Preset,
     options: Options,
@@ -153,7 +153,7 @@ def _training(job: Job) -> Stage[Trained]:
         "training",
         "training",
         job.preset.recipe.epochs,
-        partial(stage_training.train, job, checkpoint),
+        partial(stage_training.train_network, job, checkpoint),
         partial(stage_training.load_trained, job),
         lambda found: (
             f"test accuracy {found.network['test_accuracy']:.2%}, loss tolerance {found.loss_tolerance:.4g}"

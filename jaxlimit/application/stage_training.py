@@ -70,7 +70,7 @@ class Trained:
         }
 
 
-def train(job: Job, checkpoint: Path) -> Trained:
+def train_network(job: Job, checkpoint: Path) -> Trained:
     """Trains the network, keeps its weights and measures it."""
     model = job.preset.recipe.train(
         build_network(job.preset, job.options.seed),

@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 
-from jaxlimit.experiments.experiment import Experiment, execute
+from jaxlimit.experiments.experiment import Experiment, execute_experiment
 from jaxlimit.experiments.study import Study, Trainings
 
 
@@ -23,4 +23,4 @@ def _plans() -> dict[str, Callable[..., Experiment]]:
 EXPERIMENTS: dict[str, Callable[..., Experiment]] = _plans()
 """What plans each experiment, by the experiment's name on the command line."""
 
-__all__ = ["EXPERIMENTS", "Experiment", "Study", "Trainings", "execute"]
+__all__ = ["EXPERIMENTS", "Experiment", "Study", "Trainings", "execute_experiment"]

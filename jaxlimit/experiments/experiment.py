@@ -34,7 +34,7 @@ Compute = Callable[[Path, Note], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Experiment:
-    """What `execute` needs of an experiment.
+    """What `execute_experiment` needs of an experiment.
 
     Attributes:
         name: as on the command line.
@@ -53,7 +53,7 @@ class Experiment:
     figures: Mapping[str, Callable[[Mapping[str, dict[str, Any]]], Any]]
 
 
-def execute(experiment: Experiment, command: str, monitor: Monitor) -> str:
+def execute_experiment(experiment: Experiment, command: str, monitor: Monitor) -> str:
     """Computes the pieces that are not in the folder yet; then writes results, table and figures.
 
     Args:

@@ -11,7 +11,7 @@ from jaxlimit.application.presets import Options, find_preset, load_arrays
 from jaxlimit.experiments.experiment import Compute, Experiment, Note
 from jaxlimit.experiments.subject import Task
 from jaxlimit.experiments.tables import Results, unresolved
-from jaxlimit.limits.checks import LEAST_MATVECS
+from jaxlimit.limits.arguments import LEAST_MATVECS
 from jaxlimit.limits.pruning_limit import MAX_MATVECS
 
 # run(task, seed, variant, value of the variant) -> what a piece found, as JSON values

@@ -20,8 +20,8 @@ from jaxlimit.core.storage import Checkpoint
 from jaxlimit.core.trees import PyTree
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.geometry.magnitude import magnitude_order
+from jaxlimit.limits.arguments import check_arguments
 from jaxlimit.limits.budget import Budget, BudgetSpent, Progress
-from jaxlimit.limits.checks import check_arguments
 from jaxlimit.limits.cone import cone_limit
 from jaxlimit.limits.dense_source import dense_fits, dense_source
 from jaxlimit.limits.estimate import LIMITS, Estimate

@@ -141,7 +141,7 @@ def run(
             basis[-1] = store(basis[-1], current, index % PANEL)
         residual = orthogonalize(basis, residual)
         previous = current
-        current, beta, norm = normalize(residual, alpha, beta, norm)
+        current, beta, norm = next_vector(residual, alpha, beta, norm)
         column = np.asarray(alpha, np.float64), np.asarray(beta, np.float64)
         if not np.all(np.isfinite(column)):
             raise FloatingPointError(
@@ -221,7 +221,7 @@ def three_terms(
 
 
 @jax.jit
-def normalize(
+def next_vector(
     residual: PyTree, alpha: jax.Array, beta: jax.Array, norm: jax.Array
 ) -> tuple[PyTree, jax.Array, jax.Array]:
     """q_{j+1}, beta_j and the estimate of ||T||, from the residual."""
