@@ -42,7 +42,7 @@ FOLDERS = (
     "cli",
 )
 # Cells of the figure that a row of module names may take before it breaks.
-CHARACTERS = 66
+CHARACTERS = 84
 
 
 class Import(NamedTuple):
@@ -126,7 +126,7 @@ def draw(axes: "Axes") -> None:
                 colour = style.BLUE if column < row else style.ORANGE
                 axes.scatter(column, row, s=12 + 6 * number, color=colour, zorder=2)
     axes.plot([-0.5, height - 1.5], [-0.5, height - 1.5], color=style.GREY, linewidth=0.8, zorder=1)
-    axes.set(xlim=(-0.6, height + 10.5), ylim=(-0.6, height - 0.4), yticks=[])
+    axes.set(xlim=(-0.6, height + 12.5), ylim=(-0.6, height - 0.4), yticks=[])
     axes.set_xticks(range(height - 1), FOLDERS[:-1], rotation=60, ha="right", rotation_mode="anchor")
     axes.text(height - 0.2, height - 0.2, "lines", ha="right", color=style.GREY)
     axes.tick_params(length=0)
@@ -147,7 +147,7 @@ def _shown(modules: list[str]) -> str:
 def main() -> None:
     """Draws the figure."""
     with plt.rc_context({**style.STYLES, "axes.grid": False}):
-        figure, axes = plt.subplots(figsize=(10, 6.2), layout="constrained")
+        figure, axes = plt.subplots(figsize=(12, 7.4), layout="constrained")
         draw(axes)
         figure.savefig(FIGURE, dpi=150, metadata={"Software": None})
 
