@@ -13,7 +13,8 @@ LITTLE_OPTIMIZATION = {"xla_backend_optimization_level": "1", "xla_llvm_disable_
 flags = os.environ.get("XLA_FLAGS", "")
 added = [f"--{name}={value}" for name, value in LITTLE_OPTIMIZATION.items() if name not in flags]
 os.environ["XLA_FLAGS"] = " ".join([*added, flags]).strip()
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
+CACHE = Path(__file__).parents[1] / ".cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
@@ -35,12 +36,11 @@ settings.load_profile("repeatable")
 
 
 def pytest_configure(config):
-    """Empty a cache that has grown too large, once, before workers start."""
-    folder = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
-    if hasattr(config, "workerinput") or not folder.is_dir():
+    """Empty the checkout's own cache, where it has grown too large, once, before workers start."""
+    if hasattr(config, "workerinput") or not CACHE.is_dir():
         return
-    if sum(path.stat().st_size for path in folder.iterdir()) > CACHE_BYTES:
-        shutil.rmtree(folder)
+    if sum(path.stat().st_size for path in CACHE.iterdir()) > CACHE_BYTES:
+        shutil.rmtree(CACHE)
 
 
 @pytest.fixture(autouse=True, scope="session")

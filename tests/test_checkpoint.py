@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlimit import training
 from jaxlimit.core import locks, storage
 from jaxlimit.core.locks import LOCK
 from jaxlimit.core.storage import Checkpoint
@@ -168,6 +169,47 @@ def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_checkpoint_lets_others_in_when_its_work_ends_in_an_exception(folder):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    kept = []  # as a notebook keeps the last exception, and with it all frames
+    try:
+        training.train(
+            lambda w, x: jnp.mean((w - x) ** 2),
+            jnp.zeros(()),
+            jnp.ones(4),
+            jax.random.key(0),
+            epochs=2,
+            learning_rate=0.1,
+            on_epoch=fail,
+            checkpoint=folder,
+        )
+    except KeyboardInterrupt as error:
+        kept.append(error)
+    assert kept
+    assert not (folder / ".lock").exists()
+
+
+def test_files_of_others_are_not_removed(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "thesis.tmp").write_text("mine")
+    with pytest.raises(ValueError, match="not empty"):
+        Checkpoint(folder, FINGERPRINT)
+    assert (folder / "thesis.tmp").read_text() == "mine"
+    (folder / "thesis.tmp").unlink()
+    Checkpoint(folder, FINGERPRINT)
+    at_work, idle = folder / "at_work", folder / "idle"
+    name = f"run.npz.{'0' * 32}.tmp"
+    for part in (at_work, idle):
+        part.mkdir()
+        (part / name).write_text("half")
+    (at_work / ".lock").write_text("process 1")
+    Checkpoint(folder, FINGERPRINT)
+    assert (at_work / name).exists()
+    assert not (idle / name).exists()
+
+
 # Folders that are refused.
 
 
@@ -214,7 +256,7 @@ def test_an_empty_folder(folder):
 
 def test_a_run_killed_while_it_made_the_folder_can_start_again(folder):
     folder.mkdir(parents=True)
-    (folder / "problem.json.0123.tmp").write_text('{"dim"')
+    (folder / "problem.json.0123456789abcdef0123456789abcdef.tmp").write_text('{"dim"')
     (folder / LOCK).write_text("process 1 on another machine")
     store = Checkpoint(folder, FINGERPRINT)
     assert names_in(folder) == ["problem.json"]
@@ -271,7 +313,7 @@ def test_a_second_process_waits_and_goes_on_with_what_the_first_has_done(folder,
 def test_the_lock_of_a_killed_process_is_taken_over(folder):
     first = process(folder, WORK)
     assert first.stdout.readline() == "begun\n"
-    (folder / "name.npz.0123.tmp").write_bytes(b"half of it")
+    (folder / "name.npz.0123456789abcdef0123456789abcdef.tmp").write_bytes(b"half of it")
     first.kill()
     first.communicate()
     assert (folder / LOCK).exists()

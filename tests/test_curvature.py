@@ -172,18 +172,19 @@ def test_products(kind, dtype, oracle):
 @in_float32
 @kinds
 def test_a_block_is_multiplied_side_by_side_but_on_a_cpu(kind, mlp, dtype, oracle, monkeypatch):
-    curvature, matrix = curvature_of(kind, mlp), getattr(oracle, kind)
-    curvature.matvec(curvature.weights)  # linearises
-    vectors = random_vectors(curvature.weights, 7)
+    matrix = getattr(oracle, kind)
+    vectors = random_vectors(curvature_of(kind, mlp).weights, 7)
 
     def loops():
+        curvature = curvature_of(kind, mlp)  # which keeps what it traced
+        curvature.matvec(curvature.weights)  # linearises
         found = subjaxprs(jax.make_jaxpr(curvature.matmat)(vectors).jaxpr)
         return sum(e.primitive.name == "scan" for e in found)
 
     one_by_one = loops()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert loops() < one_by_one
-    product = curvature.matmat(vectors)
+    product = curvature_of(kind, mlp).matmat(vectors)
     for i in range(7):
         row, found = (flat(jax.tree.map(lambda x, i=i: x[i], tree)) for tree in (vectors, product))
         assert_close(found, row @ matrix, dtype)

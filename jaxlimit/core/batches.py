@@ -119,9 +119,7 @@ def grouped(batches: Iterable[PyTree]) -> Iterable[PyTree]:
             )
         full = stop // size * size
         cuts = ((0, full, size), (full, stop, stop - full))
-        # Divided over devices as the examples were.
-        lie = tuple(sharding_like(x, new_axes=1) for x in jax.tree.leaves(batches.arrays))
-        return [_cut(batches.arrays, *cut, lie) for cut in cuts if cut[0] < cut[1]]
+        return [jax.tree.map(partial(_cut, *cut), batches.arrays) for cut in cuts if cut[0] < cut[1]]
     if isinstance(batches, (list, tuple)):
         if not batches:
             raise ValueError("batches is empty: at least one batch with at least one example is needed.")
@@ -134,15 +132,18 @@ def grouped(batches: Iterable[PyTree]) -> Iterable[PyTree]:
     return _Stream(batches)
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _cut(arrays: PyTree, start: int, stop: int, size: int, shardings: tuple) -> PyTree:
-    """Examples from start to stop as stacked batches, which lie as `shardings` says."""
-    leaves, structure = jax.tree.flatten(arrays)
-    cut = [x[start:stop].reshape(-1, size, *x.shape[1:]) for x in leaves]
-    constrain = jax.lax.with_sharding_constraint
-    return structure.unflatten(
-        [x if like is None else constrain(x, like) for x, like in zip(cut, shardings, strict=True)]
-    )
+def _cut(start: int, stop: int, size: int, x: jax.Array) -> jax.Array:
+    """Examples from start to stop as stacked batches, divided over devices as the examples were."""
+    sharding = sharding_like(x, new_axes=1)
+    if sharding is None:
+        return _slices(start, stop, size, x)
+    # Said of the result alone: within the program JAX refuses it for a mesh with explicit axes.
+    return jax.jit(partial(_slices, start, stop, size), out_shardings=sharding)(x)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _slices(start: int, stop: int, size: int, x: jax.Array) -> jax.Array:
+    return x[start:stop].reshape(-1, size, *x.shape[1:])
 
 
 @jax.jit
@@ -157,6 +158,9 @@ def _stacked(batches: list[PyTree]) -> PyTree:
     return jax.tree.map(lambda *xs: jax.device_put(np.stack(xs)), *batches)
 
 
+_END = object()
+
+
 @dataclass(frozen=True, eq=False)
 class _Stream:
     batches: Iterable[PyTree]
@@ -164,14 +168,14 @@ class _Stream:
     def __iter__(self) -> Iterator[PyTree]:
         with jax.ensure_compile_time_eval():  # data are known, also where JAX traces something
             batches = iter(self.batches)
-        while (group := self._next(batches)) is not None:
+        while True:
+            with jax.ensure_compile_time_eval():
+                batch = next(batches, _END)
+                if batch is _END:
+                    return
+                batch_length(batch)  # a clear error for what is no batch
+                group = jax.tree.map(_one, batch)
             yield group
-
-    @staticmethod
-    def _next(batches: Iterator[PyTree]) -> PyTree | None:
-        with jax.ensure_compile_time_eval():
-            batch = next(batches, None)
-            return None if batch is None else jax.tree.map(_one, batch)
 
 
 def _one(x: Any) -> jax.Array:
@@ -255,13 +259,20 @@ def running_sum(parts: Iterable[PyTree]) -> PyTree:
 
 
 # Programs, for JAX's own compiled functions would become part of what is being traced, if anything is.
-_add = Program(lambda total, part: jax.tree.map(jnp.add, total, part), donate_first=True)
-_quotient = Program(lambda total, divisor: jax.tree.map(lambda x: x / divisor, total))
+# They take leaves, since they outlive the trees, of which a structure may hold the user's objects.
+_add_leaves = Program(lambda total, part: list(map(jnp.add, total, part)), donate_first=True)
+_divide_leaves = Program(lambda total, divisor: [x / divisor for x in total])
+
+
+def _add(total: PyTree, part: PyTree) -> PyTree:
+    leaves, structure = jax.tree.flatten(total)
+    return structure.unflatten(_add_leaves(leaves, jax.tree.leaves(part)))
 
 
 def mean_of_sum(total: PyTree, num_examples: int) -> PyTree:
     """A sum over examples, divided by their number."""
-    return _quotient(total, num_examples)
+    leaves, structure = jax.tree.flatten(total)
+    return structure.unflatten(_divide_leaves(leaves, num_examples))
 
 
 def _group_sum(

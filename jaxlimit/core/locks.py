@@ -20,8 +20,8 @@ LOCK = ".lock"
 """The file's name."""
 # Seconds between two looks at a lock that another process holds.
 PATIENCE = 0.2
-# Locks of this process, by folder: work inside of work in the same folder does not wait for itself.
-_locks: "weakref.WeakValueDictionary[Path, _Held]" = weakref.WeakValueDictionary()
+# Locks by process and folder: work inside of work in the same folder does not wait for itself.
+_locks: "weakref.WeakValueDictionary[tuple[int, Path], _Held]" = weakref.WeakValueDictionary()
 
 
 class Lock:
@@ -60,9 +60,10 @@ def lock(folder: Path, *, wait: bool = True) -> Lock:
         ValueError: another process works there, and `wait` is False.
     """
     place = folder.resolve()
-    held = _locks.get(place)
+    key = os.getpid(), place  # a fork does not have what its parent has
+    held = _locks.get(key)
     if held is None or not held.holds:
-        held = _locks[place] = _Held(place, wait)
+        held = _locks[key] = _Held(place, wait)
     return Lock(held)
 
 
@@ -101,7 +102,11 @@ def _locked(path: Path) -> TextIOWrapper | None:
     while fcntl is not None:
         try:
             file = path.open("a+")
-        except OSError:  # where this process cannot write, it disturbs nobody
+        except PermissionError:
+            if not path.exists():  # where this process cannot write, it disturbs nobody
+                return None
+            file = path.open()  # another user's
+        except OSError:
             return None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -111,7 +116,9 @@ def _locked(path: Path) -> TextIOWrapper | None:
                 raise BlockingIOError(file.read() or "another process") from None
         except OSError:  # a file system without locks
             file.close()
-            path.unlink(missing_ok=True)
+            return None
+        if _is_at(path, file) and not file.writable():
+            file.close()
             return None
         if _is_at(path, file):
             file.truncate(0)

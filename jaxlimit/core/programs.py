@@ -79,12 +79,13 @@ class Program:
 
     def __init__(self, fn: Callable[..., PyTree], *, donate_first: bool = False) -> None:
         self._fn, self._donate_first, self._calls = fn, donate_first, {}
+        self._part = jax.jit(lambda *args: fn(*args))  # of something else that JAX traces or looks into
 
     def __call__(self, *args: PyTree) -> PyTree:
         """The result."""
         leaves, structure = jax.tree.flatten(args)
-        if _config.jax_disable_jit or any(isinstance(x, Tracer) for x in leaves):
-            return self._fn(*args)
+        if _looked_into() or any(isinstance(x, Tracer) for x in leaves):
+            return self._part(*args)
         key = structure, _context(), tuple(map(_placed, leaves))
         if key not in self._calls:
             self._calls[key] = self._compile(args, leaves, structure)
@@ -98,8 +99,7 @@ class Program:
 
     def _lower(self, args: tuple[PyTree, ...], leaves: list, structure: Any) -> tuple:
         trace = _trace(self._fn, structure, leaves)
-        with jax.ensure_compile_time_eval():  # arrays, also where JAX traces something
-            consts = [x if isinstance(x, jax.Array) else _copy(x) for x in trace.jaxpr.consts]
+        consts = trace.jaxpr.consts
         num_donated = len(jax.tree.leaves(args[0])) if self._donate_first else 0
         donated = tuple(range(len(consts), len(consts) + num_donated))
         run = jax.jit(_without_consts(trace.jaxpr), donate_argnums=donated, keep_unused=True)
@@ -139,7 +139,10 @@ def _trace(fn: Callable[..., PyTree], structure: Any, leaves: list) -> _Trace:
         values, result = jax.tree.flatten(fn(*structure.unflatten(leaves)))
         return values
 
-    return _Trace(jax.make_jaxpr(flat)(*leaves), result)
+    jaxpr = jax.make_jaxpr(flat)(*leaves)
+    with jax.ensure_compile_time_eval():  # arrays, also where JAX traces something
+        consts = [x if isinstance(x, jax.Array) else _copy(x) for x in jaxpr.consts]
+    return _Trace(ClosedJaxpr(jaxpr.jaxpr, consts), result)
 
 
 def _without_consts(jaxpr: ClosedJaxpr) -> Callable[..., list]:
@@ -155,6 +158,11 @@ def _without_consts(jaxpr: ClosedJaxpr) -> Callable[..., list]:
 def _copy(x: Any) -> jax.Array:
     """An array of the host, which may change it, on the device."""
     return jax.device_put(np.array(x))
+
+
+def _looked_into() -> bool:
+    """Whether JAX is to run operations one by one, or to find the one that makes a NaN."""
+    return _config.jax_disable_jit or _config.jax_debug_nans or _config.jax_debug_infs
 
 
 def _context() -> tuple:

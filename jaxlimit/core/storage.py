@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from jaxlimit.core.locks import LOCK, Lock, lock
 from jaxlimit.core.sharding import to_host
 from jaxlimit.core.trees import PyTree
-from jaxlimit.core.writing import FORMAT, read_json, write_file
+from jaxlimit.core.writing import FORMAT, is_leftover, read_json, write_file
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,9 @@ def claim(
     stored_identity(folder, purpose, wanted, free)
     held = lock(folder, wait=wait)
     stored = stored_identity(folder, purpose, wanted, free)
-    if held.holds:  # nobody else writes these any more
-        for leftover in (*folder.glob("*.tmp"), *folder.glob("*/*.tmp")):
+    if held.holds:  # nobody else writes these any more; a folder in it with a lock belongs to somebody
+        inside = [item for item in folder.iterdir() if item.is_dir() and not (item / LOCK).exists()]
+        for leftover in filter(is_leftover, [x for part in (folder, *inside) for x in part.iterdir()]):
             leftover.unlink(missing_ok=True)
     if stored is None or _different(stored, wanted):
         write_file(folder / purpose.file, json.dumps(wanted, indent=1) + "\n")
@@ -111,8 +112,8 @@ def stored_identity(
         return stored
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: name another folder.")
-    files = sorted(item.name for item in folder.iterdir()) if folder.exists() else []
-    foreign = [name for name in files if name != LOCK and not name.endswith(".tmp")]
+    files = sorted(folder.iterdir()) if folder.exists() else []
+    foreign = [item.name for item in files if item.name != LOCK and not is_leftover(item)]
     if foreign:
         raise ValueError(purpose.foreign.format(folder=folder, file=foreign[0]))
     return None
@@ -157,6 +158,7 @@ class Checkpoint:
 
     def __init__(self, folder: str | os.PathLike[str] | None, fingerprint: dict[str, Any]):
         self.folder = None if folder is None else Path(folder)
+        self._claim: Claim | None = None
         if self.folder is None:
             return
         try:
@@ -168,6 +170,14 @@ class Checkpoint:
         wanted = json.loads(json.dumps({"format": FORMAT, **fingerprint}))
         if jax.process_index() and stored_identity(self.folder, CHECKPOINT, wanted) is None:
             raise ValueError(f"{self.folder} holds no checkpoint here: it must be shared by all processes.")
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Lets other processes in, at once: a notebook keeps what an exception has gone through."""
+        if self._claim is not None:
+            self._claim.lock.release()
 
     def save_tree(self, name: str, tree: PyTree) -> None:
         """Stores the leaves of a pytree."""

@@ -7,6 +7,7 @@ killed at any moment leaves either the old file or the new one.
 import contextlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,15 @@ from typing import Any, BinaryIO
 
 FORMAT = 1
 """Version of the JSON files: what their names mean."""
+
+
+# Names of files that are being written, or were when their process was killed.
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$")
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether this is a file that a writer of this module has not finished."""
+    return _TEMPORARY.search(path.name) is not None and path.is_file()
 
 
 def write_file(path: Path, content: bytes | str | Callable[[BinaryIO], object]) -> None:

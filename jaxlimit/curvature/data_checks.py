@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxlimit.core.batches import ExampleSum, batch_length, first_of
 from jaxlimit.core.programs import Program
+from jaxlimit.core.sharding import example_sharding, to_host
 from jaxlimit.core.trees import PyTree
 from jaxlimit.curvature.products import Loss, Product
 
@@ -43,6 +44,8 @@ def check_data(
 
 def _check_mean(loss: Loss, weights: PyTree, rest: PyTree, group: PyTree) -> None:
     """The loss of a batch is the mean of the losses of its two halves, or it is not a mean."""
+    if example_sharding(group, axis=1) is not None:  # halves need not divide over the devices
+        group = jax.tree.map(lambda x: to_host(x[:1]), group)
     half = batch_length(jax.eval_shape(first_of, group)) // 2
     if half < 1:
         return
@@ -56,8 +59,8 @@ def _check_mean(loss: Loss, weights: PyTree, rest: PyTree, group: PyTree) -> Non
     whole, mean = float(whole), float(np.mean(np.asarray(halves, np.float64)))
     if not np.isclose(whole, mean, rtol=1e-3, atol=1e-5):
         raise ValueError(
-            f"loss_fn is not a mean over the batch's examples: a batch of {2 * half} has loss {whole:.6g}, "
-            f"the mean over its two halves is {mean:.6g}. Likely causes: a sum instead of a mean, or batch "
+            f"loss_fn is not a mean over the batch's examples: {2 * half} of them have loss {whole:.6g}, the "
+            f"mean over two halves is {mean:.6g}. Likely causes: a sum instead of a mean, or batch "
             "norm in train mode (use evaluation mode)."
         )
 

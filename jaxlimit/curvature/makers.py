@@ -10,7 +10,13 @@ from jaxlimit.core.memory import device_memory
 from jaxlimit.core.trees import Prunable, PyTree, is_kernel, partition
 from jaxlimit.curvature.data_checks import check_data, require_single_precision
 from jaxlimit.curvature.operator import Curvature
-from jaxlimit.curvature.products import GaussNewtonProduct, HessianProduct, Product, suitable_batch_size
+from jaxlimit.curvature.products import (
+    GaussNewtonProduct,
+    HessianProduct,
+    Product,
+    linear_batch_bytes,
+    suitable_batch_size,
+)
 
 
 def hessian(
@@ -115,6 +121,8 @@ def _curvature(
     if isinstance(batches, Batches):
         size = suitable_batch_size(product, weights, rest, batches.arrays)
         groups = grouped(replace(batches, batch_size=size))
+        for group in groups:  # of the loss as it is now, whatever its surroundings become
+            linear_batch_bytes(product, weights, rest, group)
     return Curvature(
         weights, rest, groups, mean_loss, num_examples, product, positive_semidefinite, linear_bytes
     )

@@ -225,9 +225,7 @@ def linearize_groups(
     measured = []
     for group in groups:
         sharding = example_sharding(group, axis=1)
-        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), group)
-        size = batch_length(batch) // _num_shards(sharding)
-        measured.append((group, sharding, _linear_bytes(product, weights, rest, batch, size)))
+        measured.append((group, sharding, linear_batch_bytes(product, weights, rest, group)))
     if sum(batch_length(group) * batch_bytes for group, _, batch_bytes in measured) > linear_bytes:
         return None
     programs = {sharding: Program(partial(linearize_group, product, sharding)) for _, sharding, _ in measured}
@@ -269,6 +267,13 @@ def _batch_bytes() -> int:
 
 def _num_shards(sharding: ExampleSharding | None) -> int:
     return 1 if sharding is None else sharding.num_shards
+
+
+def linear_batch_bytes(product: Product, weights: PyTree, rest: PyTree, group: PyTree) -> int:
+    """Memory of one linearised batch of a group, on each device; the loss is traced for batches like it."""
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), group)
+    size = batch_length(batch) // _num_shards(example_sharding(group, axis=1))
+    return _linear_bytes(product, weights, rest, batch, size)
 
 
 def _linear_bytes(product: Product, weights: PyTree, rest: PyTree, like: PyTree, size: int) -> int:

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,8 @@ def _write(experiment: Experiment, found: Mapping[str, dict[str, Any]], command:
     table = experiment.table(found)
     writing.write_file(experiment.out / TABLE, table)
     for name, draw in experiment.figures.items():
-        writing.write_file(experiment.out / run_folder.FIGURES / name, draw(found).savefig)
+        save = partial(draw(found).savefig, format=Path(name).suffix[1:])
+        writing.write_file(experiment.out / run_folder.FIGURES / name, save)
     return table
 
 

@@ -108,22 +108,22 @@ def pruning_limit(
     problem = Problem(magnitude_order(curvature.weights, scores), float(loss_tolerance))
     if problem.radius(problem.dim) == 0:
         raise ValueError("all prunable weights are zero: every sparsity leaves the network as it is.")
-    store = Checkpoint(checkpoint, fingerprint(curvature, problem, key, tolerance, num_probes))
     budget = Budget(curvature, int(max_matvecs), progress)
-    if num_probes is None and dense_fits(curvature.dim, max_matvecs):
-        source: Source = dense_source(problem, budget)
-    else:
-        source = lanczos_source(
-            problem,
-            budget,
-            store,
-            key,
-            tolerance=tolerance,
-            num_probes=num_probes,
-            which=which,
-            basis_bytes=device_memory() // 2 if basis_bytes is None else basis_bytes,
-        )
-    solved = _solve(source, problem, which, 0.0 if source.exact else tolerance)
+    with Checkpoint(checkpoint, fingerprint(curvature, problem, key, tolerance, num_probes)) as store:
+        if num_probes is None and dense_fits(curvature.dim, max_matvecs):
+            source: Source = dense_source(problem, budget)
+        else:
+            source = lanczos_source(
+                problem,
+                budget,
+                store,
+                key,
+                tolerance=tolerance,
+                num_probes=num_probes,
+                which=which,
+                basis_bytes=device_memory() // 2 if basis_bytes is None else basis_bytes,
+            )
+        solved = _solve(source, problem, which, 0.0 if source.exact else tolerance)
     return _result(problem, curvature, source, budget, solved, which, tolerance)
 
 

@@ -135,28 +135,28 @@ def minimise(
     require_floating("params", params)
     require_finite("params", params)
     carry = Program(partial(_start, settings))(params, state)
-    store = Checkpoint(checkpoint, _identity(settings, carry, arrays, key, checkpoint, identity or {}))
-    stored = store.load_tree("epoch", (0, carry))
-    done, carry = (0, carry) if stored is None else (int(stored[0]), jax.tree.map(jnp.asarray, stored[1]))
-    arrays = jax.tree.map(jnp.asarray, arrays)
-    batch_size = min(settings.batch_size, num_examples)
-    schedule = settings.learning_rate if callable(settings.learning_rate) else None
-    run_epoch = Program(partial(_epoch, objective, project, schedule, batch_size), donate_first=True)
-    for epoch in range(done, settings.epochs):
-        carry, mean_loss, finite = run_epoch(carry, arrays, key, epoch, settings.numbers)
-        mean_loss = float(mean_loss)
-        if not (finite and math.isfinite(mean_loss)):
-            raise FloatingPointError(
-                f"training diverged in epoch {epoch} (counted from 0): mean loss {mean_loss}, parameters "
-                f"{'finite' if finite else 'infinite or NaN'}; lower learning_rate, or warm it up"
-            )
-        if after_epoch is not None:
-            params, state = after_epoch(epoch, carry.params, carry.state)
-            carry = _Carry(params, carry.momenta, state)
-        store.save_tree("epoch", (epoch + 1, carry))
-        if on_epoch is not None:
-            on_epoch(epoch, mean_loss)
-    return carry.params, carry.state
+    with Checkpoint(checkpoint, _identity(settings, carry, arrays, key, checkpoint, identity or {})) as store:
+        stored = store.load_tree("epoch", (0, carry))
+        done, carry = (0, carry) if stored is None else (int(stored[0]), jax.tree.map(jnp.asarray, stored[1]))
+        arrays = jax.tree.map(jnp.asarray, arrays)
+        batch_size = min(settings.batch_size, num_examples)
+        schedule = settings.learning_rate if callable(settings.learning_rate) else None
+        run_epoch = Program(partial(_epoch, objective, project, schedule, batch_size), donate_first=True)
+        for epoch in range(done, settings.epochs):
+            carry, mean_loss, finite = run_epoch(carry, arrays, key, epoch, settings.numbers)
+            mean_loss = float(mean_loss)
+            if not (finite and math.isfinite(mean_loss)):
+                raise FloatingPointError(
+                    f"training diverged in epoch {epoch} (counted from 0): mean loss {mean_loss}, parameters "
+                    f"{'finite' if finite else 'infinite or NaN'}; lower learning_rate, or warm it up"
+                )
+            if after_epoch is not None:
+                params, state = after_epoch(epoch, carry.params, carry.state)
+                carry = _Carry(params, carry.momenta, state)
+            store.save_tree("epoch", (epoch + 1, carry))
+            if on_epoch is not None:
+                on_epoch(epoch, mean_loss)
+        return carry.params, carry.state
 
 
 def _start(settings: Settings, params: PyTree, state: PyTree) -> _Carry:

@@ -32,7 +32,7 @@ class TrainingOptions(TypedDict, total=False):
     on_epoch: Callable[[int, float], None] | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Stochastic gradient descent with momentum.
 
