@@ -117,10 +117,10 @@ def _locked(path: Path) -> TextIOWrapper | None:
         except OSError:  # a file system without locks
             file.close()
             return None
-        if _is_at(path, file) and not file.writable():
-            file.close()
-            return None
         if _is_at(path, file):
+            if not file.writable():  # nobody has it, and this process cannot say that it does
+                file.close()
+                return None
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()

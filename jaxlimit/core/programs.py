@@ -97,16 +97,19 @@ class Program:
         leaves, structure = jax.tree.flatten(args)
         return self._lower(args, leaves, structure)[0]
 
-    def _lower(self, args: tuple[PyTree, ...], leaves: list, structure: Any) -> tuple:
+    def _lower(
+        self, args: tuple[PyTree, ...], leaves: list, structure: Any
+    ) -> tuple[jax.stages.Lowered, _Trace]:
         trace = _trace(self._fn, structure, leaves)
         consts = trace.jaxpr.consts
         num_donated = len(jax.tree.leaves(args[0])) if self._donate_first else 0
         donated = tuple(range(len(consts), len(consts) + num_donated))
         run = jax.jit(_without_consts(trace.jaxpr), donate_argnums=donated, keep_unused=True)
-        return run.lower(*consts, *leaves), trace, consts
+        return run.lower(*consts, *leaves), trace
 
     def _compile(self, args: tuple[PyTree, ...], leaves: list, structure: Any) -> tuple[Callable, list, Any]:
-        lowered, trace, consts = self._lower(args, leaves, structure)
+        lowered, trace = self._lower(args, leaves, structure)
+        consts = trace.jaxpr.consts
         return _shared_program(lowered, trace.jaxpr, [*consts, *leaves]), consts, trace.structure
 
 
