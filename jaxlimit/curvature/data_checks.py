@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlimit.core.batches import ExampleSum, batch_length, first_of
+from jaxlimit.core.batches import batch_length, first_of
 from jaxlimit.core.programs import Program
 from jaxlimit.core.sharding import example_sharding, to_host
 from jaxlimit.core.trees import PyTree
@@ -29,8 +29,7 @@ def check_data(
 ) -> tuple[int, float]:
     """Two passes over the data must agree; the loss must be finite and a mean. Returns examples and loss."""
     loss = Loss(product)
-    total = ExampleSum(loss)
-    (first, num_first), (second, num_second) = (total(groups, weights, rest) for _ in range(2))
+    (first, num_first), (second, num_second) = (product.loss_sum(groups, weights, rest) for _ in range(2))
     first, second = float(first) / num_first, float(second) / num_second
     if not np.isfinite(first):
         raise ValueError(f"the mean loss is {first}: the parameters or the data are not usable.")

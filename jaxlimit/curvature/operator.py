@@ -101,6 +101,16 @@ class Curvature:
         """Gradient of the mean loss with respect to the weights, same tree; computed on first use."""
         return self._mean(self.product.gradient_sum)
 
+    def mean_loss(self, weights: PyTree) -> float:
+        """The mean loss itself at other weights, shaped like `weights`; all other parameters as they are."""
+        found, num_examples = self.product.loss_sum(self.groups, weights, self.rest)
+        return float(found) / num_examples
+
+    @property
+    def rounding(self) -> float:
+        """Relative error of a product, in units of ||H||: machine epsilon of the weights."""
+        return max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(self.weights))
+
     def matvec(self, vector: PyTree) -> PyTree:
         """H v for one vector shaped like `weights`. Cost: about two gradients of the loss."""
         return _only(self.matmat(_block_of_one(vector)))

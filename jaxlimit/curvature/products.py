@@ -58,6 +58,11 @@ class _Product:
         return ExampleSum(self)
 
     @cached_property
+    def loss_sum(self) -> ExampleSum:
+        """Sum of the losses over batches."""
+        return ExampleSum(Loss(self))
+
+    @cached_property
     def gradient_sum(self) -> ExampleSum:
         """Sum of the gradients over batches."""
         return ExampleSum(Gradient(self))
