@@ -1,8 +1,9 @@
 r"""Batches of examples, and sums over them.
 
 A *batch* is any pytree whose leaves share a leading example axis. *Batches* are anything that can be
-iterated again and again and yields the same batches each time: the result of `batched`, a list, or a
-re-iterable stream. Every sum over examples in this package goes through `ExampleSum`,
+iterated again and again and yields the same batches each time: the result of `batched`, a list, a re-iterable
+stream, or a function without arguments that starts a pass. Batches without examples count for nothing. Every
+sum over examples in this package goes through `ExampleSum`,
 
     sum_b n_b f(batch_b),        n_b = number of examples of batch b,
 
@@ -13,13 +14,14 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxlimit.core.checks import require_count
+from jaxlimit.core.leaves import copied, to_arrays
+from jaxlimit.core.passes import in_memory, passes
 from jaxlimit.core.programs import Program, Traced
 from jaxlimit.core.sharding import ExampleSharding, example_sharding, sharding_like, sum_of_parts
 from jaxlimit.core.trees import PyTree
@@ -68,7 +70,7 @@ def batched(arrays: PyTree, batch_size: int) -> Batches:
         [2, 2, 1]
     """
     require_count("batch_size", batch_size)
-    arrays = jax.tree.map(jnp.asarray, arrays)
+    arrays = copied(to_arrays("arrays", arrays))
     if batch_length(arrays) == 0:
         raise ValueError("arrays hold no examples (a leading axis of length 0).")
     return Batches(arrays, int(batch_size))
@@ -87,7 +89,9 @@ def batch_length(batch: PyTree) -> int:
     shapes = [np.shape(leaf) for leaf in jax.tree.leaves(batch)]
     if not shapes or any(len(shape) == 0 for shape in shapes):
         raise ValueError(
-            f"a batch must be a pytree of arrays with a leading example axis, got shapes {shapes}."
+            "a batch must be a pytree of arrays with a leading example axis, got shapes "
+            f"{str(shapes)[:200]}. A Python list counts as a tree: pass np.asarray(list); and of random keys "
+            "one for each example."
         )
     lengths = {shape[0] for shape in shapes}
     if len(lengths) > 1:
@@ -106,8 +110,8 @@ def grouped(batches: Iterable[PyTree]) -> Iterable[PyTree]:
         divided over devices, each batch is.
 
     Raises:
-        ValueError: no batches, an iterator that can be used only once, or a batch size that does not divide
-            over the devices.
+        ValueError: no batches, what is one batch or an iterator that can be used only once, or a batch size
+            that does not divide over the devices.
     """
     if isinstance(batches, Batches):
         size, stop = batches.batch_size, batches.num_examples
@@ -121,15 +125,11 @@ def grouped(batches: Iterable[PyTree]) -> Iterable[PyTree]:
         cuts = ((0, full, size), (full, stop, stop - full))
         return [jax.tree.map(partial(_cut, *cut), batches.arrays) for cut in cuts if cut[0] < cut[1]]
     if isinstance(batches, (list, tuple)):
-        if not batches:
+        filled = [batch for batch in in_memory(batches) if batch_length(batch)]
+        if not filled:
             raise ValueError("batches is empty: at least one batch with at least one example is needed.")
-        return [_stacked(list(run)) for _, run in itertools.groupby(batches, key=_signature)]
-    if isinstance(batches, Iterator) or not isinstance(batches, Iterable):
-        raise ValueError(
-            f"batches must be iterable more than once, got {type(batches).__name__}: pass batched(arrays, "
-            "batch_size), a list of batches, or an object whose __iter__ starts a new pass."
-        )
-    return _Stream(batches)
+        return [_stacked(list(run)) for _, run in itertools.groupby(filled, key=_signature)]
+    return _Stream(passes(batches))
 
 
 def _cut(start: int, stop: int, size: int, x: jax.Array) -> jax.Array:
@@ -173,14 +173,11 @@ class _Stream:
                 batch = next(batches, _END)
                 if batch is _END:
                     return
-                batch_length(batch)  # a clear error for what is no batch
-                group = jax.tree.map(_one, batch)
+                batch = to_arrays("a batch", batch)
+                if not batch_length(batch):
+                    continue
+                group = jax.tree.map(lambda x: x[None], copied(batch))
             yield group
-
-
-def _one(x: Any) -> jax.Array:
-    """A stack of one; of an array on the host without a copy there."""
-    return x[None] if isinstance(x, jax.Array) else jnp.asarray(np.asarray(x)[None])
 
 
 def group_length(group: PyTree) -> int:
@@ -190,9 +187,8 @@ def group_length(group: PyTree) -> int:
 
 
 def _signature(batch: PyTree) -> tuple:
-    batch_length(batch)  # a clear error before jnp.stack has an unclear one
     leaves, structure = jax.tree.flatten(batch)
-    return structure, tuple((np.shape(x), np.asarray(x).dtype if np.isscalar(x) else x.dtype) for x in leaves)
+    return structure, tuple((x.shape, x.dtype) for x in leaves)
 
 
 class ExampleSum:

@@ -1,10 +1,14 @@
 """What is asked of arguments before work starts: a ValueError says what is allowed and what was given."""
 
+import inspect
+from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import dtypes
 
 
 def require_count(name: str, value: Any) -> None:
@@ -36,6 +40,8 @@ def require_range(name: str, value: Any, holds: bool, allowed: str) -> None:
 def require_floating(name: str, tree: Any) -> None:
     """Raises ValueError unless all leaves of a pytree are floating-point."""
     for leaf_name, leaf in named_leaves(name, tree):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
+            raise ValueError(f"{name} must be floating arrays, got a {type(leaf).__name__} in {leaf_name}.")
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise ValueError(f"{name} must be floating arrays, got {jnp.result_type(leaf)} in {leaf_name}.")
 
@@ -49,18 +55,22 @@ def require_finite(name: str, tree: Any) -> None:
 
 
 def are_finite(leaves: list) -> list[bool]:
-    """Whether each array holds neither infinities nor NaN.
+    """Whether each array holds neither infinities nor NaN; they may lie on different devices.
 
     Examples:
         >>> are_finite([np.ones(2), jnp.array([0.0, np.nan]), 3])
         [True, False, True]
     """
-    on_device = [isinstance(x, jax.Array) for x in leaves]
-    found = iter(_are_finite([x for x, there in zip(leaves, on_device, strict=True) if there]))
-    return [
-        bool(next(found)) if there else bool(np.all(np.isfinite(x)))
-        for x, there in zip(leaves, on_device, strict=True)
-    ]
+    found, together = [False] * len(leaves), defaultdict(list)
+    for number, x in enumerate(leaves):
+        if isinstance(x, jax.Array):
+            together[frozenset(x.devices())].append(number)
+        else:
+            found[number] = bool(np.all(np.isfinite(x)))
+    for numbers in together.values():  # a program works on one set of devices
+        for number, finite in zip(numbers, _are_finite([leaves[n] for n in numbers]), strict=True):
+            found[number] = bool(finite)
+    return found
 
 
 @jax.jit
@@ -69,6 +79,99 @@ def _are_finite(arrays: list[jax.Array]) -> list[Any]:
     return [
         jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.array(True) for x in arrays
     ]
+
+
+def require_problem(call: str, params: Any, **functions: Any) -> None:
+    """Raises ValueError unless functions of two arguments, and a tree of parameters, stand in their places.
+
+    Args:
+        call: how the function is called that asks, with its arguments in order.
+        params: the parameters.
+        functions: name -> function of (params, batch), or of (outputs, batch).
+
+    Examples:
+        >>> require_problem("hessian(loss_fn, params, batches)", abs, loss_fn={"w": 1.0})
+        Traceback (most recent call last):
+        ...
+        ValueError: loss_fn must be a function, got a dict: call hessian(loss_fn, params, batches).
+    """
+    for name, function in functions.items():
+        _require_no_module(name, function)
+        if not callable(function) or isinstance(function, type):
+            raise ValueError(f"{name} must be a function, got {_kind(function)}: call {call}.")
+        _require_two_arguments(name, function)
+    _require_no_module("params", params)
+    leaves = jax.tree.leaves(params)
+    is_function = callable(params) and (not leaves or leaves[0] is params)
+    if is_function or type(params).__module__.startswith("jaxlimit."):
+        raise ValueError(f"params must be a pytree of arrays, got {_kind(params)}: call {call}.")
+
+
+def _require_two_arguments(name: str, function: Callable) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of builtins there may be none
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise ValueError(
+            f"{name} is called with two arguments, parameters (or outputs) and a batch, but its signature is "
+            f"{signature}: wrap it, as in lambda params, batch: {name}(params, *batch)."
+        ) from error
+
+
+def _require_no_module(name: str, value: Any) -> None:
+    """Flax has functions that part a module from its parameters."""
+    for cls in type(value).__mro__ if not isinstance(value, type) else value.__mro__:
+        for library, remedy in (("nnx", "from_nnx(model)"), ("linen", "from_linen(module, variables)")):
+            if cls.__module__.startswith(f"flax.{library}.module"):
+                raise ValueError(
+                    f"{name} is a module of Flax {library.upper() if library == 'nnx' else 'Linen'}: "
+                    f"`predict, params = jaxlimit.models.{remedy}` makes it a function and its parameters."
+                )
+
+
+def require_instance(name: str, value: Any, cls: type, maker: str) -> None:
+    """Raises ValueError unless the value is of this class; `maker` says what makes one."""
+    if not isinstance(value, cls):
+        raise ValueError(f"{name} must be a {cls.__name__}, which {maker} makes; got {_kind(value)}.")
+
+
+def require_key(name: str, key: Any) -> Any:
+    """A single random key, also of the older kind, an array of uint32.
+
+    Raises:
+        ValueError: anything else: there is no default seed.
+
+    Examples:
+        >>> require_key("key", 0)
+        Traceback (most recent call last):
+        ...
+        ValueError: key must be one random key, as jax.random.key(0) makes it, got the int 0.
+    """
+    dtype = getattr(key, "dtype", None)
+    if isinstance(key, (jax.Array, np.ndarray)) and dtype == np.uint32 and key.ndim == 1:
+        try:
+            return jax.random.wrap_key_data(jnp.asarray(key))
+        except TypeError:  # of another length
+            pass
+    if dtype is None or not jnp.issubdtype(dtype, dtypes.prng_key) or key.shape != ():
+        found = _kind(key) if np.ndim(key) else f"the {type(key).__name__} {key!r:.60}"
+        raise ValueError(f"{name} must be one random key, as jax.random.key(0) makes it, got {found}.")
+    return key
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in words."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if hasattr(value, "__name__"):
+        return f"the function {value.__name__}"
+    if isinstance(value, (np.ndarray, jax.Array)):
+        return f"an array of shape {value.shape} and dtype {value.dtype}"
+    article = "an" if type(value).__name__[0] in "AEIOUaeiou" else "a"
+    return f"{article} {type(value).__name__}"
 
 
 def named_leaves(name: str, tree: Any) -> list[tuple[str, Any]]:

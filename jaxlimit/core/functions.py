@@ -4,7 +4,6 @@ Arrays that such a function carries are leaves. What else it holds is its struct
 of them share a compiled function.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -32,28 +31,32 @@ def pure_function(cls: Class) -> Class:
     names = [field.name for field in fields(cls)]
 
     def flatten(made: Any) -> tuple[list[tuple[Any, Any]], None]:
-        values = [_Opaque(x) if _is_leaf(x) and callable(x) else x for x in (getattr(made, n) for n in names)]
+        values = [Static(x) if _is_leaf(x) and callable(x) else x for x in (getattr(made, n) for n in names)]
         return [(jax.tree_util.GetAttrKey(n), x) for n, x in zip(names, values, strict=True)], None
 
     def unflatten(_: None, values: Any) -> Any:
-        return cls(*(x.fn if isinstance(x, _Opaque) else x for x in values))
+        return cls(*(x.value if isinstance(x, Static) else x for x in values))
 
     jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
     return cls
 
 
 @jax.tree_util.register_static
-@dataclass(frozen=True)
-class _Opaque:
-    """A function that is structure."""
+@dataclass(frozen=True, eq=False)
+class Static:
+    """What is structure of a pytree: a function, a text, a number. Numbers and texts compare by value."""
 
-    fn: Callable
+    value: Any
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Opaque) and self.fn is other.fn
+        return isinstance(other, Static) and self._identity() == other._identity()
 
     def __hash__(self) -> int:
-        return id(self.fn)
+        return hash(self._identity())
+
+    def _identity(self) -> tuple:
+        by_value = isinstance(self.value, (bool, int, float, complex, str))
+        return type(self.value), repr(self.value) if by_value else id(self.value)
 
 
 def _is_leaf(x: Any) -> bool:

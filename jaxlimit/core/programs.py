@@ -18,7 +18,9 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
-from jaxlimit.core.trees import PyTree
+from jaxlimit.core.functions import Static
+from jaxlimit.core.leaves import is_array
+from jaxlimit.core.trees import PyTree, thawed
 
 # Compiled programs that are kept for others to use. A run of the command line has about a hundred.
 MAX_SHARED = 256
@@ -37,7 +39,7 @@ class _Trace(NamedTuple):
 class Traced:
     """A function of pytrees that is traced once for arguments of each shape.
 
-    What it reads beside its arguments counts as it is at that time.
+    What it reads beside its arguments counts as it is at that time. So does what is no array in them.
 
     Args:
         fn: function of pytrees of arrays.
@@ -48,12 +50,13 @@ class Traced:
 
     def __call__(self, *args: PyTree) -> PyTree:
         """The result, as part of what is being traced or computed."""
+        args = _held(args)
         trace = self._trace(args)
         return trace.structure.unflatten(jaxpr_as_fun(trace.jaxpr)(*jax.tree.leaves(args)))
 
     def shape(self, *args: PyTree) -> PyTree:
         """Shapes and dtypes of the result for arguments of these."""
-        trace = self._trace(args)
+        trace = self._trace(_held(args))
         return trace.structure.unflatten(
             [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in trace.jaxpr.out_avals]
         )
@@ -62,7 +65,9 @@ class Traced:
         leaves, structure = jax.tree.flatten(args)
         key = structure, _context(), tuple(map(jax.typeof, leaves))
         if key not in self._traces:
-            self._traces[key] = _trace(self._fn, structure, [_like(x) for x in leaves])
+            self._traces[key] = _trace(
+                lambda *args: self._fn(*thawed(args)), structure, [_like(x) for x in leaves]
+            )
         return self._traces[key]
 
 
@@ -177,6 +182,11 @@ def _context() -> tuple:
         _config.jax_numpy_dtype_promotion,
         jax.sharding.get_abstract_mesh(),
     )
+
+
+def _held(args: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
+    """Arguments of which all leaves are arrays."""
+    return jax.tree.map(lambda x: x if is_array(x) else Static(x), args)
 
 
 def _like(x: Any) -> Any:

@@ -11,6 +11,8 @@ from jax.core import Tracer
 from numpy.typing import ArrayLike, NDArray
 
 from jaxlimit.core.checks import are_finite
+from jaxlimit.core.functions import Static
+from jaxlimit.core.leaves import copied, is_array, to_arrays
 from jaxlimit.core.sharding import place, sharding_like, to_host
 
 PyTree = Any
@@ -29,30 +31,84 @@ def is_kernel(path: tuple, leaf: Any) -> bool:
 def partition(params: PyTree, prunable: Prunable = is_kernel) -> tuple[PyTree, PyTree]:
     """Splits params into prunable weights and the rest, each with None where the other has a leaf.
 
+    What is no array (an activation function, a number, a text) is part of the structure of the rest: it stays
+    as it is, and can be no argument of a compiled function. `prunable` is asked about arrays alone.
+
     Raises:
-        ValueError: a tree of bools that does not match, nothing prunable, or prunable leaves that are
-            not floating-point or not finite.
+        ValueError: a tree of bools that does not match, or that chooses parts of arrays; nothing prunable;
+            prunable leaves that are not floating-point or not finite.
 
     Examples:
         >>> partition({"kernel": jnp.ones((1, 2)), "bias": jnp.ones(2)})[0]
         {'bias': None, 'kernel': Array([[1., 1.]], dtype=float32)}
     """
-    if callable(prunable):
-        chosen = jax.tree_util.tree_map_with_path(lambda path, x: bool(prunable(path, x)), params)
-    else:
-        chosen = prunable
-        expected, got = jax.tree.structure(params), jax.tree.structure(prunable)
-        if expected != got:
-            raise ValueError(f"prunable does not match params: expected the tree {expected}, got {got}.")
-    weights = jax.tree.map(lambda keep, x: jnp.asarray(x) if keep else None, chosen, params)
-    rest = jax.tree.map(lambda keep, x: None if keep else x, chosen, params)
+    chosen = _chosen(params, prunable)
+    weights = jax.tree.map(lambda keep, x: as_array(x) if keep else None, chosen, params)
+    rest = jax.tree.map(lambda keep, x: None if keep else _fixed(x), chosen, params)
     _check_weights(weights)
     return weights, rest
 
 
 def combine(weights: PyTree, rest: PyTree) -> PyTree:
     """The inverse of `partition`."""
-    return jax.tree.map(lambda w, r: r if w is None else w, weights, rest, is_leaf=lambda x: x is None)
+    return thawed(jax.tree.map(lambda w, r: r if w is None else w, weights, rest, is_leaf=_is_none))
+
+
+def frozen(params: PyTree) -> PyTree:
+    """Params as arguments of a compiled function: what is no array becomes part of their structure."""
+    return jax.tree.map(_fixed, params)
+
+
+def thawed(params: PyTree) -> PyTree:
+    """The inverse of `frozen`."""
+    return jax.tree.map(
+        lambda x: x.value if isinstance(x, Static) else x, params, is_leaf=lambda x: isinstance(x, Static)
+    )
+
+
+def as_array(leaf: Any) -> jax.Array:
+    """A leaf of any library, or a number, as an array on the device that nobody else writes to."""
+    found = to_arrays("a leaf of params", leaf)
+    return copied(found) if isinstance(found, np.ndarray) else jnp.asarray(found)
+
+
+def _fixed(leaf: Any) -> Any:
+    if not is_array(leaf):
+        return Static(leaf)
+    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else as_array(leaf)
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _chosen(params: PyTree, prunable: Prunable) -> PyTree:
+    """Of each leaf whether it is prunable."""
+    # A model of bools can be called, too: a function is what has no leaves but itself.
+    if callable(prunable) and jax.tree_util.all_leaves([prunable]):
+
+        def choose(path: tuple, leaf: Any) -> bool:
+            return is_array(leaf) and bool(_whole(path, prunable(path, leaf)))
+
+        return jax.tree_util.tree_map_with_path(choose, params)
+    expected, got = jax.tree.structure(params), jax.tree.structure(prunable)
+    if expected != got:
+        raise ValueError(f"prunable does not match params: expected the tree {expected}, got {got}.")
+    for path, keep in jax.tree_util.tree_leaves_with_path(prunable):
+        if np.asarray(_whole(path, keep)).dtype != bool:
+            raise ValueError(f"prunable must hold bools, got {keep!r} in {jax.tree_util.keystr(path)}.")
+    return prunable
+
+
+def _whole(path: tuple, keep: Any) -> Any:
+    """What is said of an array, unless it is said of each of its entries."""
+    if np.ndim(keep) == 0:
+        return keep
+    raise ValueError(
+        f"prunable must say one bool for {jax.tree_util.keystr(path) or 'params'}, got a mask of shape "
+        f"{np.shape(keep)}: an array is prunable as a whole. To hold single weights, give them the largest "
+        "`scores`, or make them an array of their own."
+    )
 
 
 def _check_weights(weights: PyTree) -> None:
@@ -77,16 +133,29 @@ def _check_weights(weights: PyTree) -> None:
 
 
 def flatten(weights: PyTree) -> NDArray[np.float64]:
-    """All leaves of a pytree, in `jax.tree.leaves` order, as one float64 vector on the host."""
-    leaves = [to_host(leaf).astype(np.float64).ravel() for leaf in jax.tree.leaves(weights)]
-    return np.concatenate(leaves) if leaves else np.zeros(0)
+    """All leaves of a pytree, in `jax.tree.leaves` order, as one float64 vector on the host.
+
+    Raises:
+        ValueError: a complex leaf, of which one number is not enough.
+    """
+    leaves = [to_host(leaf) for leaf in jax.tree.leaves(weights)]
+    if any(np.iscomplexobj(leaf) for leaf in leaves):
+        raise ValueError("weights must be real, got complex ones: hold real and imaginary parts apart.")
+    return np.concatenate([leaf.astype(np.float64).ravel() for leaf in leaves]) if leaves else np.zeros(0)
 
 
 def unflatten(vector: ArrayLike, like: PyTree) -> PyTree:
-    """The inverse of `flatten`: a vector cut into leaves of the shapes, dtypes and devices of `like`."""
+    """The inverse of `flatten`: a vector cut into leaves of the shapes, dtypes and devices of `like`.
+
+    Raises:
+        ValueError: the vector has another number of entries.
+    """
     leaves, structure = jax.tree.flatten(like)
-    ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
-    parts = np.split(np.asarray(vector), ends)
+    vector, ends = np.asarray(vector), np.cumsum([leaf.size for leaf in leaves], dtype=int)
+    expected = (int(ends[-1]) if len(ends) else 0,)
+    if vector.shape != expected:
+        raise ValueError(f"vector must have shape {expected}, an entry for each weight, got {vector.shape}.")
+    parts = np.split(vector, ends[:-1])
     return structure.unflatten(
         [
             place(part.reshape(x.shape).astype(dtypes.canonicalize_dtype(x.dtype)), sharding_like(x))

@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 
 from jaxlimit.core.batches import Batches, grouped
+from jaxlimit.core.checks import require_problem
 from jaxlimit.core.memory import device_memory
 from jaxlimit.core.trees import Prunable, PyTree, is_kernel, partition
 from jaxlimit.curvature.data_checks import check_data, require_single_precision
@@ -58,6 +59,7 @@ def hessian(
         >>> curvature.matvec(jnp.ones((1, 1)))
         Array([[7.]], dtype=float32)
     """
+    require_problem("hessian(loss_fn, params, batches)", params, loss_fn=loss_fn)
     product = HessianProduct(loss_fn, precision)
     return _curvature(product, params, batches, prunable, linear_bytes, positive_semidefinite=False)
 
@@ -98,6 +100,8 @@ def gauss_newton(
         >>> curvature.matvec(jnp.ones((1, 1)))
         Array([[5.]], dtype=float32)
     """
+    call = "gauss_newton(predict_fn, loss_fn, params, batches)"
+    require_problem(call, params, predict_fn=predict_fn, loss_fn=loss_fn)
     product = GaussNewtonProduct(predict_fn, loss_fn, precision)
     return _curvature(product, params, batches, prunable, linear_bytes, positive_semidefinite=True)
 

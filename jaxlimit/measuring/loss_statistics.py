@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from jaxlimit.core.batches import check_scalar, grouped
+from jaxlimit.core.checks import require_problem
 from jaxlimit.core.programs import Program, Traced
-from jaxlimit.core.trees import PyTree
+from jaxlimit.core.trees import PyTree, frozen, thawed
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["mean", "batch_std"], meta_fields=["num_examples"])
@@ -49,7 +50,8 @@ def loss_statistics(
         >>> print(f"{statistics.mean:.2f} {statistics.batch_std:.2f}")
         3.40 1.55
     """
-    losses, sizes = [], []
+    require_problem("loss_statistics(loss_fn, params, batches)", params, loss_fn=loss_fn)
+    params, losses, sizes = frozen(params), [], []
     losses_of = Program(partial(batch_losses, Traced(loss_fn)))
     for group in grouped(batches):
         losses.append(np.asarray(losses_of(params, group), np.float64))
@@ -66,7 +68,7 @@ def batch_losses(loss_fn: Callable, params: PyTree, group: PyTree) -> jax.Array:
     """Mean loss of each of several stacked batches."""
 
     def loss(batch: PyTree) -> jax.Array:
-        value = loss_fn(params, batch)
+        value = loss_fn(thawed(params), batch)
         check_scalar(value)
         return value
 
