@@ -38,7 +38,6 @@ import jaxlimit
 from jaxlimit import models
 from jaxlimit.application import run_folder
 from jaxlimit.core import trees
-from jaxlimit.measuring import sweeps
 from jaxlimit.training import model_files
 from jaxlimit.training.losses import CURVATURES, cross_entropy, l1_norm
 
@@ -268,7 +267,7 @@ class Network:
         evaluated: dict[float, float] = {}
 
         def reached(sparsity: float) -> bool:
-            sweep = sweeps.finetuned_sweep(
+            sweep = jaxlimit.finetuned_sweep(
                 self.problem.loss,
                 self.params,
                 self.problem.batches,

@@ -29,6 +29,7 @@ import common
 import jax
 import numpy as np
 
+import jaxlimit
 from jaxlimit import models, training
 from jaxlimit.application import run_folder
 from jaxlimit.application.presets import PRESETS, SGD, Arrays, Options, Preset, build_network, load_arrays
@@ -243,7 +244,7 @@ def finetuned_threshold(
     evaluated = []
 
     def reached(sparsity: float) -> bool:
-        sweep = sweeps.finetuned_sweep(
+        sweep = jaxlimit.finetuned_sweep(
             problem.loss,
             params,
             problem.batches,

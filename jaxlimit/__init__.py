@@ -10,8 +10,9 @@ from jaxlimit.limits.budget import Progress
 from jaxlimit.limits.estimate import Estimate
 from jaxlimit.limits.pruning_limit import pruning_limit
 from jaxlimit.limits.result import PruningLimit
+from jaxlimit.measuring.finetuning import finetuned_sweep
 from jaxlimit.measuring.loss_statistics import LossStatistics, loss_statistics
-from jaxlimit.measuring.sweeps import Sweep, finetuned_sweep, sparsity_sweep
+from jaxlimit.measuring.sweeps import Sweep, sparsity_sweep
 from jaxlimit.reference.paper_code import reference_limit
 from jaxlimit.spectrum.lanczos import tridiagonalize
 from jaxlimit.spectrum.measure import SpectralMeasure, spectral_measure

@@ -43,9 +43,15 @@ class Job:
         return jax.random.fold_in(jax.random.key(self.options.seed), purpose)
 
     @property
+    def examples(self) -> Arrays:
+        """The training examples whose loss is predicted and measured: the first `num_examples`."""
+        inputs, labels = self.train
+        return inputs[: self.options.num_examples], labels[: self.options.num_examples]
+
+    @property
     def splits(self) -> dict[str, Arrays]:
-        """Training and test examples by name."""
-        return {"train": self.train, "test": self.test}
+        """The examples that are measured on, by name."""
+        return {"train": self.examples, "test": self.test}
 
 
 def in_batches(arrays: Sequence[np.ndarray], size: int | None = None) -> Batches:

@@ -179,7 +179,7 @@ def _sweep(job: Job, trained: Trained, limits: list[Limits]) -> Stage[Measured]:
     return Stage(
         "sweep",
         "sparsity sweep",
-        2,
+        stage_sweeps.NUM_SWEPT,
         partial(stage_sweeps.sweep, job, trained, [found.curvature for found in limits]),
         partial(stage_sweeps.load_measured, job, names=("loss", "accuracy")),
         lambda found: f"loss threshold {found.thresholds['loss']['value']:.4f}",
@@ -187,13 +187,15 @@ def _sweep(job: Job, trained: Trained, limits: list[Limits]) -> Stage[Measured]:
 
 
 def _finetuned_sweep(job: Job, trained: Trained, limits: list[Limits], swept: Measured) -> Stage[Measured]:
+    checkpoint = run_folder.checkpoint_path(job.folder, "finetuned")
     return Stage(
         "finetuned",
         "fine-tuned sweep",
-        len(stage_sweeps.finetuned_rows(limits)) + 8,
-        partial(stage_sweeps.sweep_finetuned, job, trained, limits, swept),
+        stage_sweeps.num_finetuning_steps(job, limits),
+        partial(stage_sweeps.sweep_finetuned, job, trained, limits, swept, checkpoint),
         partial(stage_sweeps.load_measured, job, names=("finetuned", "finetuned_accuracy")),
         lambda found: f"fine-tuned threshold {found.thresholds['finetuned']['value']:.4f}",
+        checkpoint,
     )
 
 

@@ -195,7 +195,8 @@ class Options:
         tolerance: wanted accuracy of the limits, in sparsity.
         loss_tolerance: eps, by how much the training loss may rise, in nats; None: the standard deviation of
             the losses of the training batches.
-        num_examples: how many of the training examples give the curvature, the first ones; None: all.
+        num_examples: how many of the training examples give the loss that is predicted and measured, the
+            first ones; training and the default loss tolerance take all. None: all.
     """
 
     seed: int = 0

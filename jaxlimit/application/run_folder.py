@@ -50,7 +50,7 @@ def spectrum_path(folder: Path, curvature: str) -> Path:
 
 
 def checkpoint_path(folder: Path, stage: str) -> Path:
-    """Where training, or the Lanczos runs of a curvature, are kept until they are finished."""
+    """Where training, the Lanczos runs of a curvature, or fine-tuned rows are kept until all are there."""
     return folder / f"checkpoint-{stage}"
 
 
@@ -139,7 +139,7 @@ def _remove_run(folder: Path) -> None:
     # limit.json first: without it no stage counts as done, so an interrupt here leaves nothing misleading.
     for name in (LIMIT, REPORT, CURVES, MODEL):
         (folder / name).unlink(missing_ok=True)
-    for stage in ("training", *CURVATURES):
+    for stage in ("training", *CURVATURES, "finetuned"):
         shutil.rmtree(checkpoint_path(folder, stage), ignore_errors=True)
     for curvature in CURVATURES:
         spectrum_path(folder, curvature).unlink(missing_ok=True)

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,13 +19,21 @@ from jaxlimit.application.spectra import load_spectrum
 from jaxlimit.application.stage_limits import Limits
 from jaxlimit.application.stage_training import Trained
 from jaxlimit.core import trees
+from jaxlimit.core.storage import Checkpoint
 from jaxlimit.geometry.magnitude import removed_norm
-from jaxlimit.measuring.sweeps import ACCURACY_LOSS, SPARSITIES, Sweep, finetuned_sweep, sparsity_sweep
+from jaxlimit.measuring.finetuning import FinetunedNetwork
+from jaxlimit.measuring.sweeps import ACCURACY_LOSS, SPARSITIES, Sweep, sparsity_sweep
 
 Columns = dict[str, NDArray[np.float64]]
 # Sparsities of the fine-tuned sweep: first these (in steps of .01) and the predicted limits, then steps of
 # .005 between the two around the crossing of the loss.
 FINETUNED_SWEEP = (*range(10, 50, 10), *range(50, 80, 5), *range(80, 100))
+# About how many those are, for the progress; at most one for each .005 of the largest gap.
+AROUND = 8
+# Sparsities that are fine-tuned and kept together.
+AT_ONCE = 4
+NUM_SWEPT = 2 * len(SPARSITIES)
+"""Networks that `sweep` measures: each of them on training and on test examples."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +58,14 @@ def sweep(job: Job, trained: Trained, curvatures: Sequence[str]) -> Measured:
     kernels = trees.partition(trained.params)[0]
     columns: Columns = {"sparsity": SPARSITIES, "removed_norm": removed_norm(kernels, SPARSITIES)}
     for count, (split, arrays) in enumerate(job.splits.items()):
-        found = sparsity_sweep(trained.metrics, trained.params, in_batches(arrays), SPARSITIES)
+
+        def progress(done: int, total: int, before: int = count, split: str = split) -> None:
+            job.monitor.update(before * total + done, split)
+
+        found = sparsity_sweep(
+            trained.metrics, trained.params, in_batches(arrays), SPARSITIES, progress=progress
+        )
         columns |= {f"{split}_{name}": values for name, values in found.metrics.items()}
-        job.monitor.update(count + 1, split)
     for name in curvatures:
         spectrum = load_spectrum(run_folder.spectrum_path(job.folder, name))
         columns[f"width_dimension_{name}"] = spectrum.curve.width_dimension
@@ -59,13 +74,17 @@ def sweep(job: Job, trained: Trained, curvatures: Sequence[str]) -> Measured:
     return Measured(columns, {name: threshold(trained, columns, of) for name, of in names.items()})
 
 
-def sweep_finetuned(job: Job, trained: Trained, limits: Sequence[Limits], swept: Measured) -> Measured:
+def sweep_finetuned(
+    job: Job, trained: Trained, limits: Sequence[Limits], swept: Measured, checkpoint: Path
+) -> Measured:
     """Measures the pruned network after fine-tuning, closer where its loss crosses the tolerance."""
     rows = finetuned_rows(limits)
-    columns = _finetuned(job, trained, swept.columns, rows, 0)
-    crossing = threshold(trained, columns, "finetuned_train_loss")
-    around = range(round(400 * crossing["value"]) + 2, round(400 * crossing["next"]), 2)
-    columns = _finetuned(job, trained, columns, around, len(rows))
+    with Checkpoint(checkpoint, {"network": dict(trained.network)}) as store:
+        finetune = partial(_finetuned, job, _network(job, trained), store)
+        columns = finetune(swept.columns, rows, 0)
+        crossing = threshold(trained, columns, "finetuned_train_loss")
+        around = range(round(400 * crossing["value"]) + 2, round(400 * crossing["next"]), 2)
+        columns = finetune(columns, around, len(rows))
     write_columns(job.folder / run_folder.CURVES, columns)
     names = {"finetuned": "finetuned_train_loss", "finetuned_accuracy": "finetuned_test_accuracy"}
     return Measured(columns, {name: threshold(trained, columns, of) for name, of in names.items()})
@@ -85,16 +104,19 @@ def finetuned_rows(limits: Sequence[Limits]) -> list[int]:
     return sorted(rows)
 
 
-def _finetuned(job: Job, trained: Trained, columns: Columns, rows: Sequence[int], before: int) -> Columns:
-    """The columns with fine-tuned metrics at these rows; `before`: how many rows were fine-tuned already."""
-    if not rows:
-        return columns
-    (train, train_labels), (test, test_labels) = job.train, job.test
+def num_finetuning_steps(job: Job, limits: Sequence[Limits]) -> int:
+    """About how many passes over the examples `sweep_finetuned` takes."""
+    return (len(finetuned_rows(limits)) + AROUND) * (job.preset.finetune_steps + 1)
+
+
+def _network(job: Job, trained: Trained) -> FinetunedNetwork:
+    """The network to be fine-tuned, with metrics of training and test examples in one pass."""
+    (train, train_labels), (test, test_labels) = job.examples, job.test
     is_test = np.repeat([0.0, 1.0], [len(train_labels), len(test_labels)]).astype(np.float32)
     both = (np.concatenate([train, test]), np.concatenate([train_labels, test_labels]), is_test)
 
     def metrics(params: Any, batch: Any) -> dict[str, jax.Array]:
-        """Metrics of training and test examples in one batch, as shares of all examples in it."""
+        """Shares of all examples in the batch."""
         images, labels, is_test = batch
         logits = trained.predict(params, images)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -105,26 +127,51 @@ def _finetuned(job: Job, trained: Trained, columns: Columns, rows: Sequence[int]
             "test_accuracy": jnp.mean(is_test * right),
         }
 
-    found = finetuned_sweep(
+    return FinetunedNetwork(
         trained.loss,
         trained.params,
-        in_batches(job.train),
-        SPARSITIES[list(rows)],
+        in_batches(job.examples),
         metrics_fn=metrics,
         eval_batches=in_batches(both),
         num_steps=job.preset.finetune_steps,
-        progress=lambda count, total: job.monitor.update(before + count),
     )
-    scale = {"train": len(is_test) / len(train_labels), "test": len(is_test) / len(test_labels)}
-    values = {"train_loss": found.metrics["loss"]}
-    for name in ("train_accuracy", "test_loss", "test_accuracy"):
-        values[name] = found.metrics[f"eval_{name}"] * scale[name.split("_")[0]]
+
+
+def _finetuned(
+    job: Job, network: FinetunedNetwork, store: Checkpoint, columns: Columns, rows: Sequence[int], before: int
+) -> Columns:
+    """The columns with fine-tuned metrics at these rows; `before`: how many rows were fine-tuned already."""
+    num_train, num_test = len(job.examples[1]), len(job.test[1])
+    scales = {"train": (num_train + num_test) / num_train, "test": (num_train + num_test) / num_test}
     columns = dict(columns)
-    for name, new in values.items():
-        whole = columns.get(f"finetuned_{name}", np.full(len(SPARSITIES), np.nan)).copy()
-        whole[list(rows)] = new
-        columns[f"finetuned_{name}"] = whole
+    for start in range(0, len(rows), AT_ONCE):
+        part = list(rows[start : start + AT_ONCE])
+        found = _kept(job, network, store, part, before + start)
+        values = {"train_loss": found["loss"]}
+        for name in ("train_accuracy", "test_loss", "test_accuracy"):
+            values[name] = found[f"eval_{name}"] * scales[name.split("_")[0]]
+        for name, new in values.items():
+            whole = columns.get(f"finetuned_{name}", np.full(len(SPARSITIES), np.nan)).copy()
+            whole[part] = new
+            columns[f"finetuned_{name}"] = whole
     return columns
+
+
+def _kept(job: Job, network: FinetunedNetwork, store: Checkpoint, rows: list[int], before: int) -> Columns:
+    """Metrics at a few rows: from the checkpoint, or computed and kept there."""
+    passes, name = job.preset.finetune_steps + 1, "rows-" + "-".join(map(str, rows))
+
+    def progress(done: int, _: int) -> None:
+        sparsity = SPARSITIES[rows[min(done // passes, len(rows) - 1)]]
+        job.monitor.update(before * passes + done, f"s = {sparsity:.3f}")
+
+    metrics = ("loss", "eval_train_accuracy", "eval_test_loss", "eval_test_accuracy")
+    stored = store.load_tree(name, dict.fromkeys(metrics, np.zeros(len(rows))))
+    if stored is not None:
+        return stored
+    found = network.sweep(SPARSITIES[rows], progress=progress).metrics
+    store.save_tree(name, found)
+    return found
 
 
 def threshold(trained: Trained, columns: Columns, column: str) -> dict[str, float]:

@@ -85,7 +85,9 @@ def train_network(job: Job, checkpoint: Path) -> Trained:
     statistics = loss_statistics(
         found.loss, found.params, in_batches(job.train, job.preset.recipe.batch_size)
     )
-    network = _describe(job, found) | {"train_loss": statistics.mean}
+    network = _describe(job, found)
+    if job.options.num_examples is None:
+        network["train_loss"] = statistics.mean
     save_model(job.folder / run_folder.MODEL, model)
     return Trained(
         model,
@@ -111,5 +113,4 @@ def _describe(job: Job, trained: Trained) -> dict[str, Any]:
     for split, arrays in job.splits.items():
         sweep = sparsity_sweep(trained.metrics, trained.params, in_batches(arrays), [0.0])
         described |= {f"{split}_{name}": float(values[0]) for name, values in sweep.metrics.items()}
-        described[f"num_{split}"] = len(arrays[1])
-    return described
+    return described | {"num_train": len(job.train[1]), "num_test": len(job.test[1])}

@@ -22,7 +22,8 @@ from jaxlimit.experiments.tables import (
     tally,
     threshold_cells,
 )
-from jaxlimit.measuring.sweeps import ACCURACY_LOSS, finetuned_sweep
+from jaxlimit.measuring.finetuning import finetuned_sweep
+from jaxlimit.measuring.sweeps import ACCURACY_LOSS
 
 # In units of the preset's lambda.
 MULTIPLES = (0.0, 0.2, 1.0, 4.0)
