@@ -3,23 +3,15 @@
 Oracle: a linear network with a squared error, whose Hessian 2 X^T X / N (x) I is written out in NumPy.
 """
 
-import functools
+import itertools
 from collections import UserDict
-from dataclasses import dataclass
 
-import equinox as eqx
-import haiku as hk
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen, nnx
-from flax.core import FrozenDict
 
 import jaxlimit
-from jaxlimit.core.batches import batched, grouped
-from jaxlimit.core.checks import are_finite, require_key
-from jaxlimit.core.trees import flatten, partition, unflatten
+from jaxlimit.core.batches import batched
 
 RNG = np.random.default_rng(5)
 X = RNG.integers(-8, 8, (11, 3)).astype(np.float32) / 4  # exact in bfloat16
@@ -36,9 +28,7 @@ def loss(params, batch):
 
 def cut(convert=lambda x: x, sizes=(4, 4, 3), kind=tuple):
     ends = np.cumsum([0, *sizes])
-    return [
-        kind([convert(X[i:j]), convert(Y[i:j])]) for i, j in zip(ends[:-1], ends[1:], strict=True)
-    ]
+    return [kind([convert(X[i:j]), convert(Y[i:j])]) for i, j in itertools.pairwise(ends)]
 
 
 class Tensor:
