@@ -3,15 +3,19 @@
 A command is imported when it is asked for, so that help and errors come at once.
 """
 
+import contextlib
+import errno
 import importlib.util
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from jaxlimit import __version__
+from jaxlimit.core.interrupt import INTERRUPTED, Interrupt
 
 if TYPE_CHECKING:
     from jaxlimit.application.options import Run
@@ -33,8 +37,11 @@ of other epochs its warm-up takes at most half.""",
 
 Each has options of its own, which `jaxlimit experiment NAME --help` lists.""",
 }
-# Exit codes: of the shell for Ctrl-C, and customary ones for wrong use and for failure.
-INTERRUPTED, WRONG_USE, FAILED = 130, 2, 1
+# Customary exit codes for wrong use and for failure.
+WRONG_USE, FAILED = 2, 1
+# What the system answers where another folder would do: no permission, a read-only disk, a full one, a file
+# in the place of a folder.
+ELSEWHERE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 
 
 @dataclass(frozen=True)
@@ -53,8 +60,10 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, 1 (failed), 2 (wrong use) or 130 (interrupted).
 
     Args:
-        args: the arguments after the program's name; default: those of this process.
+        args: the arguments after the program's name; default: those of this process, which Ctrl-C then ends
+            at once.
     """
+    interrupt = Interrupt(leave=args is None)
     args = list(sys.argv[1:] if args is None else args)
     if args in (["--version"], ["-V"]):
         print(f"jaxlimit {__version__}")
@@ -62,15 +71,17 @@ def main(args: Sequence[str] | None = None) -> int:
     missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         return _error(f"the command line needs {', '.join(missing)}: {INSTALL}", FAILED)
-    try:
-        command = parse(args or ["--help"])
-        return _PERFORM[args[0]](command, args)
-    except (ValueError, OSError) as error:
-        return _error(error, WRONG_USE)
-    except (FloatingPointError, ImportError, MemoryError) as error:
-        return _error(error, FAILED)
-    except KeyboardInterrupt:
-        return _error("interrupted.", INTERRUPTED)
+    with interrupt:
+        try:
+            command = parse(args or ["--help"])
+            return _PERFORM[args[0]](command, args, interrupt)
+        except (ValueError, OSError) as error:
+            return _error(error, WRONG_USE)
+        except (FloatingPointError, ImportError, MemoryError) as error:
+            return _error(error, FAILED)
+        except KeyboardInterrupt:
+            print(interrupt.message(), file=sys.stderr)
+            return INTERRUPTED
 
 
 def parse(args: Sequence[str]) -> "Run | Presets | Report | Experiment":
@@ -133,71 +144,87 @@ def _named(text: str) -> Any:
     return command
 
 
-def _presets(command: Presets, args: Sequence[str]) -> int:
+def _presets(command: Presets, args: Sequence[str], interrupt: Interrupt) -> int:
     from jaxlimit.application.presets import presets_table
 
     print(presets_table())
     return 0
 
 
-def _run(command: "Run", args: Sequence[str]) -> int:
+def _run(command: "Run", args: Sequence[str], interrupt: Interrupt) -> int:
     from jaxlimit.application import comparison, pipeline, run_folder
-    from jaxlimit.application.interrupt import Interrupt
     from jaxlimit.application.presets import load_arrays
     from jaxlimit.application.terminal import make_monitor
 
     folder = command.out
     config = pipeline.config_of(command.preset, command.options)
-    interrupt = Interrupt()
-    typed = ["jaxlimit", *(word for word in args if word != "--overwrite")]
-    try:
-        with interrupt, make_monitor(interrupt) as monitor:
-            # Before anything is written: data that are missing leave no folder behind.
-            arrays = load_arrays(command.preset, command.options, command.data)
-            claim = run_folder.prepare_folder(folder, config, overwrite=command.overwrite)
-            with claim.lock:
-                print(f"{'going on with' if claim.resumed else 'writing to'} {folder}", file=sys.stderr)
-                run = pipeline.execute_run(
-                    folder, command.preset, command.options, arrays, shlex.join(typed), monitor
-                )
-    except KeyboardInterrupt:
-        return _interrupted(folder, typed)
+    begun = [word for word in args if word != "--overwrite"]  # with which it goes on
+    interrupt.message = partial(_interrupted, folder, args, "Nothing was written; the same command starts")
+    with _writing_to(folder), make_monitor(interrupt) as monitor:
+        # Before anything is written: data that are missing leave no folder behind.
+        arrays = load_arrays(command.preset, command.options, command.data)
+        claim = run_folder.prepare_folder(folder, config, overwrite=command.overwrite)
+
+        def message() -> str:
+            if run_folder.is_finished(folder):
+                return f"interrupted when all was done. report: {folder / run_folder.REPORT}"
+            return _interrupted(folder, begun)
+
+        interrupt.message = message
+        with claim.lock:
+            print(f"{'going on with' if claim.resumed else 'writing to'} {folder}", file=sys.stderr)
+            run = pipeline.execute_run(
+                folder, command.preset, command.options, arrays, shlex.join(["jaxlimit", *begun]), monitor
+            )
+        interrupt.finish()
     print(f"\n{comparison.comparison_table(run.document)}\n\nreport: {folder / run_folder.REPORT}")
     return 0
 
 
-def _report(command: Report, args: Sequence[str]) -> int:
+def _report(command: Report, args: Sequence[str], interrupt: Interrupt) -> int:
     from jaxlimit.application import report, run_folder
 
-    run = run_folder.read_record(command.folder)
-    print(f"report: {report.write_report(command.folder, run)}")
+    with _writing_to(command.folder):
+        run = run_folder.read_record(command.folder)
+        print(f"report: {report.write_report(command.folder, run)}")
     return 0
 
 
-def _experiment(command: "Experiment", args: Sequence[str]) -> int:
-    from jaxlimit.application.interrupt import Interrupt
+def _experiment(command: "Experiment", args: Sequence[str], interrupt: Interrupt) -> int:
     from jaxlimit.application.terminal import make_monitor
     from jaxlimit.experiments import execute_experiment
 
-    typed = ["jaxlimit", *args]
-    interrupt = Interrupt()
-    try:
-        with interrupt, make_monitor(interrupt) as monitor:
-            table = execute_experiment(command, shlex.join(typed), monitor)
-    except KeyboardInterrupt:
-        return _interrupted(command.out, typed)
+    interrupt.message = partial(_interrupted, command.out, args)
+    with _writing_to(command.out), make_monitor(interrupt) as monitor:
+        table = execute_experiment(command, shlex.join(["jaxlimit", *args]), monitor)
+        interrupt.finish()
     print(f"\n{table}\nresults: {command.out}")
     return 0
 
 
-def _interrupted(folder: Path, typed: Sequence[str]) -> int:
-    again = typed if "--out" in typed else [*typed, "--out", str(folder)]
-    print(
-        f"interrupted. What is finished is in {folder}; the same command goes on with the rest:\n"
-        f"  {shlex.join(again)}",
-        file=sys.stderr,
-    )
-    return INTERRUPTED
+def _interrupted(folder: Path, args: Sequence[str], what: str | None = None) -> str:
+    what = what or f"What is finished is in {folder}; the same command goes on with the rest"
+    return f"interrupted. {what}:\n  {_typed(folder, args)}"
+
+
+def _typed(folder: Path, args: Sequence[str]) -> str:
+    """The command with the name of its folder."""
+    named = any(word == "--out" or word.startswith("--out=") for word in args)
+    return shlex.join(["jaxlimit", *args, *([] if named else ["--out", str(folder)])])
+
+
+@contextlib.contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    """A block that writes to a folder: says where it cannot that another one may do."""
+    try:
+        yield
+    except OSError as error:
+        named = [Path(name).absolute() for name in (error.filename, error.filename2) if name]
+        there = folder.absolute()
+        inside = any(path.is_relative_to(there) or there.is_relative_to(path) for path in named)
+        if error.errno not in ELSEWHERE or (named and not inside):
+            raise
+        raise OSError(f"{folder} cannot be written to ({error.strerror}): name another --out.") from error
 
 
 def _error(message: object, code: int) -> int:
@@ -205,7 +232,7 @@ def _error(message: object, code: int) -> int:
     return code
 
 
-_PERFORM: dict[str, Callable[[Any, Sequence[str]], int]] = {
+_PERFORM: dict[str, Callable[[Any, Sequence[str], Interrupt], int]] = {
     "run": _run,
     "presets": _presets,
     "report": _report,

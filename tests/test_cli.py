@@ -58,7 +58,7 @@ def command(args):
     code = (
         "import sys, threadpoolctl; from jaxlimit.application.presets import *; "
         "from jaxlimit.cli import main; threadpoolctl.threadpool_limits(1, user_api='blas'); "
-        f"PRESETS['tiny'] = {TINY!r}; sys.exit(main({args!r}))"
+        f"PRESETS['tiny'] = {TINY!r}; sys.argv[1:] = {args!r}; sys.exit(main())"
     )
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(

@@ -1,8 +1,11 @@
 """The eigensystem of a dense matrix against NumPy's, which takes another LAPACK driver."""
 
+import threading
+
 import numpy as np
 import pytest
 
+from jaxlimit.core.lapack import tridiagonal_eigensystem, tridiagonal_form
 from jaxlimit.limits.eigensystem import eigensystem
 
 
@@ -39,3 +42,26 @@ def test_eigenvalues_vectors_and_coordinates(make, dim):
     columns = rng.standard_normal((dim, 3))
     np.testing.assert_allclose(found.coordinates(columns), vectors.T @ columns, atol=1e-13 * dim)
     assert found.vectors(np.array([], int)).shape == (dim, 0)
+
+
+def test_other_threads_run_meanwhile():
+    """The one that answers Ctrl-C, for example; SciPy's own functions would let none run."""
+    matrix, beats, done = full(np.random.default_rng(0), 700), [], threading.Event()
+    during = {}
+
+    def work():
+        for name, call in (
+            ("form", lambda: tridiagonal_form(matrix)),
+            ("eigensystem", lambda: tridiagonal_eigensystem(np.ones(700), np.ones(699))),
+        ):
+            before = len(beats)
+            call()
+            during[name] = len(beats) - before
+        done.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while not done.wait(0.001):
+        beats.append(None)
+    thread.join()
+    assert min(during.values()) > 3

@@ -4,7 +4,6 @@ A stage writes its files, and what it found is then entered in limit.json with t
 was interrupted goes through the same stages and loads what is entered.
 """
 
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from jaxlimit.application.stage_limits import Limits
 from jaxlimit.application.stage_sweeps import Measured
 from jaxlimit.application.stage_training import Trained
 from jaxlimit.application.terminal import Monitor
-from jaxlimit.core.writing import FORMAT, read_json, write_json
+from jaxlimit.core.writing import FORMAT, content_of, read_json, remove, write_json
 
 
 class Result(Protocol):
@@ -82,7 +81,7 @@ class Ledger:
             "seconds": {},
         }
         if self._path.exists():
-            self.document = read_json(self._path)
+            self.document = _like(self.document, self._path)
         self.document |= {"command": command, "versions": machine.versions(), "device": machine.device()}
 
     def perform(self, stage: Stage[R]) -> R:
@@ -90,13 +89,16 @@ class Ledger:
         entered = stage.name in self.document["seconds"]
         self._monitor.start(stage.title, 1 if entered else stage.total)
         start = time.perf_counter()
-        result = stage.load(self.document) if entered else stage.compute()
-        if not entered:
+        if entered:
+            with content_of(self._path):
+                result = stage.load(self.document)
+        else:
+            result = stage.compute()
             self._enter(result.to_json())
             self.document["seconds"][stage.name] = round(time.perf_counter() - start, 2)
             write_json(self._path, self.document)
         if stage.checkpoint is not None:
-            shutil.rmtree(stage.checkpoint, ignore_errors=True)
+            remove(stage.checkpoint)
         self._monitor.finish("loaded" if entered else stage.told(result))
         return result
 
@@ -105,6 +107,16 @@ class Ledger:
         for name, value in found.items():
             both = name in ("limits", "measured")
             self.document[name] = self.document[name] | value if both else value
+
+
+def _like(empty: dict[str, Any], path: Path) -> dict[str, Any]:
+    """limit.json, with the names of an empty one and values of their kinds."""
+    stored = read_json(path)
+    with content_of(path):
+        for name, value in empty.items():
+            if isinstance(value, dict | list) and not isinstance(stored[name], type(value)):
+                raise TypeError(f"{name} is {stored[name]!r}")
+    return stored
 
 
 def config_of(preset: Preset, options: Options) -> dict[str, Any]:
@@ -212,7 +224,8 @@ class Reported:
 
 def _finish(job: Job, ledger: Ledger, measured: Measured) -> run_folder.Record:
     folder, curvatures = job.folder, ledger.document["limits"]
-    reported = Reported(compare(ledger.document, measured.columns))
+    with content_of(folder / run_folder.LIMIT):
+        reported = Reported(compare(ledger.document, measured.columns))
     run = run_folder.Record(
         read_json(folder / run_folder.CONFIG),
         ledger.document | reported.to_json(),

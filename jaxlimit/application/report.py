@@ -112,12 +112,14 @@ def _crossing(sparsity: NDArray[np.float64], values: NDArray[np.float64], bound:
 def write_report(folder: Path, run: Record) -> Path:
     """Writes figures/*.png and report.html, and returns the path of the latter."""
     pictures: dict[str, bytes] = {}
-    for name, figure in make_figures(run).items():
-        picture = folder / run_folder.FIGURES / f"{name}.png"
-        writing.write_file(picture, partial(figure.savefig, format="png", metadata={"Software": None}))
-        pictures[name] = picture.read_bytes()
+    with writing.content_of(folder / run_folder.LIMIT, ValueError):
+        for name, figure in make_figures(run).items():
+            picture = folder / run_folder.FIGURES / f"{name}.png"
+            writing.write_file(picture, partial(figure.savefig, format="png", metadata={"Software": None}))
+            pictures[name] = picture.read_bytes()
+        page = render(run, pictures)
     path = folder / run_folder.REPORT
-    writing.write_file(path, render(run, pictures))
+    writing.write_file(path, page)
     return path
 
 

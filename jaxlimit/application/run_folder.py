@@ -10,7 +10,6 @@
 A stage is entered in limit.json after its other files, so whatever limit.json names is there and whole.
 """
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from jaxlimit.application.columns import read_columns
 from jaxlimit.application.spectra import Spectrum, load_spectrum
 from jaxlimit.core.locks import lock
 from jaxlimit.core.storage import Claim, Purpose, claim, stored_identity
-from jaxlimit.core.writing import read_json, write_json
+from jaxlimit.core.writing import content_of, read_json, remove, write_json
 from jaxlimit.limits.estimate import LIMITS, Estimate
 from jaxlimit.training.losses import CURVATURES
 
@@ -100,8 +99,17 @@ def read_record(folder: Path) -> Record:
         raise ValueError(
             f"the run in {folder} is not finished: go on with it first ({document.get('command')})."
         )
-    spectra = {name: load_spectrum(spectrum_path(folder, name)) for name in document["limits"]}
+    with content_of(folder / CONFIG):
+        _ = config["preset"]["name"], config["options"]["seed"]
+    with content_of(folder / LIMIT):
+        paths = {name: spectrum_path(folder, name) for name in document["limits"]}
+    spectra = {name: load_spectrum(path) for name, path in paths.items()}
     return Record(config, document, read_columns(folder / CURVES), spectra)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in a folder has come to its end."""
+    return (folder / LIMIT).exists() and read_json(folder / LIMIT).get("finished", False) is True
 
 
 def prepare_folder(folder: Path, config: Mapping[str, Any], *, overwrite: bool) -> Claim:
@@ -127,9 +135,10 @@ def prepare_folder(folder: Path, config: Mapping[str, Any], *, overwrite: bool) 
     if there and overwrite:
         _remove_run(folder)
         write_json(folder / CONFIG, config)
-    elif (folder / LIMIT).exists() and read_json(folder / LIMIT).get("finished", False):
+    elif is_finished(folder):
         raise ValueError(
-            f"{folder} holds a finished run: name another --out, or replace it with --overwrite."
+            f"{folder} holds a finished run: its results are in {folder / REPORT}, which `jaxlimit report "
+            f"{folder}` makes again. Name another --out for another run, or replace it with --overwrite."
         )
     found = claim(folder, RUN, config, wait=False)
     return Claim(held, found.resumed and not overwrite)
@@ -138,10 +147,10 @@ def prepare_folder(folder: Path, config: Mapping[str, Any], *, overwrite: bool) 
 def _remove_run(folder: Path) -> None:
     # limit.json first: without it no stage counts as done, so an interrupt here leaves nothing misleading.
     for name in (LIMIT, REPORT, CURVES, MODEL):
-        (folder / name).unlink(missing_ok=True)
+        remove(folder / name)
     for stage in ("training", *CURVATURES, "finetuned"):
-        shutil.rmtree(checkpoint_path(folder, stage), ignore_errors=True)
+        remove(checkpoint_path(folder, stage))
     for curvature in CURVATURES:
-        spectrum_path(folder, curvature).unlink(missing_ok=True)
+        remove(spectrum_path(folder, curvature))
     for figure in (folder / FIGURES).glob("*.png"):
-        figure.unlink()
+        remove(figure)

@@ -1,5 +1,6 @@
 """The stages that predict: the limits of each curvature."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,10 @@ def find_limits(job: Job, trained: Trained, name: str, checkpoint: Path) -> Limi
 
 def load_limits(document: Mapping[str, Any], name: str) -> Limits:
     """What `find_limits` found."""
-    return Limits(name, document["limits"][name])
+    found = Limits(name, document["limits"][name])
+    for value in found.predicted.values():
+        math.isfinite(value)  # what later stages need is there, as numbers
+    return found
 
 
 def _curvature(job: Job, trained: Trained, name: str, num_examples: int | None) -> Curvature:

@@ -1,5 +1,6 @@
 """The stage that trains: the network, and what is measured on it before it is pruned."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -99,8 +100,13 @@ def train_network(job: Job, checkpoint: Path) -> Trained:
 
 def load_trained(job: Job, document: Mapping[str, Any]) -> Trained:
     """What `train` found."""
+    network, statistics, tolerance = (
+        document[name] for name in ("network", "loss_statistics", "loss_tolerance")
+    )
+    for value in (tolerance, *(network[name] for name in ("num_weights", "train_loss", "test_accuracy"))):
+        math.isfinite(value)  # what later stages need is there, as numbers
     model = load_model(job.folder / run_folder.MODEL, build_network(job.preset, job.options.seed))
-    return Trained(model, document["network"], document["loss_statistics"], document["loss_tolerance"])
+    return Trained(model, network, statistics, tolerance)
 
 
 def _describe(job: Job, trained: Trained) -> dict[str, Any]:

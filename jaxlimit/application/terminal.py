@@ -4,7 +4,7 @@ import sys
 import time
 from typing import Any, Protocol
 
-from jaxlimit.application.interrupt import Interrupt
+from jaxlimit.core.interrupt import Interrupt
 
 # Seconds between two lines on the progress of a stage, where there is no terminal to show a bar.
 QUIET = 60.0

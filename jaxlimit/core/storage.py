@@ -7,7 +7,6 @@ Nothing is pickled.
 
 import json
 import os
-import zipfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from jaxlimit.core.locks import LOCK, Lock, lock
 from jaxlimit.core.sharding import to_host
 from jaxlimit.core.trees import PyTree
-from jaxlimit.core.writing import FORMAT, is_leftover, read_json, write_file
+from jaxlimit.core.writing import FORMAT, is_leftover, read_json, remove, write_file
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def claim(
     if held.holds:  # nobody else writes these any more; a folder in it with a lock belongs to somebody
         inside = [item for item in folder.iterdir() if item.is_dir() and not (item / LOCK).exists()]
         for leftover in filter(is_leftover, [x for part in (folder, *inside) for x in part.iterdir()]):
-            leftover.unlink(missing_ok=True)
+            remove(leftover)
     if stored is None or _different(stored, wanted):
         write_file(folder / purpose.file, json.dumps(wanted, indent=1) + "\n")
     return Claim(held, stored is not None)
@@ -100,7 +99,7 @@ def stored_identity(
     """
     path = folder / purpose.file
     if path.exists():
-        stored = read_json(path, purpose.kind)
+        stored = read_json(path, purpose.kind, f"remove {folder} to start anew")
         different = _different(stored, wanted)
         if not {names[0] for names in different} <= {*free}:
             names = ", ".join(dict.fromkeys(names[0] for names in different))
@@ -187,35 +186,55 @@ class Checkpoint:
                 path = self.folder / f"{name}.npz"
                 write_file(path, lambda file: np.savez(file, **leaves))  # pyright: ignore[reportArgumentType]
 
-    def load_tree(self, name: str, like: PyTree) -> PyTree | None:
-        """The pytree of that name with the structure of `like`, or None."""
+    def load_tree(self, name: str, like: PyTree, *, same_shapes: bool = True) -> PyTree | None:
+        """The pytree of that name with the structure of `like`, or None; as `unflatten`."""
         content = self.load_arrays(name)
-        return None if content is None else self.unflatten(name, content, like)
+        return None if content is None else self.unflatten(name, content, like, same_shapes=same_shapes)
 
-    def unflatten(self, name: str, content: dict[str, NDArray[Any]], like: PyTree) -> PyTree:
-        """The pytree of arrays that `load_arrays` returned, with the structure of `like`."""
+    def unflatten(
+        self, name: str, content: dict[str, NDArray[Any]], like: PyTree, *, same_shapes: bool = True
+    ) -> PyTree:
+        """The pytree of arrays that `load_arrays` returned, with the structure of `like`.
+
+        Args:
+            name: of the arrays, for the messages.
+            content: the arrays.
+            like: a pytree of arrays with the same dtypes; a number stands for any array.
+            same_shapes: whether the shapes are those of `like`, too.
+
+        Raises:
+            ValueError: they are other arrays.
+        """
         leaves, structure = jax.tree.flatten(like)
+        damaged = f"the checkpoint file {self.folder}/{name}.npz holds other arrays than its problem has"
         if len(content) != len(leaves):
-            raise ValueError(
-                f"the checkpoint {name} in {self.folder} holds {len(content)} arrays, not {len(leaves)}."
-            )
-        # NumPy's format keeps the bytes of bfloat16 but not its name.
-        stored = (content[key] for key in sorted(content))
-        return structure.unflatten(
-            [x.view(leaf.dtype) if x.dtype.kind == "V" else x for x, leaf in zip(stored, leaves, strict=True)]
-        )
+            raise ValueError(f"{damaged} ({len(content)}, not {len(leaves)}): remove it to go on.")
+        stored = [_as(content[key], leaf) for key, leaf in zip(sorted(content), leaves, strict=True)]
+        for x, leaf in zip(stored, leaves, strict=True):
+            if hasattr(leaf, "dtype") and (x.dtype != leaf.dtype or (same_shapes and x.shape != leaf.shape)):
+                found, wanted = (f"{a.dtype} of shape {tuple(a.shape)}" for a in (x, leaf))
+                raise ValueError(f"{damaged} ({found}, not {wanted}): remove it to go on.")
+        return structure.unflatten(stored)
 
     def load_arrays(self, name: str) -> dict[str, NDArray[Any]] | None:
         """The stored arrays of that name, or None."""
         if self.folder is None or not (path := self.folder / f"{name}.npz").exists():
             return None
-        try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
-                return dict(content)
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"the checkpoint file {path} is damaged ({error}): remove it to go on."
-            ) from error
+        with path.open("rb") as file:
+            try:
+                with np.load(file, allow_pickle=False) as content:
+                    return dict(content)
+            # NumPy raises whatever the damage leads to: BadZipFile, zlib.error, NotImplementedError, ...
+            except Exception as error:
+                raise ValueError(
+                    f"the checkpoint file {path} is damaged ({error}): remove it to go on."
+                ) from error
+
+
+def _as(stored: NDArray[Any], like: Any) -> NDArray[Any]:
+    """With its own dtype: NumPy's format keeps the bytes of bfloat16 but not its name."""
+    unnamed = stored.dtype.kind == "V" and stored.dtype.itemsize == like.dtype.itemsize
+    return stored.view(like.dtype) if unnamed else stored
 
 
 def ordered_sum(values: ArrayLike) -> float:

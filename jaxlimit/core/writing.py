@@ -8,22 +8,38 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 FORMAT = 1
 """Version of the JSON files: what their names mean."""
+REMEDY = "remove it, and the command that wrote it computes it anew"
+"""What to do where a file is damaged."""
 
-
-# Names of files that are being written, or were when their process was killed.
+# Names of what is being written or removed, or was when its process was killed.
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$")
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether this is a file that a writer of this module has not finished."""
-    return _TEMPORARY.search(path.name) is not None and path.is_file()
+    """Whether this is what `write_file` or `remove` has not finished."""
+    return _TEMPORARY.search(path.name) is not None
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder, if there is one: a folder is gone as a whole or not at all."""
+    if path.is_dir() and not is_leftover(path):
+        path = path.rename(_temporary(path))
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
 
 
 def write_file(path: Path, content: bytes | str | Callable[[BinaryIO], object]) -> None:
@@ -34,7 +50,7 @@ def write_file(path: Path, content: bytes | str | Callable[[BinaryIO], object]) 
         content: what to write, or a function that writes it to the file it is handed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = _temporary(path)
     try:
         with temporary.open("xb") as file:
             if callable(content):
@@ -60,12 +76,13 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     write_file(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, kind: str = "a run") -> dict[str, Any]:
+def read_json(path: Path, kind: str = "a run", remedy: str = REMEDY) -> dict[str, Any]:
     """Reads a JSON object in this version's format.
 
     Args:
         path: of the file.
         kind: of work that it belongs to, for the messages.
+        remedy: what to do where it is damaged.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -77,10 +94,26 @@ def read_json(path: Path, kind: str = "a run") -> dict[str, Any]:
         )
     try:
         document = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged, it is not JSON ({error}): remove {path.parent} to start anew."
-        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, it is not JSON ({error}): {remedy}.") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ValueError(f"{path} is not of {kind} of this version (its format must be {FORMAT}).")
     return document
+
+
+@contextlib.contextmanager
+def content_of(path: Path, *also: type[Exception]) -> Iterator[None]:
+    """A block that uses what was read from a file: what is missing or of another kind is said of the file.
+
+    Args:
+        path: of the file.
+        also: what else is raised where a value of the file is wrong.
+
+    Raises:
+        ValueError: in place of these errors, and of those of a missing name or a wrong type.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, *also) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is damaged, or of another version ({what}): {REMEDY}.") from error

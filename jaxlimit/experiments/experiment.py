@@ -6,7 +6,6 @@ results.json     all pieces and the command
 table.md, figures/*.png
 """
 
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from jaxlimit.application.terminal import Monitor
 from jaxlimit.core import writing
 from jaxlimit.core.storage import Purpose, claim
 
-RESULTS, TABLE = "results.json", "table.md"
+RESULTS, TABLE, PIECES = "results.json", "table.md", "pieces"
 EXPERIMENT = Purpose(
     "an experiment",
     run_folder.CONFIG,
@@ -83,14 +82,14 @@ def execute_experiment(experiment: Experiment, command: str, monitor: Monitor) -
 
 def _piece(folder: Path, name: str, compute: Compute, monitor: Monitor, number: int) -> dict[str, Any]:
     """What a piece found: read from its file, or computed and written there."""
-    path, checkpoint = folder / "pieces" / f"{name}.json", run_folder.checkpoint_path(folder, name)
+    path, checkpoint = folder / PIECES / f"{name}.json", run_folder.checkpoint_path(folder, name)
     if not path.exists():
         start = time.perf_counter()
         found = compute(checkpoint, lambda text: monitor.update(number, f"{name}: {text}"))
         seconds = round(time.perf_counter() - start, 1)
         found |= {"seconds": seconds, "device": machine.device(), "versions": machine.versions()}
         writing.write_json(path, {"format": writing.FORMAT, **found})
-    shutil.rmtree(checkpoint, ignore_errors=True)
+    writing.remove(checkpoint)
     monitor.update(number + 1, name)
     return {key: value for key, value in writing.read_json(path).items() if key != "format"}
 
@@ -105,10 +104,12 @@ def _write(experiment: Experiment, found: Mapping[str, dict[str, Any]], command:
         "pieces": found,
     }
     writing.write_json(experiment.out / RESULTS, results)
-    table = experiment.table(found)
+    with writing.content_of(experiment.out / PIECES):
+        table = experiment.table(found)
+        drawn = {name: draw(found) for name, draw in experiment.figures.items()}
     writing.write_file(experiment.out / TABLE, table)
-    for name, draw in experiment.figures.items():
-        save = partial(draw(found).savefig, format=Path(name).suffix[1:])
+    for name, figure in drawn.items():
+        save = partial(figure.savefig, format=Path(name).suffix[1:])
         writing.write_file(experiment.out / run_folder.FIGURES / name, save)
     return table
 

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigh_tridiagonal, get_lapack_funcs
+from scipy.linalg import get_lapack_funcs
 
-# LAPACK: reduction to tridiagonal form by reflections, its work space, and products with the reflections.
-_sytrd, _sytrd_lwork, _ormqr = get_lapack_funcs(("sytrd", "sytrd_lwork", "ormqr"), dtype=np.float64)
+from jaxlimit.core.lapack import tridiagonal_eigensystem, tridiagonal_form
+
+# Products with the reflections that make up Q.
+(_ormqr,) = get_lapack_funcs(("ormqr",), dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,9 @@ def eigensystem(matrix: NDArray[np.float64]) -> Eigensystem:
         >>> np.abs(found.coordinates(np.array([[1.0], [1.0]]))).round(6).ravel().tolist()
         [0.0, 1.414214]
     """
-    dim = len(matrix)
-    work, _ = _sytrd_lwork(dim, lower=1)
-    reduced, diagonal, off_diagonal, scales, info = _sytrd(matrix.T, lower=1, lwork=int(work))
-    values, vectors = eigh_tridiagonal(_checked(diagonal, info), off_diagonal)
-    return Eigensystem(values, vectors, (np.asfortranarray(reduced[1:, : dim - 1]), scales))
+    reduced, diagonal, off_diagonal, scales = tridiagonal_form(matrix.T)
+    values, vectors = tridiagonal_eigensystem(diagonal, off_diagonal)
+    return Eigensystem(values, vectors, (np.asfortranarray(reduced[1:, : len(matrix) - 1]), scales))
 
 
 def _checked(result: NDArray[np.float64], info: int) -> NDArray[np.float64]:

@@ -46,10 +46,11 @@ class LanczosFiles:
         like = np.array(0), initial._replace(basis=(initial.current,))
         if len(content) < len(jax.tree.leaves(like)):
             like = np.array(0), initial
-        num_panels, stored = self._store.unflatten(name, content, like)
+        num_panels, stored = self._store.unflatten(name, content, like, same_shapes=False)
         panels = []
         for i in range(int(num_panels) - 1):
-            panels.append(self._store.load_tree(_panel(name, i), initial.current))
+            panel = self._store.load_tree(_panel(name, i), initial.current, same_shapes=False)
+            panels.append(panel)
             if panels[-1] is None:
                 raise ValueError(
                     f"{_panel(name, i)}.npz is missing in the checkpoint {self._store.folder}: remove "

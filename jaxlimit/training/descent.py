@@ -136,7 +136,7 @@ def minimise(
     require_finite("params", params)
     carry = Program(partial(_start, settings))(params, state)
     with Checkpoint(checkpoint, _identity(settings, carry, arrays, key, checkpoint, identity or {})) as store:
-        stored = store.load_tree("epoch", (0, carry))
+        stored = store.load_tree("epoch", (np.array(0), carry))
         done, carry = (0, carry) if stored is None else (int(stored[0]), jax.tree.map(jnp.asarray, stored[1]))
         arrays = jax.tree.map(jnp.asarray, arrays)
         batch_size = min(settings.batch_size, num_examples)
