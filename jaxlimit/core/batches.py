@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlimit.core.checks import require_count
+from jaxlimit.core.convolutions import convolves
 from jaxlimit.core.leaves import copied, to_arrays
 from jaxlimit.core.passes import in_memory, passes
 from jaxlimit.core.programs import Program, Traced
@@ -194,8 +195,9 @@ def _signature(batch: PyTree) -> tuple:
 class ExampleSum:
     """sum_b n_b fn(*args, batch_b) over grouped batches, and the number of examples sum_b n_b.
 
-    One compiled scan for each shape of group; `args` and the data are arguments of the compiled function, and
-    the running sum is donated. `fn` is traced once for each shape of a batch in the life of this object.
+    One compiled scan for each shape of group, or a call for each batch where a loop would be slow
+    (`core.convolutions`); `args` and the data are arguments of the compiled function, and the running sum is
+    donated. `fn` is traced once for each shape of a batch in the life of this object.
     Memory: one batch's work and two results. Where the batches are divided over devices, each device sums
     over its own examples and one reduction a group adds these up.
 
@@ -226,13 +228,20 @@ class ExampleSum:
         def parts() -> Iterator[PyTree]:
             nonlocal num_examples
             for group in groups:
-                yield self.program(example_sharding(group, axis=1))(args, group)
+                program = self.program(example_sharding(group, axis=1))
+                for part in self._parts(args, group):
+                    yield program(args, part)
                 num_examples += group_length(group)
 
         total = running_sum(parts())
         if num_examples == 0:
             raise ValueError("batches hold no examples.")
         return total, num_examples
+
+    def _parts(self, args: tuple[PyTree, ...], group: PyTree) -> Iterable[PyTree]:
+        """The group, or each of its batches as one."""
+        slow_in_loops = convolves(self._fn.jaxpr(*args, jax.eval_shape(first_of, group)))
+        return apart(group) if slow_in_loops else [group]
 
     def program(self, sharding: ExampleSharding | None) -> Program:
         """`(args, group) -> sum over a group` of batches that are divided so."""
@@ -280,9 +289,22 @@ def _group_sum(
             return jax.tree.map(lambda t, x: t + size * x, total, fn(*args, batch)), None
 
         like = fn.shape(*args, first_of(group))
-        return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), group)[0]
+        return folded(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), group)
 
     return sum_of_parts(batch_sum, sharding, (None, 1))(args, group)
+
+
+def folded(add: Callable[[PyTree, PyTree], tuple[PyTree, None]], start: PyTree, stacked: PyTree) -> PyTree:
+    """What `jax.lax.scan` carries at the end; of one entry without a loop, in which some would be slow."""
+    if jax.tree.leaves(stacked)[0].shape[0] == 1:
+        return add(start, first_of(stacked))[0]
+    return jax.lax.scan(add, start, stacked)[0]
+
+
+def apart(group: PyTree) -> Iterator[PyTree]:
+    """Every batch of a group as a group of its own."""
+    one_of = Program(lambda i: jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1), group))
+    return (one_of(i) for i in range(batch_length(group)))
 
 
 def first_of(tree: PyTree) -> PyTree:

@@ -43,10 +43,13 @@ class Traced:
 
     Args:
         fn: function of pytrees of arrays.
+        rewrite: a form that computes the same, for what was traced; default: as it is.
     """
 
-    def __init__(self, fn: Callable[..., PyTree]) -> None:
-        self._fn, self._traces = fn, {}
+    def __init__(
+        self, fn: Callable[..., PyTree], rewrite: Callable[[ClosedJaxpr], ClosedJaxpr] = lambda jaxpr: jaxpr
+    ) -> None:
+        self._fn, self._rewrite, self._traces = fn, rewrite, {}
 
     def __call__(self, *args: PyTree) -> PyTree:
         """The result, as part of what is being traced or computed."""
@@ -61,13 +64,16 @@ class Traced:
             [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in trace.jaxpr.out_avals]
         )
 
+    def jaxpr(self, *args: PyTree) -> ClosedJaxpr:
+        """What was traced for arguments of these shapes and dtypes."""
+        return self._trace(args).jaxpr
+
     def _trace(self, args: tuple[PyTree, ...]) -> _Trace:
         leaves, structure = jax.tree.flatten(args)
         key = structure, _context(), tuple(map(jax.typeof, leaves))
         if key not in self._traces:
-            self._traces[key] = _trace(
-                lambda *args: self._fn(*thawed(args)), structure, [_like(x) for x in leaves]
-            )
+            trace = _trace(lambda *args: self._fn(*thawed(args)), structure, [_like(x) for x in leaves])
+            self._traces[key] = trace._replace(jaxpr=self._rewrite(trace.jaxpr))
         return self._traces[key]
 
 

@@ -14,7 +14,16 @@ from functools import cached_property, partial
 import jax
 import jax.numpy as jnp
 
-from jaxlimit.core.batches import ExampleSum, batch_length, check_scalar, first_of, running_sum
+from jaxlimit.core.batches import (
+    ExampleSum,
+    apart,
+    batch_length,
+    check_scalar,
+    first_of,
+    folded,
+    running_sum,
+)
+from jaxlimit.core.convolutions import convolves, quick_in_loops
 from jaxlimit.core.programs import Program, Traced
 from jaxlimit.core.sharding import ExampleSharding, example_sharding, on_parts, sum_of_parts
 from jaxlimit.core.trees import PyTree, combine
@@ -42,6 +51,14 @@ class _Product:
     def apply(self, linear: PyTree, vectors: PyTree) -> PyTree:
         """Products with several vectors, from what `linearize` returned."""
         raise NotImplementedError
+
+    def convolves(self, weights: PyTree, rest: PyTree, batch: PyTree) -> bool:
+        """Whether a loop over batches of these shapes would be slow."""
+        return convolves(self._whole_loss.jaxpr(combine(weights, rest), batch))
+
+    @cached_property
+    def _whole_loss(self) -> Traced:
+        return Traced(self.loss)
 
     @cached_property
     def linearize(self) -> Traced:
@@ -86,7 +103,7 @@ class HessianProduct(_Product):
 
     @cached_property
     def _loss(self) -> Traced:
-        return Traced(self.loss_fn)
+        return Traced(self.loss_fn, quick_in_loops)
 
     def loss(self, params: PyTree, batch: PyTree) -> jax.Array:
         """Mean loss of the batch."""
@@ -113,11 +130,11 @@ class GaussNewtonProduct(_Product):
 
     @cached_property
     def _predict(self) -> Traced:
-        return Traced(self.predict_fn)
+        return Traced(self.predict_fn, quick_in_loops)
 
     @cached_property
     def _output_loss(self) -> Traced:
-        return Traced(self.output_loss)
+        return Traced(self.output_loss, quick_in_loops)
 
     def loss(self, params: PyTree, batch: PyTree) -> jax.Array:
         """Mean loss of the batch."""
@@ -146,8 +163,13 @@ def each(fn: Callable[[PyTree], PyTree], vectors: PyTree) -> PyTree:
     Side by side, except on a CPU: there what the network computes from several would leave the cache, which
     costs large networks more than small ones gain (benchmarks/products.py).
     """
-    one_by_one = jax.default_backend() == "cpu" or jax.tree.leaves(vectors)[0].shape[0] == 1
-    return jax.lax.map(fn, vectors) if one_by_one else jax.vmap(fn)(vectors)
+    count = batch_length(vectors)
+    if jax.default_backend() != "cpu" and count > 1:
+        return jax.vmap(fn)(vectors)
+    if count > 1 and not convolves(jax.make_jaxpr(fn)(first_of(vectors))):
+        return jax.lax.map(fn, vectors)
+    one_by_one = [fn(jax.tree.map(lambda v, i=i: v[i], vectors)) for i in range(count)]
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *one_by_one)
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,11 +217,18 @@ def linearize_group(
     """Linearises stacked batches, one after the other."""
 
     def linearize(weights: PyTree, rest: PyTree, group: PyTree) -> PyTree:
-        return jax.lax.map(lambda batch: product.linearize(weights, rest, batch), group)
+        return _mapped(lambda batch: product.linearize(weights, rest, batch), group)
 
     linear = on_parts(linearize, sharding, (None, None, 1))(weights, rest, group)
     batch_size = batch_length(jax.eval_shape(first_of, group))
     return LinearGroup(linear, batch_size // _num_shards(sharding), sharding)
+
+
+def _mapped(fn: Callable[[PyTree], PyTree], stacked: PyTree) -> PyTree:
+    """`jax.lax.map`; of one entry without a loop, in which some would be slow."""
+    if batch_length(stacked) == 1:
+        return jax.tree.map(lambda x: x[None], fn(first_of(stacked)))
+    return jax.lax.map(fn, stacked)
 
 
 def _group_mean(product: _Product, group: LinearGroup, num_examples: int, vectors: PyTree) -> PyTree:
@@ -208,7 +237,7 @@ def _group_mean(product: _Product, group: LinearGroup, num_examples: int, vector
             part = product.apply(linear, vectors)
             return jax.tree.map(lambda t, x: t + group.batch_size * x, total, part), None
 
-        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, vectors), linear)[0]
+        return folded(add, jax.tree.map(jnp.zeros_like, vectors), linear)
 
     total = sum_of_parts(batch_sum, group.sharding, (None, 0))(vectors, group.linear)
     return jax.tree.map(lambda x: x / num_examples, total)
@@ -224,27 +253,25 @@ def linearize_groups(
 ) -> list[LinearGroup] | None:
     """Grouped batches, linearised; None where they take more than `linear_bytes` on each device.
 
-    A compiled scan over stacked batches copies each before its use; one that does not stay in the cache is
-    not worth that, and becomes a group of its own.
+    A compiled scan over stacked batches copies each before its use; one that does not stay in the cache, or
+    that a loop makes slow, is not worth that, and becomes a group of its own.
     """
     measured = []
     for group in groups:
         sharding = example_sharding(group, axis=1)
-        measured.append((group, sharding, linear_batch_bytes(product, weights, rest, group)))
-    if sum(batch_length(group) * batch_bytes for group, _, batch_bytes in measured) > linear_bytes:
+        batch_bytes = linear_batch_bytes(product, weights, rest, group)
+        slow_in_loops = product.convolves(weights, rest, _one_batch(group))
+        measured.append((group, sharding, batch_bytes, slow_in_loops))
+    if sum(batch_length(group) * batch_bytes for group, _, batch_bytes, _ in measured) > linear_bytes:
         return None
-    programs = {sharding: Program(partial(linearize_group, product, sharding)) for _, sharding, _ in measured}
+    programs = {
+        sharding: Program(partial(linearize_group, product, sharding)) for _, sharding, *_ in measured
+    }
     return [
         programs[sharding](weights, rest, part)
-        for group, sharding, batch_bytes in measured
-        for part in (_apart(group) if batch_bytes > _batch_bytes() else [group])
+        for group, sharding, batch_bytes, slow_in_loops in measured
+        for part in (apart(group) if batch_bytes > _batch_bytes() or slow_in_loops else [group])
     ]
-
-
-def _apart(group: PyTree) -> list[PyTree]:
-    """Every batch of a group as a group of its own."""
-    one_of = Program(lambda i: jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1), group))
-    return [one_of(i) for i in range(batch_length(group))]
 
 
 def suitable_batch_size(product: Product, weights: PyTree, rest: PyTree, arrays: PyTree) -> int:
@@ -260,10 +287,22 @@ def suitable_batch_size(product: Product, weights: PyTree, rest: PyTree, arrays:
     batch_bytes, least = _batch_bytes(), 1
     if jax.default_backend() in BATCH_BYTES:
         batch_bytes, least = max(batch_bytes, WEIGHT_COPIES * num_bytes(weights)), LEAST_EXAMPLES
-    wanted = min(max(batch_bytes // per_example, least), num_examples)
+    wanted = _in_loops(
+        product, weights, rest, arrays, min(max(batch_bytes // per_example, least), num_examples)
+    )
     smallest = max(wanted // 2 + 1, min(least, wanted))
     divisors = (size for size in range(wanted, smallest - 1, -1) if num_examples % size == 0)
     return num_shards * next(divisors, wanted)
+
+
+def _in_loops(product: Product, weights: PyTree, rest: PyTree, like: PyTree, wanted: int) -> int:
+    """Examples at once that a loop does not make slow, not many fewer than wanted; else as many as wanted."""
+    size = wanted
+    while size >= LEAST_EXAMPLES:
+        if not product.convolves(weights, rest, _examples_like(like, size)):
+            return size
+        size //= 2
+    return wanted
 
 
 def _batch_bytes() -> int:
@@ -276,12 +315,19 @@ def _num_shards(sharding: ExampleSharding | None) -> int:
 
 def linear_batch_bytes(product: Product, weights: PyTree, rest: PyTree, group: PyTree) -> int:
     """Memory of one linearised batch of a group, on each device; the loss is traced for batches like it."""
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), group)
+    batch = _one_batch(group)
     size = batch_length(batch) // _num_shards(example_sharding(group, axis=1))
     return _linear_bytes(product, weights, rest, batch, size)
 
 
+def _one_batch(group: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), group)
+
+
 def _linear_bytes(product: Product, weights: PyTree, rest: PyTree, like: PyTree, size: int) -> int:
     """Memory of `size` linearised examples like these."""
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), like)
-    return num_bytes(product.linearize.shape(weights, rest, batch))
+    return num_bytes(product.linearize.shape(weights, rest, _examples_like(like, size)))
+
+
+def _examples_like(like: PyTree, size: int) -> PyTree:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), like)
