@@ -22,6 +22,7 @@ import numpy as np
 from jaxlimit.core.checks import require_count
 from jaxlimit.core.convolutions import convolves
 from jaxlimit.core.leaves import copied, to_arrays
+from jaxlimit.core.loops import apart, scan
 from jaxlimit.core.passes import in_memory, passes
 from jaxlimit.core.programs import Program, Traced
 from jaxlimit.core.sharding import ExampleSharding, example_sharding, sharding_like, sum_of_parts
@@ -241,7 +242,7 @@ class ExampleSum:
     def _parts(self, args: tuple[PyTree, ...], group: PyTree) -> Iterable[PyTree]:
         """The group, or each of its batches as one."""
         slow_in_loops = convolves(self._fn.jaxpr(*args, jax.eval_shape(first_of, group)))
-        return apart(group) if slow_in_loops else [group]
+        return apart(group, batch_length(group)) if slow_in_loops else [group]
 
     def program(self, sharding: ExampleSharding | None) -> Program:
         """`(args, group) -> sum over a group` of batches that are divided so."""
@@ -289,22 +290,10 @@ def _group_sum(
             return jax.tree.map(lambda t, x: t + size * x, total, fn(*args, batch)), None
 
         like = fn.shape(*args, first_of(group))
-        return folded(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), group)
+        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        return scan(add, start, group, batch_length(group))[0]
 
     return sum_of_parts(batch_sum, sharding, (None, 1))(args, group)
-
-
-def folded(add: Callable[[PyTree, PyTree], tuple[PyTree, None]], start: PyTree, stacked: PyTree) -> PyTree:
-    """What `jax.lax.scan` carries at the end; of one entry without a loop, in which some would be slow."""
-    if jax.tree.leaves(stacked)[0].shape[0] == 1:
-        return add(start, first_of(stacked))[0]
-    return jax.lax.scan(add, start, stacked)[0]
-
-
-def apart(group: PyTree) -> Iterator[PyTree]:
-    """Every batch of a group as a group of its own."""
-    one_of = Program(lambda i: jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1), group))
-    return (one_of(i) for i in range(batch_length(group)))
 
 
 def first_of(tree: PyTree) -> PyTree:

@@ -34,14 +34,13 @@ def quick_in_loops(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
 
 def convolves(jaxpr: ClosedJaxpr) -> bool:
     """Whether there is a convolution that a loop makes slow."""
-    return jax.default_backend() == "cpu" and _convolves(jaxpr.jaxpr)
+    return jax.default_backend() == "cpu" and "conv_general_dilated" in primitives(jaxpr.jaxpr)
 
 
-def _convolves(jaxpr: Jaxpr) -> bool:
-    return any(
-        eqn.primitive.name == "conv_general_dilated" or any(map(_convolves, _inner(eqn.params)))
-        for eqn in jaxpr.eqns
-    )
+def primitives(jaxpr: Jaxpr) -> set[str]:
+    """Names of the operations, also of what is called."""
+    found = {eqn.primitive.name for eqn in jaxpr.eqns}
+    return found.union(*(primitives(inner) for eqn in jaxpr.eqns for inner in _inner(eqn.params)))
 
 
 def _inner(params: dict[str, Any]) -> list[Jaxpr]:

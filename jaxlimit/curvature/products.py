@@ -14,19 +14,13 @@ from functools import cached_property, partial
 import jax
 import jax.numpy as jnp
 
-from jaxlimit.core.batches import (
-    ExampleSum,
-    apart,
-    batch_length,
-    check_scalar,
-    first_of,
-    folded,
-    running_sum,
-)
+from jaxlimit.core.batches import ExampleSum, batch_length, check_scalar, first_of, running_sum
 from jaxlimit.core.convolutions import convolves, quick_in_loops
+from jaxlimit.core.loops import apart, each_of, scan
 from jaxlimit.core.programs import Program, Traced
 from jaxlimit.core.sharding import ExampleSharding, example_sharding, on_parts, sum_of_parts
 from jaxlimit.core.trees import PyTree, combine
+from jaxlimit.curvature.derivatives import derivative_of_gradient, linearized
 
 # Memory of a linearised batch, and so the examples at once in a product. On a CPU it should stay in the
 # cache; but it may take five times the memory of the weights, which are read for every batch, and with fewer
@@ -113,7 +107,7 @@ class HessianProduct(_Product):
         """d/dt grad L(w + t v) as a function of v."""
         with jax.default_matmul_precision(self.precision):
             gradient = jax.grad(lambda w: self.loss(combine(w, rest), batch))
-            return jax.linearize(gradient, weights)[1]
+            return derivative_of_gradient(gradient, weights, self._loss.jaxpr(combine(weights, rest), batch))
 
     def apply(self, linear: PyTree, vectors: PyTree) -> PyTree:
         """H V, from what `linearize` returned."""
@@ -143,9 +137,13 @@ class GaussNewtonProduct(_Product):
     def _linearized(self, weights: PyTree, rest: PyTree, batch: PyTree) -> PyTree:
         """J, and the second derivative of the loss of the outputs, as functions of a vector."""
         with jax.default_matmul_precision(self.precision):
-            outputs, push_forward = jax.linearize(lambda w: self._predict(combine(w, rest), batch), weights)
-            curve = jax.linearize(jax.grad(lambda z: self._output_loss(z, batch)), outputs)[1]
-            return push_forward, curve
+            params = combine(weights, rest)
+            outputs, push_forward = linearized(
+                lambda w: self._predict(combine(w, rest), batch), weights, self._predict.jaxpr(params, batch)
+            )
+            gradient = jax.grad(lambda z: self._output_loss(z, batch))
+            traced = self._output_loss.jaxpr(outputs, batch)
+            return push_forward, derivative_of_gradient(gradient, outputs, traced)
 
     def apply(self, linear: PyTree, vectors: PyTree) -> PyTree:
         """G V, from what `linearize` returned."""
@@ -166,8 +164,8 @@ def each(fn: Callable[[PyTree], PyTree], vectors: PyTree) -> PyTree:
     count = batch_length(vectors)
     if jax.default_backend() != "cpu" and count > 1:
         return jax.vmap(fn)(vectors)
-    if count > 1 and not convolves(jax.make_jaxpr(fn)(first_of(vectors))):
-        return jax.lax.map(fn, vectors)
+    if count == 1 or not convolves(jax.make_jaxpr(fn)(first_of(vectors))):
+        return each_of(fn, vectors, count)
     one_by_one = [fn(jax.tree.map(lambda v, i=i: v[i], vectors)) for i in range(count)]
     return jax.tree.map(lambda *xs: jnp.stack(xs), *one_by_one)
 
@@ -198,7 +196,11 @@ class Loss:
         return loss
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["linear"], meta_fields=["batch_size", "sharding"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["linear"],
+    meta_fields=["num_batches", "batch_size", "sharding"],
+)
 @dataclass(frozen=True)
 class LinearGroup:
     """Batches of one shape, linearised: the leaves of `linear` have a leading axis of batches.
@@ -207,6 +209,7 @@ class LinearGroup:
     """
 
     linear: PyTree
+    num_batches: int
     batch_size: int
     sharding: ExampleSharding | None
 
@@ -217,18 +220,12 @@ def linearize_group(
     """Linearises stacked batches, one after the other."""
 
     def linearize(weights: PyTree, rest: PyTree, group: PyTree) -> PyTree:
-        return _mapped(lambda batch: product.linearize(weights, rest, batch), group)
+        return each_of(lambda batch: product.linearize(weights, rest, batch), group, num_batches)
 
+    num_batches = batch_length(group)
     linear = on_parts(linearize, sharding, (None, None, 1))(weights, rest, group)
     batch_size = batch_length(jax.eval_shape(first_of, group))
-    return LinearGroup(linear, batch_size // _num_shards(sharding), sharding)
-
-
-def _mapped(fn: Callable[[PyTree], PyTree], stacked: PyTree) -> PyTree:
-    """`jax.lax.map`; of one entry without a loop, in which some would be slow."""
-    if batch_length(stacked) == 1:
-        return jax.tree.map(lambda x: x[None], fn(first_of(stacked)))
-    return jax.lax.map(fn, stacked)
+    return LinearGroup(linear, num_batches, batch_size // _num_shards(sharding), sharding)
 
 
 def _group_mean(product: _Product, group: LinearGroup, num_examples: int, vectors: PyTree) -> PyTree:
@@ -237,7 +234,7 @@ def _group_mean(product: _Product, group: LinearGroup, num_examples: int, vector
             part = product.apply(linear, vectors)
             return jax.tree.map(lambda t, x: t + group.batch_size * x, total, part), None
 
-        return folded(add, jax.tree.map(jnp.zeros_like, vectors), linear)
+        return scan(add, jax.tree.map(jnp.zeros_like, vectors), linear, group.num_batches)[0]
 
     total = sum_of_parts(batch_sum, group.sharding, (None, 0))(vectors, group.linear)
     return jax.tree.map(lambda x: x / num_examples, total)
@@ -270,7 +267,9 @@ def linearize_groups(
     return [
         programs[sharding](weights, rest, part)
         for group, sharding, batch_bytes, slow_in_loops in measured
-        for part in (apart(group) if batch_bytes > _batch_bytes() or slow_in_loops else [group])
+        for part in (
+            apart(group, batch_length(group)) if batch_bytes > _batch_bytes() or slow_in_loops else [group]
+        )
     ]
 
 
