@@ -47,7 +47,7 @@ NOT_MEANT = ("semidefinite", "imprecise", "crossed", "changed")
 
 
 class Verdict(NamedTuple):
-    """What became of a draw: "right", "refused", "fault", or "void" where JAX alone cannot do it; and a word on it."""
+    """What became of a draw: "right", "refused" or "fault", or "void" where JAX alone cannot do it."""
 
     outcome: str
     detail: str
@@ -98,7 +98,7 @@ def ask(stranger: Stranger, case: Case, truth: Truth, rng: np.random.Generator) 
         close("mean", found.mean, truth.loss(truth.weights), loss_tolerance)
         if stranger.loss not in strangers.WEIGHTED:
             losses = [truth.loss(truth.weights, part) for part in truth.parts]
-            scale = max(np.std(losses), abs(np.mean(losses)), 1e-2)
+            scale = float(max(np.std(losses), abs(np.mean(losses)), 1e-2))
             close("batch_std", found.batch_std, np.std(losses), loss_tolerance, scale)
         return f"mean {found.mean:.6g}"
     if question == "sparsity_sweep":
@@ -156,9 +156,7 @@ def unflatten_like(vector: np.ndarray, like: Any) -> Any:
     return structure.unflatten([part.reshape(leaf.shape) for part, leaf in parts])
 
 
-def limits(
-    stranger: Stranger, curvature: jaxlimit.Curvature, truth: Truth, rng: np.random.Generator
-) -> str:
+def limits(stranger: Stranger, curvature: jaxlimit.Curvature, truth: Truth, rng: np.random.Generator) -> str:
     """Every limit asked for holds the truth of all n in its interval, or its code says that it does not."""
     gradient, matrix = truth.quadratic
 
@@ -211,7 +209,11 @@ def judged(seed: int, index: int) -> tuple[Stranger, Verdict, str]:
             if not ours(error):
                 return stranger, Verdict("fault", f"foreign {text}"), traceback.format_exc()
             outcome = "refused" if reason else "fault"
-            return stranger, Verdict(outcome, text if reason else f"needless refusal: {text}"), traceback.format_exc()
+            return (
+                stranger,
+                Verdict(outcome, text if reason else f"needless refusal: {text}"),
+                traceback.format_exc(),
+            )
 
 
 def ours(error: Exception) -> bool:
@@ -225,7 +227,7 @@ def works(case: Case) -> bool:
     """Whether JAX alone computes the stranger's gradient on its own batches."""
     try:
         gradient = jax.jit(jax.grad(case.loss_fn))
-        for batch in case.batches() if callable(case.batches) else case.batches:
+        for batch in border_cases.in_turn(case.batches):
             jax.block_until_ready(gradient(case.params, batch))
     except Exception:
         return False
@@ -238,7 +240,9 @@ def main() -> int:
     parser.add_argument("--draws", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="one draw, in full")
-    parser.add_argument("--keep", action=argparse.BooleanOptionalAction, default=True, help="write the results")
+    parser.add_argument(
+        "--keep", action=argparse.BooleanOptionalAction, default=True, help="write the results"
+    )
     options = parser.parse_args()
     jax.config.update("jax_traceback_filtering", "off")
     if options.only is not None:

@@ -1,6 +1,6 @@
 """What the package gets of a stranger, and what it should find: float64, and the definition of the mean."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import strangers
-from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 from strangers import HALF, HIDDEN, Plain, Stranger
@@ -141,6 +140,12 @@ def _batches(data: dict, parts: list[dict], stranger: Stranger, mesh: Mesh | Non
     return (lambda: iter(batches)) if stranger.batching == "generator" else batches
 
 
+def in_turn(batches: Any) -> Iterator[Any]:
+    """The batches, of whatever kind they are."""
+    found: Any = batches() if callable(batches) else batches
+    yield from found
+
+
 class Truth:
     """What is true of a case, from all its examples at once."""
 
@@ -150,11 +155,16 @@ class Truth:
         self.shapes = [np.shape(leaf) for leaf in leaves]
         self.weights = np.concatenate([np.ravel(leaf) for leaf in leaves if np.ndim(leaf) > 1])
         numbers = iter(range(len(self.weights)))
-        places = [np.array([next(numbers) for _ in range(x.size)]).reshape(x.shape) if x.ndim > 1 else x for x in leaves]
+        places = [
+            np.array([next(numbers) for _ in range(x.size)]).reshape(x.shape) if x.ndim > 1 else x
+            for x in leaves
+        ]
         plain = case.plain(self.structure.unflatten(places))
         self.order = np.concatenate([np.ravel(plain.w1), np.ravel(plain.w2)]).astype(int)
         self.biases = case.plain(case.values).b1, case.plain(case.values).b2
-        self.data = case.data if case.data["y"].dtype != np.float32 else case.data | {"y": case.data["y"].astype(int)}
+        self.data = (
+            case.data if case.data["y"].dtype != np.float32 else case.data | {"y": case.data["y"].astype(int)}
+        )
         self.parts = case.parts
 
     def loss(self, weights: Array, data: dict[str, Any] | None = None) -> float:
@@ -166,7 +176,9 @@ class Truth:
     def quadratic(self) -> tuple[Array, Array]:
         """Gradient and matrix at the weights."""
         with jax.enable_x64(True):
-            gradient, matrix = _quadratic(self.name, self.kind)(self.weights[self.order], self.biases, self.data)
+            gradient, matrix = _quadratic(self.name, self.kind)(
+                self.weights[self.order], self.biases, self.data
+            )
         back = np.argsort(self.order)
         return np.asarray(gradient)[back], np.asarray(matrix)[np.ix_(back, back)]
 
@@ -186,7 +198,7 @@ class Truth:
                 losses.append(self.loss(np.asarray(weights)))
                 gradient = _gradient(self.name)(weights[self.order], self.biases, self.data)
                 updates, state = optimizer.update(kept * gradient[np.argsort(self.order)], state)
-                weights = weights + updates
+                weights: Any = optax.apply_updates(weights, updates)
         return min(losses)
 
 

@@ -13,9 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-import jaxlimit
 from jaxlimit import models, training
 
 EXAMPLES, FEATURES, HIDDEN, CLASSES, TOKENS, PADDING = 48, 5, 6, 3, 4, 16
@@ -24,8 +22,8 @@ CLASS_WEIGHTS = np.array([1.0, 3.0, 0.5])
 
 # What is written twice is drawn twice as often.
 AXES = {
-    "loss": "mean mean sum sum/len sum/all masked unguarded tokens class_weighted l2 broadcast squared sigmoid "
-    "drift drift_sum contrastive norm_train norm_eval packaged packaged",
+    "loss": "mean mean sum sum/len sum/all masked unguarded tokens class_weighted l2 broadcast squared "
+    "sigmoid drift drift_sum contrastive norm_train norm_eval packaged packaged",
     "batching": "size_1 odd divisor full list list_uneven list_ones first_one list_padded stream generator",
     "dtype": "float32 float32 float32 float64 bf16_compute f16_compute bf16_kernels f16_loss numpy64",
     "framework": "bare nnx linen equinox haiku",
@@ -130,11 +128,11 @@ class NnxNet(nnx.Module):
 class EquinoxNet(eqx.Module):
     """The network in Equinox, for one example or its tokens."""
 
-    hidden: eqx.nn.Linear
-    out: eqx.nn.Linear
+    hidden: Any
+    out: Any
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = jnp.tanh(x @ self.hidden.weight.T + self.hidden.bias)  # pyright: ignore[reportOptionalMemberAccess]
+        hidden = jnp.tanh(x @ self.hidden.weight.T + self.hidden.bias)
         return hidden @ self.out.weight.T + self.out.bias
 
 
@@ -153,7 +151,9 @@ def library(name: str) -> tuple[Callable, Any, Callable[[Any], Plain]]:
         predict, params = models.from_equinox(EquinoxNet(hidden, eqx.nn.Linear(HIDDEN, CLASSES, key=key)))
         kernel = "weight"
     elif name == "haiku":
-        net = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([HIDDEN, CLASSES], activation=jnp.tanh)(x)))
+        net = hk.without_apply_rng(
+            hk.transform(lambda x: hk.nets.MLP([HIDDEN, CLASSES], activation=jnp.tanh)(x))
+        )
         predict, params = net.apply, net.init(key, x)
         layers, kernel, bias = ("mlp/~/linear_0", "mlp/~/linear_1"), "w", "b"
     else:

@@ -25,7 +25,15 @@ from jaxlimit.core.leaves import copied, to_arrays
 from jaxlimit.core.loops import apart, scan
 from jaxlimit.core.passes import in_memory, passes
 from jaxlimit.core.programs import Program, Traced
-from jaxlimit.core.sharding import ExampleSharding, example_sharding, sharding_like, sum_of_parts
+from jaxlimit.core.sharding import (
+    ExampleSharding,
+    automatic,
+    example_sharding,
+    sharding_like,
+    sum_of_parts,
+    undivided,
+    zeros,
+)
 from jaxlimit.core.trees import PyTree
 
 
@@ -109,23 +117,19 @@ def grouped(batches: Iterable[PyTree]) -> Iterable[PyTree]:
 
     Returns:
         Re-iterable of pytrees whose leaves have shape (num_batches, batch_size, ...). Where the examples are
-        divided over devices, each batch is.
+        divided over devices, each batch is, if its size divides over them, else every device has all.
 
     Raises:
-        ValueError: no batches, what is one batch or an iterator that can be used only once, or a batch size
-            that does not divide over the devices.
+        ValueError: no batches, or what is one batch or an iterator that can be used only once.
     """
     if isinstance(batches, Batches):
         size, stop = batches.batch_size, batches.num_examples
-        sharding = example_sharding(batches.arrays)
+        arrays, sharding = batches.arrays, example_sharding(batches.arrays)
         if sharding is not None and size % sharding.num_shards:
-            raise ValueError(
-                f"batch_size must be a multiple of {sharding.num_shards}, the number of parts into which the "
-                f"examples are divided, got {size}."
-            )
+            arrays = jax.tree.map(undivided, arrays)
         full = stop // size * size
         cuts = ((0, full, size), (full, stop, stop - full))
-        return [jax.tree.map(partial(_cut, *cut), batches.arrays) for cut in cuts if cut[0] < cut[1]]
+        return [jax.tree.map(partial(_cut, *cut), arrays) for cut in cuts if cut[0] < cut[1]]
     if isinstance(batches, (list, tuple)):
         filled = [batch for batch in in_memory(batches) if batch_length(batch)]
         if not filled:
@@ -139,8 +143,10 @@ def _cut(start: int, stop: int, size: int, x: jax.Array) -> jax.Array:
     sharding = sharding_like(x, new_axes=1)
     if sharding is None:
         return _slices(start, stop, size, x)
-    # Said of the result alone: within the program JAX refuses it for a mesh with explicit axes.
-    return jax.jit(partial(_slices, start, stop, size), out_shardings=sharding)(x)
+    # Where axes are explicit JAX refuses to cut what is divided, so meanwhile they are not.
+    here = jax.device_put(x, automatic(x.sharding))  # pyright: ignore[reportArgumentType]
+    cut = jax.jit(partial(_slices, start, stop, size), out_shardings=automatic(sharding))(here)
+    return jax.device_put(cut, sharding)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -290,8 +296,7 @@ def _group_sum(
             return jax.tree.map(lambda t, x: t + size * x, total, fn(*args, batch)), None
 
         like = fn.shape(*args, first_of(group))
-        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-        return scan(add, start, group, batch_length(group))[0]
+        return scan(add, jax.tree.map(zeros, like), group, batch_length(group))[0]
 
     return sum_of_parts(batch_sum, sharding, (None, 1))(args, group)
 

@@ -18,8 +18,10 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
+from jaxlimit.core.constraints import unconstrained
 from jaxlimit.core.functions import Static
 from jaxlimit.core.leaves import is_array
+from jaxlimit.core.sharding import explicit_sharding
 from jaxlimit.core.trees import PyTree, thawed
 
 # Compiled programs that are kept for others to use. A run of the command line has about a hundred.
@@ -61,7 +63,10 @@ class Traced:
         """Shapes and dtypes of the result for arguments of these."""
         trace = self._trace(_held(args))
         return trace.structure.unflatten(
-            [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in trace.jaxpr.out_avals]
+            [
+                jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=explicit_sharding(x))
+                for x in trace.jaxpr.out_avals
+            ]
         )
 
     def jaxpr(self, *args: PyTree) -> ClosedJaxpr:
@@ -73,6 +78,8 @@ class Traced:
         key = structure, _context(), tuple(map(jax.typeof, leaves))
         if key not in self._traces:
             trace = _trace(lambda *args: self._fn(*thawed(args)), structure, [_like(x) for x in leaves])
+            if jax.sharding.get_abstract_mesh().manual_axes:  # it works on a part of the arrays
+                trace = trace._replace(jaxpr=unconstrained(trace.jaxpr))
             self._traces[key] = trace._replace(jaxpr=self._rewrite(trace.jaxpr))
         return self._traces[key]
 
@@ -198,7 +205,7 @@ def _held(args: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
 def _like(x: Any) -> Any:
     """An argument without its values."""
     x = jax.typeof(x)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type, sharding=explicit_sharding(x))
 
 
 def _placed(x: Any) -> tuple:

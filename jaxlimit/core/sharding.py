@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike, NDArray
 
 
@@ -71,6 +71,37 @@ def sum_of_parts(fn: Callable, sharding: ExampleSharding | None, divided: tuple[
     return _shard_map(
         lambda *args: jax.lax.psum(fn(*args), sharding.axes), sharding, divided, PartitionSpec()
     )
+
+
+def undivided(leaf: Any) -> Any:
+    """An array that is divided over devices as a copy on each of them; others as they are."""
+    sharding = _named(leaf)
+    if sharding is None or not any(sharding.spec):
+        return leaf
+    return jax.device_put(leaf, NamedSharding(sharding.mesh, PartitionSpec(*[None] * leaf.ndim)))
+
+
+def is_explicit(mesh: Any) -> bool:
+    """Whether where arrays lie on the mesh is part of their types."""
+    return AxisType.Explicit in mesh.axis_types
+
+
+def zeros(like: jax.ShapeDtypeStruct, dtype: Any = None) -> jax.Array:
+    """Of the shape, and divided as the type says."""
+    array = jnp.zeros(like.shape, dtype or like.dtype)
+    return array if like.sharding is None else jax.sharding.reshard(array, like.sharding)
+
+
+def explicit_sharding(aval: Any) -> NamedSharding | None:
+    """Where an array of that abstract value lies, if that is part of its type."""
+    return aval.sharding if is_explicit(aval.sharding.mesh) else None
+
+
+def automatic(sharding: NamedSharding) -> NamedSharding:
+    """The same places on a mesh that leaves the layout to the compiler, which cuts as it likes."""
+    mesh: Any = sharding.mesh
+    axis_types = (AxisType.Auto,) * len(mesh.axis_names)
+    return NamedSharding(Mesh(mesh.devices, mesh.axis_names, axis_types=axis_types), sharding.spec)
 
 
 def _shard_map(

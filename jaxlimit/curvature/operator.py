@@ -26,6 +26,7 @@ from jax.core import Tracer
 from numpy.typing import NDArray
 
 from jaxlimit.core.batches import ExampleSum, mean_of_sum
+from jaxlimit.core.sharding import explicit_sharding, sharding_like
 from jaxlimit.core.trees import Prunable, PyTree, combine, partition
 from jaxlimit.curvature.data_checks import data_changed, require_single_precision
 from jaxlimit.curvature.dense_matrix import dense_matrix
@@ -128,7 +129,7 @@ class Curvature:
         for leaf, weight in zip(leaves, like, strict=True):
             if leaf.shape[1:] != weight.shape:
                 raise ValueError(f"a leaf of shape {leaf.shape[1:]} stands where weights has {weight.shape}.")
-        vectors = jax.tree.map(lambda v, w: jnp.asarray(v, w.dtype), vectors, self.weights)
+        vectors = jax.tree.map(_beside, vectors, self.weights)
         linear = self._linear_inside() if _any_tracer((vectors, self.weights)) else self.linear
         if linear is None:
             return self._mean(self.product.sum, vectors)
@@ -192,6 +193,13 @@ class Curvature:
         known = {"linear": linear, "gradient": gradient}
         vars(made).update({name: value for name, value in known.items() if value is not None})
         return made
+
+
+def _beside(vectors: Any, weight: Any) -> jax.Array:
+    """In the dtype of a weight, and divided as it is where that is part of its type."""
+    vectors, sharding = jnp.asarray(vectors, weight.dtype), sharding_like(weight, new_axes=1)
+    explicit = explicit_sharding(jax.typeof(weight)) is not None and not isinstance(weight, Tracer)
+    return jax.sharding.reshard(vectors, sharding) if explicit and sharding is not None else vectors
 
 
 @jax.jit

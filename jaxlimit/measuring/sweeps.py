@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jaxlimit.core.batches import ExampleSum, grouped
+from jaxlimit.core.placement import placed_for
 from jaxlimit.core.trees import Prunable, PyTree, combine, is_kernel, partition, unflatten
 from jaxlimit.curvature.products import each
 from jaxlimit.geometry.magnitude import magnitude_order, num_removed
@@ -116,6 +117,7 @@ class PrunedNetwork:
         prunable: Prunable = is_kernel,
         scores: PyTree | None = None,
     ) -> None:
+        self.params, self.metrics_fn = params, metrics_fn
         self.metrics_sum = ExampleSum(_PrunedMetrics(metrics_fn))
         self.weights, self.rest = partition(params, prunable)
         self.dim, self.ranks = removal_ranks(self.weights, scores)
@@ -130,6 +132,7 @@ class PrunedNetwork:
     ) -> Sweep:
         """As `sparsity_sweep`."""
         grid, counts = removals(self.dim, sparsities)
+        batches = placed_for(self.metrics_fn, batches, self.params)
         groups, parts = grouped(batches), []
         for chunk, used in chunks(counts, chunk_size):
             total, num_examples = self.metrics_sum(groups, self.weights, self.rest, self.ranks, chunk)
