@@ -235,8 +235,9 @@ class ExampleSum:
         def parts() -> Iterator[PyTree]:
             nonlocal num_examples
             for group in groups:
-                program = self.program(example_sharding(group, axis=1))
-                for part in self._parts(args, group):
+                sharding = example_sharding(group, axis=1)
+                program = self.program(sharding)
+                for part in [group] if sharding else self._parts(args, group):
                     yield program(args, part)
                 num_examples += group_length(group)
 
