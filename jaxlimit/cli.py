@@ -6,6 +6,7 @@ A command is imported when it is asked for, so that help and errors come at once
 import contextlib
 import errno
 import importlib.util
+import inspect
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -95,7 +96,7 @@ def parse(args: Sequence[str]) -> "Run | Presets | Report | Experiment":
     if name == "run":
         from jaxlimit.application.options import run
 
-        return _read(run, rest, name, COMMANDS[name])
+        return _read(run, _preset_first(rest), name, COMMANDS[name])
     if name == "presets":
         return _read(Presets, rest, name, COMMANDS[name])
     if name == "report":
@@ -111,14 +112,30 @@ def parse(args: Sequence[str]) -> "Run | Presets | Report | Experiment":
 
 
 def _parse_experiment(args: Sequence[str]) -> "Experiment":
-    from jaxlimit.experiments import EXPERIMENTS
+    from jaxlimit.experiments import EXPERIMENTS, Trainings
 
     if args and args[0] in EXPERIMENTS:
-        return _read(EXPERIMENTS[args[0]], args[1:], f"experiment {args[0]}")
+        plan, given = EXPERIMENTS[args[0]], [word.split("=")[0].strip("-") for word in args]
+        for parameter in inspect.signature(plan).parameters.values():
+            if isinstance(parameter.default, Trainings):
+                parameter.default.refuse(given)
+        return _read(plan, _preset_first(args[1:]), f"experiment {args[0]}")
     names = ", ".join(EXPERIMENTS)
     description = f"{COMMANDS['experiment']}\n\nNAME is one of {names}."
     name = _read(_word("NAME", "name of the experiment."), args, "experiment", description)
     raise ValueError(f"there is no experiment {name!r}; the experiments are {names}.")
+
+
+def _preset_first(args: Sequence[str]) -> list[str]:
+    """The arguments with PRESET before the options: one of several values would take it for one of them."""
+    from jaxlimit.application.presets import PRESETS
+
+    option = 0
+    for position, word in enumerate(args):
+        option = position if word.startswith("--") else option
+        if word in PRESETS and position - option > 1:  # one word after an option is its value
+            return [word, *args[:position], *args[position + 1 :]]
+    return list(args)
 
 
 def _read(command: Any, args: Sequence[str], name: str, description: str | None = None) -> Any:

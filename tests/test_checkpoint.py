@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaxlimit import training
-from jaxlimit.core import locks, storage
+from jaxlimit.core import locks, storage, writing
 from jaxlimit.core.locks import LOCK
 from jaxlimit.core.storage import Checkpoint
 from jaxlimit.spectrum import lanczos
@@ -340,7 +340,17 @@ def test_a_folder_that_was_removed_is_locked_anew(folder):
 # Files that are damaged.
 
 
+def with_unknown_compression(data):
+    """In the header of the file and in the table at the end: NumPy passes NotImplementedError on."""
+    data = bytearray(data)
+    for mark, offset in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        at = data.index(mark) + offset
+        data[at : at + 2] = (98).to_bytes(2, "little")
+    return bytes(data)
+
+
 DAMAGE = {
+    "unknown compression": with_unknown_compression,
     "half": lambda data: data[: len(data) // 2],
     "empty": lambda data: b"",
     "no zip": lambda data: b"no zip at all" * 20,
@@ -417,3 +427,37 @@ def test_a_damaged_identity(folder):
     (folder / "problem.json").write_text("{")
     with pytest.raises(ValueError, match=r"problem\.json"):
         Checkpoint(folder, FINGERPRINT)
+
+
+@pytest.mark.parametrize(
+    ("like", "message"),
+    [
+        (np.zeros(4), r"float64 of shape \(3,\), not float64 of shape \(4,\)"),
+        (np.zeros((3, 1)), r"float64 of shape \(3,\), not float64 of shape \(3, 1\)"),
+        (np.zeros(3, np.float32), "float64 of shape .*, not float32"),
+        (jnp.zeros(3, jnp.bfloat16), "float64 of shape .*, not bfloat16"),
+        ((np.zeros(3), np.zeros(3)), "1, not 2"),
+    ],
+)
+def test_arrays_of_another_problem_are_refused(like, message, folder):
+    store = Checkpoint(folder, FINGERPRINT)
+    store.save_tree("name", np.zeros(3))
+    with pytest.raises(ValueError, match=rf"name\.npz holds other arrays .* \({message}.*remove it to go on"):
+        store.load_tree("name", like)
+
+
+def test_a_folder_is_removed_as_a_whole(folder, monkeypatch):
+    """A process that was killed meanwhile leaves what the next one removes."""
+    inner = folder / "inner"
+    with Checkpoint(inner, FINGERPRINT) as store:
+        store.save_tree("name", np.zeros(3))
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
+    writing.remove(inner)
+    monkeypatch.undo()
+    assert not inner.exists()
+    (left,) = folder.iterdir()
+    assert writing.is_leftover(left)
+    with Checkpoint(folder, FINGERPRINT):
+        assert names_in(folder) == ["problem.json"]
+    with Checkpoint(inner, FINGERPRINT) as store:
+        assert store.load_tree("name", 0) is None

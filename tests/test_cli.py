@@ -18,9 +18,10 @@ from safetensors.numpy import load_file
 
 import jaxlimit
 from jaxlimit import __version__, models, training
-from jaxlimit.application import presets
+from jaxlimit.application import pipeline, presets, run_folder
 from jaxlimit.application.options import default_folder
 from jaxlimit.cli import main, parse
+from jaxlimit.measuring.finetuning import FinetunedNetwork
 from jaxlimit.training import model_files
 from jaxlimit.training.recipe import Recipe
 
@@ -147,6 +148,16 @@ def test_a_limit_from_part_of_the_examples_says_so(tmp_path, capsys):
     assert found["num_examples"] == 300
     assert found["width_of_half_the_examples"] == pytest.approx(half, abs=2e-5)
     assert half != found["width"]["value"]
+    # Losses are measured on the same examples; training and the loss tolerance have them all.
+    loss = training.classification_loss(predict)
+    expected = float(loss(params, (images[:300], labels[:300])))
+    assert document["network"]["train_loss"] == pytest.approx(expected, rel=1e-5)
+    assert document["network"]["num_train"] == len(labels)
+    whole = jaxlimit.loss_statistics(loss, params, jaxlimit.batched((images, labels), 128))
+    assert document["loss_tolerance"] == pytest.approx(whole.batch_std, rel=1e-5)
+    with (folder / "curves.csv").open() as file:
+        row = next(csv.DictReader(file))
+    assert float(row["train_loss"]) == pytest.approx(expected, rel=1e-5)
     printed = " ".join(capsys.readouterr().out.split())
     change = f"{half:.4f} ({half - found['width']['value']:+.4f})"
     assert f"from 300 of 1,438 training examples. From half of these, width is {change}." in printed
@@ -416,3 +427,164 @@ def test_a_report_of_an_unfinished_run_is_refused(finished, tmp_path, capsys):
     (folder / "limit.json").write_text(json.dumps(document))
     assert main(["report", str(folder)]) == 2
     assert "is not finished: go on with it first (jaxlimit run tiny" in capsys.readouterr().err
+
+
+def test_the_preset_may_follow_an_option_of_several_values(tmp_path, monkeypatch):
+    found = parse(["run", "--milestones", "0.25", "0.5", "tiny", "--out", "tiny"])
+    assert (found.preset.name, found.preset.recipe.milestones) == ("tiny", (0.25, 0.5))
+    assert found.out == Path("tiny")  # the value of an option that has one
+
+
+@pytest.mark.parametrize(
+    ("args", "hidden", "kept"),
+    [
+        (["run"], ["None:"], ["spread of the training", "(default: all)"]),
+        (["experiment", "gems"], ["--l1", "--networks"], ["--probes"]),
+        (["experiment", "gradual"], ["--networks"], ["--l1"]),
+    ],
+)
+def test_help_lists_what_has_an_effect_and_each_default_once(args, hidden, kept, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse([*args, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert [text for text in hidden if text in shown] == []
+    assert [text for text in kept if text not in shown] == []
+
+
+def test_a_finished_folder_says_where_its_results_are(finished, capsys):
+    folder = finished[0]
+    assert main([*RUN, "--out", str(folder)]) == 2
+    told = capsys.readouterr().err
+    assert f"its results are in {folder / 'report.html'}" in told
+    assert f"`jaxlimit report {folder}` makes again" in told
+
+
+@pytest.mark.parametrize("out", ["--out={}", "--out {}"])
+def test_ctrl_c_repeats_the_command_with_one_folder(out, tmp_path, monkeypatch, capsys):
+    """Before anything was written with --overwrite, which it still takes; afterwards without."""
+    given = out.format(tmp_path / "run").split()
+
+    def pressed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_folder, "prepare_folder", pressed)
+    assert main([*RUN, *given, "--overwrite"]) == 130
+    told = capsys.readouterr().err
+    assert told.splitlines()[-1].split()[1:] == [*RUN, *given, "--overwrite"]
+    assert "Nothing was written" in told
+    monkeypatch.undo()
+    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+    monkeypatch.setattr(pipeline, "execute_run", pressed)
+    assert main([*RUN, *given, "--overwrite"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1].split()[1:] == [*RUN, *given]
+
+
+def test_ctrl_c_after_the_end_says_so(finished, tmp_path, monkeypatch, capsys):
+    def pressed(folder, *args):
+        shutil.copy(finished[0] / "limit.json", folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "execute_run", pressed)
+    assert main([*RUN, "--out", str(tmp_path / "run")]) == 130
+    assert "interrupted when all was done. report: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied"), OSError(28, "No space left on device")]
+)
+@pytest.mark.parametrize("args", [RUN, ["experiment", "crossing", "tiny"]], ids=["run", "experiment"])
+def test_where_nothing_can_be_written_another_folder_is_advised(error, args, tmp_path, monkeypatch, capsys):
+    def refused(path, content):
+        raise type(error)(error.errno, error.strerror, str(path))
+
+    monkeypatch.setattr("jaxlimit.core.storage.write_file", refused)
+    assert main([*args, "--out", str(tmp_path / "run")]) == 2
+    told = capsys.readouterr().err
+    assert f"error: {tmp_path / 'run'} cannot be written to ({error.strerror}): name another --out." in told
+
+
+def test_a_file_that_has_nothing_to_do_with_the_folder_is_named(tmp_path, monkeypatch, capsys):
+    def refused(*args):
+        raise PermissionError(13, "Permission denied", "/data/mnist")
+
+    monkeypatch.setattr(presets, "load_arrays", refused)
+    assert main([*RUN, "--out", str(tmp_path / "run")]) == 2
+    told = capsys.readouterr().err
+    assert "/data/mnist" in told
+    assert "--out" not in told
+
+
+DEEP = b'{"format": 1, "limits": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+
+
+@pytest.mark.parametrize(
+    "damage", [DEEP, b'{"format": 1, "finished": true}', b'{"format": 1, "finished": true, "limits": 5}']
+)
+def test_a_report_from_json_without_its_content_is_refused(finished, tmp_path, capsys, damage):
+    folder = tmp_path / "damaged"
+    shutil.copytree(finished[0], folder)
+    (folder / "limit.json").write_bytes(damage)
+    assert main(["report", str(folder)]) == 2
+    told = capsys.readouterr().err
+    assert "limit.json is damaged" in told
+    assert "remove it, and the command that wrote it computes it anew" in told
+
+
+def test_values_of_another_kind_are_said_of_the_file(finished, tmp_path, monkeypatch, capsys):
+    """By the report; or they do not matter to it."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, file, **_: file.write(b"drawn"))
+    folder, refused = tmp_path / "damaged", set()
+    shutil.copytree(finished[0], folder)
+    whole = json.loads((folder / "limit.json").read_text())
+    for name in ("network", "limits", "measured", "comparison", "loss_tolerance", "seconds"):
+        without = {key: value for key, value in whole.items() if key != name}
+        for changed in (without, *(whole | {name: value} for value in (5, {}, {"gauss_newton": {}}))):
+            (folder / "limit.json").write_text(json.dumps(changed))
+            if main(["report", str(folder)]) == 2:
+                refused.add(name)
+                assert "limit.json is damaged" in capsys.readouterr().err
+    assert refused >= {"network", "limits", "measured", "comparison", "loss_tolerance", "seconds"}
+
+
+def test_a_run_goes_on_from_a_damaged_ledger_with_a_message(finished, tmp_path, capsys):
+    folder = tmp_path / "damaged"
+    shutil.copytree(finished[0], folder)
+    whole = json.loads((folder / "limit.json").read_text()) | {"finished": False}
+    for change in (
+        {"network": {}},
+        {"limits": []},
+        {"limits": {"gauss_newton": {"width": 1}}},
+        {"measured": {}},
+    ):
+        (folder / "limit.json").write_text(json.dumps(whole | change))
+        assert main([*RUN, "--out", str(folder)]) == 2, change
+        assert "limit.json is damaged" in capsys.readouterr().err
+
+
+def test_fine_tuned_rows_are_kept(finished, tmp_path, monkeypatch):
+    """A run that is killed in the fine-tuned sweep goes on with the rows that are left, to the same bits."""
+    folder, done = tmp_path / "run", []
+    sweep = FinetunedNetwork.sweep
+
+    def killed(self, sparsities, **kwargs):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(list(sparsities))
+        return sweep(self, sparsities, **kwargs)
+
+    shutil.copytree(finished[0], folder)
+    document = json.loads((folder / "limit.json").read_text()) | {"finished": False}
+    for name in ("finetuned", "report"):
+        del document["seconds"][name]
+    (folder / "limit.json").write_text(json.dumps(document))
+    monkeypatch.setattr(FinetunedNetwork, "sweep", killed)
+    assert main([*RUN, "--out", str(folder)]) == 130
+    kept, done[:] = list(done), []
+    monkeypatch.setattr(
+        FinetunedNetwork, "sweep", lambda self, s, **kw: (done.append(list(s)), sweep(self, s, **kw))[1]
+    )
+    assert main([*RUN, "--out", str(folder)]) == 0
+    assert not {*map(tuple, kept)} & {*map(tuple, done)}
+    assert (folder / "curves.csv").read_bytes() == (finished[0] / "curves.csv").read_bytes()
+    assert not run_folder.checkpoint_path(folder, "finetuned").exists()

@@ -1,6 +1,7 @@
 """The options of `jaxlimit run`, made of the dataclasses that they fill, and what other commands share."""
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -36,7 +37,8 @@ def options_of(made_from: type, default: str | None = None, **defaults: str) -> 
             made.append((field.name, hint, field.default))
         else:
             made.append((field.name, Annotated[hint | None, shown(words, _metavar(hint))], None))
-    namespace = {"__doc__": made_from.__doc__}
+    # What None stands for is said as the default.
+    namespace = {"__doc__": re.sub(r"[;.]\s+None: [^.]*\.", ".", made_from.__doc__ or "")}
     return dataclasses.make_dataclass(made_from.__name__, made, namespace=namespace, frozen=True)
 
 

@@ -111,8 +111,10 @@ def _crossing(sparsity: NDArray[np.float64], values: NDArray[np.float64], bound:
 
 def write_report(folder: Path, run: Record) -> Path:
     """Writes figures/*.png and report.html, and returns the path of the latter."""
+    from jinja2 import TemplateError
+
     pictures: dict[str, bytes] = {}
-    with writing.content_of(folder / run_folder.LIMIT, ValueError):
+    with writing.content_of(folder / run_folder.LIMIT, ValueError, TemplateError):
         for name, figure in make_figures(run).items():
             picture = folder / run_folder.FIGURES / f"{name}.png"
             writing.write_file(picture, partial(figure.savefig, format="png", metadata={"Software": None}))

@@ -114,6 +114,6 @@ def content_of(path: Path, *also: type[Exception]) -> Iterator[None]:
     """
     try:
         yield
-    except (LookupError, TypeError, AttributeError, *also) as error:
+    except (LookupError, TypeError, AttributeError, StopIteration, *also) as error:
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} is damaged, or of another version ({what}): {REMEDY}.") from error

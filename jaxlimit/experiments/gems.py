@@ -15,7 +15,7 @@ from jaxlimit.baselines.network import kernels, subfolder
 from jaxlimit.core.trees import PyTree, combine, flatten, partition
 from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.methods import CIFAR10, settings_of
-from jaxlimit.experiments.study import Study
+from jaxlimit.experiments.study import OwnTrainings
 from jaxlimit.experiments.subject import Subject, Task, trace, values
 from jaxlimit.experiments.tables import (
     Results,
@@ -33,7 +33,9 @@ from jaxlimit.training.schedule import steps_per_epoch
 
 
 def plan(
-    study: Annotated[Study, arg(name="")] = Study(), *, sparsities: tuple[float, ...] = (0.9, 0.95)
+    study: Annotated[OwnTrainings, arg(name="")] = OwnTrainings(),
+    *,
+    sparsities: tuple[float, ...] = (0.9, 0.95),
 ) -> Experiment:
     """Rare Gems without its L2 term, with the recipe's, and with one that pulls as much as on CIFAR-10.
 
@@ -44,10 +46,9 @@ def plan(
     with them the losses of all batches, are equal. `--epochs` are those of search and training.
 
     Args:
-        study: see `Study`.
+        study: see `OwnTrainings`.
         sparsities: shares of the weights to remove, each from 0 to below 1.
     """
-    study.refuse("networks", "l1")
     task = study.task()
     sparsities = tuple(sorted({*sparsities}))
     kept_counts(kernels(build_network(task.preset, 0)), sparsities)

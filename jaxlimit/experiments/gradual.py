@@ -17,7 +17,7 @@ from jaxlimit.baselines.network import SparseNetwork, subfolder
 from jaxlimit.core.trees import PyTree, combine, flatten, partition
 from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.methods import settings_of
-from jaxlimit.experiments.study import Study
+from jaxlimit.experiments.study import OwnNetworks
 from jaxlimit.experiments.subject import Task, values
 from jaxlimit.experiments.tables import Results, by_variant, cell, curve, limit, markdown, tally
 
@@ -27,7 +27,7 @@ WHICH = ("one_shot", "width")
 
 
 def plan(
-    study: Annotated[Study, arg(name="")] = Study(),
+    study: Annotated[OwnNetworks, arg(name="")] = OwnNetworks(),
     *,
     rounds: int = 8,
     learning_rate: Annotated[float | None, shown("the recipe's", "FLOAT")] = None,
@@ -39,11 +39,10 @@ def plan(
     those of both trainings.
 
     Args:
-        study: see `Study`.
+        study: see `OwnNetworks`.
         rounds: each removes a fifth of the survivors.
         learning_rate: of the recipe's training. Its .1 is made for networks with batch norm.
     """
-    study.refuse("networks")
     task = study.task()
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}.")

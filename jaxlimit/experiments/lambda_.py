@@ -47,8 +47,8 @@ def plan(
         study: see `Study`.
         lambdas: weights of the L1 term.
     """
-    if lambdas is not None:
-        study.refuse("l1")
+    if lambdas is not None and study.l1 is not None:
+        raise ValueError("l1 has no effect on this experiment where lambdas are given: leave it out.")
     task = study.task()
     chosen = [m * task.preset.recipe.l1 for m in MULTIPLES] if lambdas is None else sorted({*lambdas})
     if not chosen or not all(0 <= value < float("inf") for value in chosen):

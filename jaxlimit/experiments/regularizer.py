@@ -13,7 +13,7 @@ from jaxlimit.baselines.masks import size
 from jaxlimit.baselines.network import kernels
 from jaxlimit.core.trees import PyTree, partition
 from jaxlimit.experiments.experiment import Experiment, on_epoch
-from jaxlimit.experiments.study import Study
+from jaxlimit.experiments.study import OwnNetworks
 from jaxlimit.experiments.subject import Task, trace, values
 from jaxlimit.experiments.tables import (
     Results,
@@ -48,7 +48,7 @@ class Flatness(NamedTuple):
 
 
 def plan(
-    study: Annotated[Study, arg(name="")] = Study(),
+    study: Annotated[OwnNetworks, arg(name="")] = OwnNetworks(),
     *,
     sparsity: float = 0.8,
     loss_tolerance: float = 0.01,
@@ -60,12 +60,11 @@ def plan(
     each batch, at the ridge of the width formula, by one random probe.
 
     Args:
-        study: see `Study`.
+        study: see `OwnNetworks`.
         sparsity: s at which the removed norm R(s) is taken.
         loss_tolerance: eps of the ridge 2 eps / R(s)^2.
         weights: of the term, in units of the loss.
     """
-    study.refuse("networks")
     task = study.task()
     dim = size(kernels(build_network(task.preset, 0)))
     if not 1 / dim <= sparsity <= 1:

@@ -1,10 +1,12 @@
 """What the experiments on trained networks share: their options, and a piece for each variant and seed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
+
+from tyro.conf import Suppress
 
 from jaxlimit.application.options import DataFolder, PresetName, shown
 from jaxlimit.application.presets import Options, find_preset, load_arrays
@@ -36,6 +38,8 @@ class Trainings:
         ValueError: fewer than one seed.
     """
 
+    # Options of other experiments that this one has not.
+    without_effect: ClassVar[tuple[str, ...]] = ()
     preset: PresetName = "digits"
     seeds: int = 3
     epochs: Annotated[int | None, shown("the preset's or the recipe's", "INT")] = None
@@ -47,10 +51,11 @@ class Trainings:
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}.")
 
-    def refuse(self, *names: str) -> None:
-        """Raises ValueError if one of these options is given, which have no effect on an experiment."""
-        for name in names:
-            if getattr(self, name) is not None:
+    @classmethod
+    def refuse(cls, given: Collection[str]) -> None:
+        """Raises ValueError if one of these options has no effect on the experiment."""
+        for name in cls.without_effect:
+            if name in given:
                 raise ValueError(f"{name} has no effect on this experiment: leave it out.")
 
     def folder(self, name: str) -> Path:
@@ -172,3 +177,19 @@ class Study(Trainings):
         )
         figures = {f"{name}.png": figure}
         return Experiment(name, out, config, pieces, lambda found: table(found) + unresolved(found), figures)
+
+
+@dataclass(frozen=True)
+class OwnNetworks(Study):
+    """Options of an experiment that trains networks of its own, which no other shares."""
+
+    without_effect: ClassVar[tuple[str, ...]] = ("networks",)
+    networks: Annotated[Path | None, Suppress] = None
+
+
+@dataclass(frozen=True)
+class OwnTrainings(OwnNetworks):
+    """Options of one whose trainings have no L1 term, either."""
+
+    without_effect = ("networks", "l1")
+    l1: Annotated[float | None, Suppress] = None

@@ -33,7 +33,7 @@ def plan(
     task = study.task()
     last = task.preset.recipe.epochs
     epochs = sorted({*(at if at is not None else (round(share * last) for share in SHARES)), last})
-    if epochs[0] < 0 or epochs[-1] > last:
+    if at == () or epochs[0] < 0 or epochs[-1] > last:
         raise ValueError(f"at must hold epochs from 0 to {last}, got {list(at or ())}.")
     variants = {f"epoch-{epoch}": epoch for epoch in epochs}
     return study.experiment("training", task, variants, _run, table, figure)

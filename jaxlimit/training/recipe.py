@@ -79,8 +79,9 @@ class Recipe:
         warm = self.warmup_epochs <= self.epochs
         require_range("warmup_epochs", self.warmup_epochs, warm, f"at most epochs = {self.epochs}")
         require_range("schedule", self.schedule, self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
-        shares = all(0 <= share <= 1 for share in self.milestones)
-        require_range("milestones", self.milestones, shares, "shares of the epochs, from 0 to 1")
+        shares = len(self.milestones) > 0 and all(0 <= share <= 1 for share in self.milestones)
+        allowed = "one or more shares of the epochs, from 0 to 1"
+        require_range("milestones", self.milestones, shares, allowed)
         require_range("momentum", self.momentum, 0 <= self.momentum < 1, "at least 0 and below 1")
         for name in ("learning_rate", "factor"):
             value = getattr(self, name)
