@@ -1,8 +1,8 @@
 """`jaxlimit run`, interrupted by Ctrl-C at random times: how soon it ends, how, and what is resumed.
 
-    python benchmarks/interrupts.py [--interrupts 26] [--seed 0] [--epochs 20]
+    python benchmarks/interrupts.py [--interrupts 26] [--seed 0] [--often 8] [--seconds 60] [-- OPTION ...]
 
-A process runs the preset digits. A random time after it has said that it writes to its folder it gets
+A process runs the preset digits, with the options after --. A random time after it has said that it writes to its folder it gets
 SIGINT, as Ctrl-C sends it; its exit code and the seconds until it has ended are kept. Then the same command
 goes on in the same folder, is interrupted again, and so on, until it ends. What it wrote is compared, to the
 bit, with that of a run that was left alone.
@@ -11,6 +11,7 @@ bit, with that of a run that was left alone.
 import argparse
 import json
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,13 +24,11 @@ import common
 
 NAME = "interrupts"
 CODE = "import sys; from jaxlimit.cli import main; sys.exit(main())"
-# Interrupts of one run before it is left alone, so that it ends.
-OFTEN = 8
 
 
-def start(folder: Path, epochs: int) -> subprocess.Popen[str]:
+def start(folder: Path, given: list[str]) -> subprocess.Popen[str]:
     """The command in a process of its own, which has begun to work."""
-    words = ["run", "digits", "--epochs", str(epochs), "--out", str(folder)]
+    words = ["run", "digits", *given, "--out", str(folder)]
     process = subprocess.Popen([sys.executable, "-c", CODE, *words], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     while process.poll() is None and not process.stderr.readline().startswith(("writing to", "going on")):
@@ -68,23 +67,31 @@ def written(folder: Path) -> dict[str, Any]:
     return kept | files
 
 
-def experiment(num_interrupts: int, seed: int, epochs: int) -> dict[str, Any]:
+def experiment(
+    num_interrupts: int, seed: int, often: int, seconds: float, given: list[str]
+) -> dict[str, Any]:
     """Interrupts until it has been done often enough, and compares.
+
+    Args:
+        num_interrupts: in all.
+        seed: of the random times.
+        often: how many interrupts of one run before it is left alone, so that it ends.
+        seconds: the longest time before an interrupt.
+        given: options of the run.
 
     Raises:
         RuntimeError: a result differs, or a run failed.
     """
     draw, found, runs = random.Random(seed), [], 0
     with tempfile.TemporaryDirectory() as parent:
-        alone, began = Path(parent) / "alone", time.perf_counter()
-        start(alone, epochs).communicate()
-        whole = time.perf_counter() - began
+        alone = Path(parent) / "alone"
+        start(alone, given).communicate()
         while len(found) < num_interrupts:
             folder, here = Path(parent) / f"run-{runs}", 0
             while True:
-                process = start(folder, epochs)
-                more = here < OFTEN and len(found) < num_interrupts
-                result = interrupted(process, draw.uniform(0, 0.6 * whole)) if more else None
+                process = start(folder, given)
+                more = here < often and len(found) < num_interrupts
+                result = interrupted(process, draw.uniform(0, seconds)) if more else None
                 if result is None:
                     process.communicate()
                     break
@@ -96,7 +103,7 @@ def experiment(num_interrupts: int, seed: int, epochs: int) -> dict[str, Any]:
             runs += 1
     slowest = max(x["seconds"] for x in found)
     codes = sorted({x["code"] for x in found})
-    return {"runs": runs, "whole": round(whole, 1), "slowest": slowest, "codes": codes, "interrupts": found}
+    return {"runs": runs, "slowest": slowest, "codes": codes, "interrupts": found}
 
 
 def main() -> None:
@@ -104,11 +111,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--interrupts", type=int, default=26)
     parser.add_argument("--seed", type=int, default=0, help="of the random times")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--often", type=int, default=8, help="interrupts of a run, before it is left alone")
+    parser.add_argument("--seconds", type=float, default=60, help="longest time before an interrupt")
+    parser.add_argument("given", nargs="*", metavar="OPTION", help="of the run")
     options = parser.parse_args()
-    found = experiment(options.interrupts, options.seed, options.epochs)
-    words = " ".join(f"--{name} {value}" for name, value in vars(options).items())
-    common.write(NAME, {"command": f"python benchmarks/interrupts.py {words}", **found})
+    found = experiment(options.interrupts, options.seed, options.often, options.seconds, options.given)
+    common.write(
+        NAME, {"command": shlex.join(["python", "benchmarks/interrupts.py", *sys.argv[1:]]), **found}
+    )
     print(
         f"{len(found['interrupts'])} interrupts: exit codes {found['codes']}, at most {found['slowest']} s."
     )
