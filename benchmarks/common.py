@@ -54,14 +54,18 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def seconds(function: Callable[[], Any]) -> float:
+def seconds(function: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
     """Until the result is there."""
-    start = time.perf_counter()
+    start = clock()
     jax.block_until_ready(function())
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def in_turns(functions: Mapping[str, Callable[[], Any]], budget: float = 2.0) -> dict[str, float]:
+def in_turns(
+    functions: Mapping[str, Callable[[], Any]],
+    budget: float = 2.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Least seconds of each function, after it was warmed up.
 
     They take turns in series of calls, so that whatever else the machine does meets them alike; the least is
@@ -71,8 +75,9 @@ def in_turns(functions: Mapping[str, Callable[[], Any]], budget: float = 2.0) ->
     Args:
         functions: by name; each returns when, or gives arrays that tell when, its work is done.
         budget: seconds for a function, in 3 series of 1 to 8 calls; one that takes longer is timed once.
+        clock: of the seconds; `time.process_time` leaves out what others do on a core.
     """
-    warm = {name: (seconds(function), seconds(function))[1] for name, function in functions.items()}
+    warm = {name: (seconds(fn), seconds(fn, clock))[1] for name, fn in functions.items()}
     found = {name: [once] if once > budget else [] for name, once in warm.items()}
     repeated = {name: function for name, function in functions.items() if not found[name]}
     for _ in range(3):
@@ -80,7 +85,7 @@ def in_turns(functions: Mapping[str, Callable[[], Any]], budget: float = 2.0) ->
             time.sleep(0.02)
             seconds(function)
             calls = min(max(1, int(budget / 3 / warm[name]) - 1), 8)
-            found[name] += [seconds(function) for _ in range(calls)]
+            found[name] += [seconds(function, clock) for _ in range(calls)]
     return {name: min(values) for name, values in found.items()}
 
 

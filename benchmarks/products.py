@@ -13,8 +13,9 @@ large matrix product on the same machine. Networks that are not measured anew ke
 memory comes in huge pages, and these networks get rows of their own. Each row is written when it is there.
 
 Results are in results/products.json, products.md (against the gradient and the hardware) and
-products_peers.md; those of a GPU in files of their own, products_gpu. With --precisions default both sides
-use its faster formats. Needs `pip install -e ".[cli,bench]"`, and MNIST and CIFAR-10 under $JAXLIMIT_DATA.
+products_peers.md; those of a GPU in files of their own, products_gpu. products_strangers.py adds networks that
+are not ours to products.json. With --precisions default both sides use its faster formats. Needs
+`pip install -e ".[cli,bench]"`, and MNIST and CIFAR-10 under $JAXLIMIT_DATA.
 """
 
 import argparse
@@ -266,14 +267,15 @@ def add(row: dict[str, Any]) -> None:
     """Writes a row with those that are there, in the place of the one before."""
     name = NAME if common.on_cpu() else f"{NAME}_{jax.default_backend()}"
     path = common.RESULTS / f"{name}.json"
-    rows = writing.read_json(path)["rows"] if path.exists() else []
+    before = writing.read_json(path) if path.exists() else {"rows": []}
+    rows = before.pop("rows")
     keys = ("network", "operator", "precision", "huge_pages")
     measured = {tuple(one[key] for key in keys): one for one in (*rows, row)}
     order = list(networks.NETWORKS)
     rows = sorted(measured.values(), key=lambda one: (order.index(one["network"]), one["huge_pages"]))
     writing.write_file(common.RESULTS / f"{name}_peers.md", peer_table(rows))
     print(peer_table([row]))
-    common.write(name, {"command": f"python benchmarks/{NAME}.py", "rows": rows}, own_table(rows))
+    common.write(name, before | {"command": f"python benchmarks/{NAME}.py", "rows": rows}, own_table(rows))
 
 
 if __name__ == "__main__":
