@@ -13,8 +13,8 @@ large matrix product on the same machine. Networks that are not measured anew ke
 memory comes in huge pages, and these networks get rows of their own. Each row is written when it is there.
 
 Results are in results/products.json, products.md (against the gradient and the hardware) and
-products_peers.md; those of a GPU in files of their own, products_gpu. products_strangers.py adds networks that
-are not ours to products.json. With --precisions default both sides use its faster formats. Needs
+products_peers.md; those of a GPU in files of their own, products_gpu. Networks that are not ours are added by
+products_strangers.py. With --precisions default both sides use its faster formats. Needs
 `pip install -e ".[cli,bench]"`, and MNIST and CIFAR-10 under $JAXLIMIT_DATA.
 """
 
