@@ -1,7 +1,7 @@
 """The solvers for the pruning limits against brute force over every number of removed weights.
 
 Brute force evaluates the function everywhere and applies the definition: the largest s with f(s) >= s, the
-first n with f(n) > eps, the largest n that reaches eps. No bisection, no stride, no starting point.
+last n before the first with f(n) > eps, the largest n that reaches eps. No bisection, no stride, no start.
 """
 
 import numpy as np
@@ -230,12 +230,13 @@ def test_first_crossing(kind, seed):
     for eps in (1e-3 * top, 0.05 * top, 0.3 * top, 0.7 * top, 0.9 * top):
         first = problem.first(eps)
         exact = problem.limit(eps)
-        assert exact.value == pytest.approx(first / dim, abs=1e-12)
+        assert exact.value == pytest.approx((first - 1) / dim, abs=1e-12)
         assert len(problem.evaluated) < dim  # fewer products than brute force
         for tolerance in (0.005, 0.02, 0.1):
             found = problem.limit(eps, tolerance)
             assert found.lower <= (first - 1) / dim + 1e-12
             assert found.upper >= min((first + 1) / dim, 1) - 1e-12
+            assert problem.losses[round(found.value * dim)] <= eps
             assert found.lower <= found.value <= found.upper
             assert found.upper - found.lower <= tolerance + (1 + 2 * WIDENED) / dim + 1e-12
 
@@ -261,7 +262,7 @@ def test_first_crossing_of_any_loss_without_interaction(dim, seed, log_eps):
         assert (found.value, found.upper) == (1.0, 1.0)
         assert found.lower == pytest.approx(max(1 - WIDENED / dim, 0))
     else:
-        assert found.value == pytest.approx(first / dim, abs=1e-12)
+        assert found.value == pytest.approx((first - 1) / dim, abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -273,7 +274,7 @@ def test_a_narrow_excursion_between_two_points_is_looked_for(seed):
     peak = int(np.argmax(problem.losses[:200]))
     eps = problem.losses[peak] * (1 - 1e-9)
     assert peak == problem.first(eps)
-    assert problem.limit(eps).value == pytest.approx(peak / 320, abs=1e-12)
+    assert problem.limit(eps).value == pytest.approx((peak - 1) / 320, abs=1e-12)
 
 
 def test_no_crossing():
@@ -285,7 +286,7 @@ def test_no_crossing():
 def test_a_loss_equal_to_the_tolerance_is_within_it():
     problem = Quadratic(np.diag([2.0, 0.0, 2.0, 2.0]), np.zeros(4), np.ones(4))
     assert problem.losses.tolist() == [0, 1, 1, 2, 3]
-    assert problem.limit(1.0).value == 0.75
+    assert problem.limit(1.0).value == 0.5
 
 
 def test_number_of_evaluations_does_not_grow_with_the_number_of_weights():
@@ -302,7 +303,7 @@ def test_a_one_shot_limit_out_of_products_is_the_interval_so_far(kind):
     """With every budget: nothing, a true interval that says how wide it is, or all that was to be found."""
     problem, narrow = quadratic(kind), 0.01
     eps = 0.3 * np.max(problem.losses)
-    whole, truth = problem.limit(eps, narrow), problem.first(eps) / problem.dim
+    whole, truth = problem.limit(eps, narrow), (problem.first(eps) - 1) / problem.dim
     needed, spreads = len(problem.evaluated), []
     for budget in range(needed + 1):
         left = [budget]
@@ -319,7 +320,7 @@ def test_a_one_shot_limit_out_of_products_is_the_interval_so_far(kind):
             assert not spreads
             continue
         assert found.lower <= truth <= found.upper
-        assert found.spread in (0, found.upper - found.lower)
+        assert found.spread in (0, pytest.approx(found.upper - found.lower - 2 * WIDENED / problem.dim))
         spreads.append(found.spread)
     assert found == whole
     assert spreads[0] > narrow
@@ -366,7 +367,7 @@ def test_readjusted_limit_of_random_sequences(values, eps, start):
     found = readjusted_limit(function, dim, eps, 0.0, start)
     n = brute_readjusted(values, eps)
     # s between n / D, which reaches eps, and (n + 1) / D, which does not.
-    assert found.value == pytest.approx(min((n + 0.5) / dim, 1.0), abs=1e-15)
+    assert found.value == pytest.approx(n / dim, abs=1e-15)
     assert found.lower <= n / dim
     assert found.upper >= min((n + 1) / dim, 1.0)
     assert found.lower >= (n - WIDENED) / dim - 1e-15
@@ -382,7 +383,7 @@ def test_readjusted_limit_from_every_start():
             found = readjusted_limit(
                 lambda m, n=n: (float(m), float(m)), dim, n + 0.5, tolerance=0.0, start=start / dim
             )
-            assert found.value == pytest.approx(min((n + 0.5) / dim, 1.0), abs=1e-15)
+            assert found.value == pytest.approx(n / dim, abs=1e-15)
 
 
 @pytest.mark.parametrize("tolerance", [1e-3, 1e-2, 0.3])
@@ -391,9 +392,9 @@ def test_readjusted_limit_to_a_tolerance(tolerance):
         for start in (0.0, 0.05, 0.78, 1.0):
             function, calls = counted(lambda n: (n, n))
             found = readjusted_limit(function, 10**5, threshold, tolerance, start)
-            true = (threshold + 0.5) / 10**5
+            true = threshold / 10**5
             assert found.lower <= true <= found.upper
-            assert abs(found.value - true) <= tolerance / 2 + 1e-5
+            assert true - tolerance - 1e-5 <= found.value <= true
             assert len(calls) <= 20
 
 
@@ -409,7 +410,7 @@ def test_readjusted_limit_with_bounds_that_decide():
             return (0.0, eps) if values[n] <= eps else (np.nextafter(eps, np.inf), np.inf)
 
         found = readjusted_limit(bounds, dim, eps, 0.0, float(rng.random()))
-        assert found.value == pytest.approx(min((brute_readjusted(values, eps) + 0.5) / dim, 1.0))
+        assert found.value == pytest.approx(brute_readjusted(values, eps) / dim)
 
 
 @quick
@@ -425,8 +426,9 @@ def test_readjusted_limit_says_where_it_cannot_tell(dim, data, start):
         return (2.0, 3.0) if n > last else (0.5, 2.0)
 
     found = readjusted_limit(bounds, dim, 1.0, 0.0, start)
-    assert first / dim <= found.value <= min((last + 0.5) / dim, 1.0)
+    assert found.value == (first - 1) / dim
     assert found.lower <= (first - 1) / dim + 1e-15
+    assert found.spread == pytest.approx(min((last + 1) / dim, 1.0) - (first - 1) / dim)
     assert found.upper >= min((last + 1) / dim, 1.0)
 
 

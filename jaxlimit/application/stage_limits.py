@@ -87,9 +87,8 @@ def _limit(
     dense = dense_fits(curvature.dim)
 
     def progress(state: Progress) -> None:
-        last = "eigendecomposition" if dense and state.num_matvecs >= curvature.dim else f"{state.stage} "
-        bracket = "" if dense else f"{state.stage}, limit in [{state.lower:.3f}, {state.upper:.3f}]"
-        job.monitor.update(state.num_matvecs, bracket or last)
+        last = "eigendecomposition" if state.num_matvecs >= curvature.dim else "dense"
+        job.monitor.update(state.num_matvecs, last if dense else str(state))
 
     return pruning_limit(
         curvature,

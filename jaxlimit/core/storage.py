@@ -10,7 +10,7 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import numpy as np
@@ -125,11 +125,23 @@ def _different(
     found = {}
     for name in {**wanted, **stored}:
         old, new = stored.get(name), wanted.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
+        if _is_about(old) and _is_about(new):
+            if not abs(old["about"] - new["about"]) <= max(old["within"], new["within"]):
+                found[*at, name] = (old["about"], new["about"])
+        elif isinstance(old, dict) and isinstance(new, dict):
             found |= _different(old, new, (*at, name))
         elif json.dumps(old) != json.dumps(new):  # NaN is itself
             found[*at, name] = (old, new)
     return found
+
+
+def about(value: float, within: float) -> dict[str, float]:
+    """A number in an identity that was computed: another one within so much of it is the same."""
+    return {"about": value, "within": within}
+
+
+def _is_about(value: Any) -> TypeGuard[dict[str, float]]:
+    return isinstance(value, dict) and value.keys() == {"about", "within"}
 
 
 CHECKPOINT = Purpose(

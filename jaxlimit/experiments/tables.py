@@ -138,10 +138,12 @@ def unresolved(results: Any) -> str:
                 yield from limits(inner)
 
     found = list(limits(results))
-    left = [limit for limit in found if code_of(limit) is Code.UNDER_RESOLVED]
+    left = [limit for limit in found if code_of(limit) in (Code.UNDER_RESOLVED, Code.OUT_OF_PRODUCTS)]
     if not left:
         return ""
-    parts = [part for limit in left for part in limit.values() if isinstance(part, Mapping)]
+    parts = [
+        part for limit in left for part in limit.values() if isinstance(part, Mapping) and "spread" in part
+    ]
     spread = max(part["spread"] for part in parts)
     width = max(part["upper"] - part["lower"] for part in parts)
     return (

@@ -143,7 +143,7 @@ def fixed_point(dimension: Callable[[int], float], dim: int) -> float:
     """The s that solves the phase-transition equation delta(s) / D = s, where delta falls with s.
 
     delta depends on s through n = floor(s D) and is constant between; the root of this step function is
-    returned exactly: bisection finds the last n with delta / D >= n / D. Cost: log2(D) evaluations.
+    returned exactly. Cost: log2(D) evaluations.
 
     Args:
         dimension: n -> delta / D after n removals; it must not rise with n.
@@ -153,11 +153,26 @@ def fixed_point(dimension: Callable[[int], float], dim: int) -> float:
         >>> fixed_point(lambda n: 1 - n / 10, dim=10)
         0.5
     """
+    last = last_within(dimension, dim)
+    return min(max(dimension(last), last / dim), (last + 1) / dim, 1.0)
+
+
+def last_within(dimension: Callable[[int], float], dim: int) -> int:
+    """The last n with delta / D >= n / D, by bisection: so many weights can go, one more cannot.
+
+    Args:
+        dimension: as for `fixed_point`.
+        dim: D.
+
+    Examples:
+        >>> last_within(lambda n: 1 - n / 11, dim=11)
+        5
+    """
     low, high = 0, dim + 1
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if dimension(middle) >= middle / dim else (low, middle)
-    return min(max(dimension(low), low / dim), (low + 1) / dim, 1.0)
+    return low
 
 
 def transition_halfwidth(dim: int, eta: float) -> float:

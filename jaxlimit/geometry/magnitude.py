@@ -17,7 +17,7 @@ from jaxlimit.core.sharding import sharding_like
 from jaxlimit.core.trees import PyTree, flatten, unflatten
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MagnitudeOrder:
     """The weights in the order in which magnitude pruning removes them, or another order put in its place.
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxlimit.curvature.operator import Curvature
+from jaxlimit.limits.dense_source import DENSE_DIM, dense_fits
 from jaxlimit.limits.estimate import LIMITS
 
 # Fewer products leave no limit anything to say.
@@ -35,3 +37,13 @@ def check_arguments(
     unknown = [name for name in which if name not in LIMITS]
     if isinstance(which, str) or unknown or not which:
         raise ValueError(f"which must name limits among {', '.join(LIMITS)}, got {which!r}.")
+
+
+def require_readjustable(curvature: Curvature, which: Sequence[str]) -> None:
+    """A ValueError where nothing but readjusted is asked for, and cannot be had."""
+    if set(which) == {"readjusted"} and not curvature.positive_semidefinite and not dense_fits(curvature.dim):
+        raise ValueError(
+            f"readjusted with a Hessian needs its dense matrix, and {curvature.dim:,} weights are too many "
+            f"for one (at most {DENSE_DIM:,}). Take gauss_newton, whose readjusted limit is optimistic, "
+            "curvature.of(...) for a part of the weights, or ask for cone."
+        )

@@ -1,7 +1,8 @@
 """Products with the curvature are what a limit costs: they are counted, limited and reported."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
@@ -21,7 +22,11 @@ class Progress(NamedTuple):
         stage: "dense", "spectrum", "cone", "one_shot" or "readjusted".
         num_matvecs: products so far.
         max_matvecs: products at most.
-        lower, upper: where the width limit is known to lie so far.
+        lower, upper: where the limit that is being resolved is known to lie so far.
+        limit: which one that is.
+        spread: how far it is from resolved, in units of s; infinite before the first look.
+        tolerance: how far it may be.
+        note: a warning, told before a stage begins: that it will not resolve within the budget. Else empty.
     """
 
     stage: str
@@ -29,6 +34,16 @@ class Progress(NamedTuple):
     max_matvecs: int
     lower: float
     upper: float
+    limit: str = ""
+    spread: float = math.inf
+    tolerance: float = 0.0
+    note: str = ""
+
+    def __str__(self) -> str:
+        """In words, for a progress line."""
+        limit = f"{self.stage}: {self.limit} in [{self.lower:.3f}, {self.upper:.3f}]"
+        far = "" if math.isinf(self.spread) else f", resolved to {self.spread:.1e} of {self.tolerance:.1e}"
+        return f"{limit}{far}" + (f" ({self.note})" if self.note else "")
 
 
 @dataclass
@@ -40,16 +55,14 @@ class Budget:
         max_matvecs: products at most.
         report: called after every block of products.
         count: products so far, those that a checkpoint holds included.
-        stage, lower, upper: what `report` is told, see `Progress`.
+        state: what `report` is told, its counts excepted.
     """
 
     curvature: Curvature
     max_matvecs: int
     report: Callable[[Progress], None] | None = None
     count: int = 0
-    stage: str = ""
-    lower: float = 0.0
-    upper: float = 1.0
+    state: Progress = field(default_factory=lambda: Progress("", 0, 0, 0.0, 1.0))
 
     @property
     def left(self) -> int:
@@ -60,13 +73,39 @@ class Budget:
         """Products to leave for later: half of those left, or fewer where `at_least` are needed now."""
         return max(0, min(self.left // 2, self.left - at_least))
 
+    def begin(
+        self, stage: str, limit: str, tolerance: float, needed: int = 0, available: int | None = None
+    ) -> None:
+        """A stage begins: what it resolves, to which accuracy, and whether its products will do.
+
+        Args:
+            stage: see `Progress`.
+            limit: see `Progress`.
+            tolerance: see `Progress`.
+            needed: products that it takes at least, as far as that is known.
+            available: those that it may take; None: all that are left.
+        """
+        available = self.left if available is None else available
+        self.state = Progress(stage, 0, 0, 0.0, 1.0, limit, math.inf, tolerance)
+        if needed > available:
+            note = f"will not resolve: needs {needed:,} products or more, {max(available, 0):,} are left"
+            self.state = self.state._replace(note=note)
+            self._tell()
+
+    def look(self, lower: float, upper: float, spread: float) -> None:
+        """How far the limit of this stage is resolved."""
+        self.state = self.state._replace(lower=max(lower, 0.0), upper=min(upper, 1.0), spread=spread)
+
     def matmat(self, vectors: PyTree) -> PyTree:
         """H V; counts each vector."""
         self.count += jax.tree.leaves(vectors)[0].shape[0]
-        if self.report is not None:
-            self.report(Progress(self.stage, self.count, self.max_matvecs, self.lower, self.upper))
+        self._tell()
         return self.curvature.matmat(vectors)
 
     def matvec(self, vector: PyTree) -> PyTree:
         """H v; counts one."""
         return jax.tree.map(lambda x: x[0], self.matmat(jax.tree.map(lambda x: x[None], vector)))
+
+    def _tell(self) -> None:
+        if self.report is not None:
+            self.report(self.state._replace(num_matvecs=self.count, max_matvecs=self.max_matvecs))

@@ -43,8 +43,12 @@ def cone_point(removed: SpectralBracket, problem: Problem, num_removed: int) -> 
     return ConePoint(num_removed, removed.dimension.map(log_rho))
 
 
-def cone_root(bracket: SpectralBracket, problem: Problem, points: Sequence[ConePoint]) -> Estimate:
+def cone_root(
+    bracket: SpectralBracket, problem: Problem, points: Sequence[ConePoint]
+) -> tuple[Estimate, float]:
     """delta_cone(s) / D = s, with 1 / rho(s) interpolated linearly between the points.
+
+    The second value is the root to less than a weight.
 
     rho varies slowly with s (it is 1 where the curvature along c is large), so a few points near the root
     suffice; R(s) itself is exact. Where c^T |H| c falls to 2 eps, rho grows without bound, but 1 / rho goes
@@ -98,23 +102,23 @@ def cone_limit(
     brackets: dict[int, SpectralBracket] = {}
     points: list[ConePoint] = []
 
-    def look(counts: list[int]) -> Estimate:
+    def look(counts: list[int]) -> tuple[Estimate, float]:
         brackets.update(zip(counts, removed(counts), strict=True))
         points.extend(cone_point(brackets[n], problem, n) for n in counts)
         return cone_root(bracket, problem, points)
 
-    estimate = look(sorted({count(1 - (1 - start) * part) for part in FIRST_LOOKS}))
-    moves = [estimate.value - start]
+    estimate, root = look(sorted({count(1 - (1 - start) * part) for part in FIRST_LOOKS}))
+    moves = [root - start]
     beside = [0.0] if tolerance else [0.0, -1 / dim, 1 / dim]
-    while wanted := [n for n in (count(estimate.value + x) for x in beside) if n not in brackets]:
+    while wanted := [n for n in (count(root + x) for x in beside) if n not in brackets]:
         creeps = len(moves) > 2 and moves[-1] * moves[-2] > moves[-2] ** 2 / 2
-        ahead = count(estimate.value + 2 * moves[-1]) if creeps else wanted[0]
+        ahead = count(root + 2 * moves[-1]) if creeps else wanted[0]
         n = wanted[0] if ahead in brackets else ahead
         try:
-            previous, estimate = estimate, look([n])
+            previous, (estimate, root) = root, look([n])
         except BudgetSpent:
             return estimate.widened(max(map(abs, moves[-2:]))), brackets
-        moves.append(estimate.value - previous.value)
+        moves.append(root - previous)
         if n == wanted[0] and abs(moves[-1]) < 0.1 * tolerance:
             break
     return estimate, brackets

@@ -25,6 +25,10 @@ WINDOW = 10
 DECISIVE = 0.01
 
 
+class NegativeCurvature(Exception):
+    """A direction along which a matrix that was declared semidefinite has negative curvature; holds it."""
+
+
 def readjusted_minimum(
     matvec: Callable[[PyTree], PyTree],
     removed: PyTree,
@@ -33,6 +37,7 @@ def readjusted_minimum(
     loss_tolerance: float,
     max_matvecs: int,
     accuracy: float = 1e-4,
+    rounding: float = np.inf,
 ) -> tuple[float, float, PyTree]:
     """Whether readjusting the kept weights brings the quadratic loss down to eps.
 
@@ -47,17 +52,19 @@ def readjusted_minimum(
         loss_tolerance: eps > 0.
         max_matvecs: products at most; at least 1.
         accuracy: share of eps by which the last products must have lowered the loss for more to follow.
+        rounding: how negative the curvature along a unit vector may be, for rounding.
 
     Returns:
         lower and upper bounds of the minimum, and the x that gives the upper one.
 
     Raises:
         FloatingPointError: a product is not finite.
+        NegativeCurvature: a curvature is more negative than that.
     """
     kept = jax.tree.map(lambda keep, x: jnp.where(keep, x, 0), mask, start)
     vector = jax.tree.map(jnp.subtract, removed, kept)
     product = matvec(vector)
-    loss = max(_inner(vector, product) / 2, 0.0)
+    loss = _curvature(vector, product, _inner(vector, vector), rounding) / 2
     residual = jax.tree.map(lambda keep, x: jnp.where(keep, x, 0), mask, product)
     direction, squared = residual, _inner(residual, residual)
     losses = [loss]
@@ -67,7 +74,7 @@ def readjusted_minimum(
         if loss <= loss_tolerance or squared == 0 or not undecided:
             break
         product = matvec(direction)
-        curvature = _inner(direction, product)
+        curvature = _curvature(direction, product, _inner(direction, direction), rounding)
         if curvature <= 0:  # a flat direction, to rounding: nothing more to gain
             break
         step = squared / curvature
@@ -93,7 +100,7 @@ class ReadjustedLoss:
         problem: order of the weights, and eps.
         budget: of products with a positive semidefinite H.
         store: where results are kept.
-        accuracy: as in `readjusted_minimum`.
+        accuracy, rounding: as in `readjusted_minimum`.
         start: the x of the last call; None before the first.
     """
 
@@ -101,6 +108,7 @@ class ReadjustedLoss:
     budget: Budget
     store: Checkpoint
     accuracy: float
+    rounding: float = np.inf
     start: PyTree | None = None
 
     def __call__(self, num_removed: int) -> tuple[float, float]:
@@ -108,8 +116,8 @@ class ReadjustedLoss:
 
         Raises:
             BudgetSpent: the products left do not tell whether eps is reached.
+            NegativeCurvature: the matrix is not semidefinite.
         """
-        self.budget.stage = "readjusted"
         name, like = f"readjusted-{num_removed}", self.problem.order.like
         stored = self.store.load_tree(name, {"x": like, "bounds": np.zeros(3)})
         if stored is not None:
@@ -128,6 +136,7 @@ class ReadjustedLoss:
             eps,
             self.budget.left,
             self.accuracy,
+            self.rounding,
         )
         if self.budget.left < 1 and lower <= eps < upper:
             raise BudgetSpent
@@ -147,6 +156,14 @@ def _inner(x: PyTree, y: PyTree) -> float:
     if not np.isfinite(value):
         raise FloatingPointError("a product with the curvature is not finite: look for overflow in the loss.")
     return value
+
+
+def _curvature(vector: PyTree, product: PyTree, squared_length: float, rounding: float) -> float:
+    """V^T H v, at least 0 but for what is no rounding."""
+    curvature = _inner(vector, product)
+    if curvature < -rounding * squared_length:
+        raise NegativeCurvature(curvature / squared_length)
+    return max(curvature, 0.0)
 
 
 @jax.jit

@@ -4,7 +4,7 @@ H = V diag(lambda) V^T in float64 on the host, |H| = V diag(|lambda|) V^T. Cost:
 5 D^3 operations; memory about 5 matrices of 8 D^2 bytes (D = 5,000: 1 GB).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,14 +16,16 @@ from jaxlimit.limits.budget import Budget
 from jaxlimit.limits.eigensystem import Eigensystem, eigensystem
 from jaxlimit.limits.estimate import Estimate
 from jaxlimit.limits.problem import Problem
-from jaxlimit.spectrum.bracket import SpectralBracket
+from jaxlimit.spectrum.bracket import NEGATIVE, ROUNDING, SpectralBracket
 from jaxlimit.spectrum.measure import SpectralMeasure
 
 # Up to here a dense eigendecomposition fits in 1 GB and is done in seconds, without any probe error.
 DENSE_DIM = 5_000
+# What one_shot alone takes without the matrix: a glance at the spectrum, and the points of its path.
+ONE_SHOT_PRODUCTS = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DenseSource:
     """A curvature as a matrix, with its weights in the order in which they are removed.
 
@@ -33,6 +35,8 @@ class DenseSource:
         weights: (D,) the weights in the same order.
         gradient: (D,) the gradient in the same order.
         problem: order of the weights, and eps.
+        rounding: relative error of the products that the matrix was made of.
+        declared_semidefinite: whether the matrix should have no negative eigenvalue.
     """
 
     matrix: NDArray[np.float64]
@@ -40,6 +44,8 @@ class DenseSource:
     weights: NDArray[np.float64]
     gradient: NDArray[np.float64]
     problem: Problem
+    rounding: float
+    declared_semidefinite: bool
 
     @property
     def method(self) -> str:
@@ -63,8 +69,15 @@ class DenseSource:
         return SpectralMeasure(eigenvalues, np.full(len(eigenvalues), 1 / len(eigenvalues)))
 
     def spectrum(self) -> SpectralBracket:
-        """The spectral measure as a bracket of no width."""
-        return SpectralBracket.exact(self.measure)
+        """The spectral measure as a bracket that is as wide as rounding makes it."""
+        return SpectralBracket.exact(self.measure, self.rounding)
+
+    @property
+    def negative_share(self) -> float:
+        """How far a matrix that should be semidefinite reaches below 0, in units of ||H||; 0 for rounding."""
+        values = self.eigensystem.eigenvalues
+        share = -float(values[0]) / max(float(np.max(np.abs(values))), 1e-300)
+        return share if self.declared_semidefinite and share > NEGATIVE[True] * self.rounding else 0.0
 
     def removed(self, counts: list[int]) -> list[SpectralBracket]:
         """The spectral measure seen from c after n removals, for each n > 0. Cost: D^2 each."""
@@ -72,16 +85,23 @@ class DenseSource:
         vectors = np.stack([np.where(ranks < n, self.weights, 0.0) for n in counts], axis=1)
         squares = self.eigensystem.coordinates(vectors).T ** 2
         measures = [SpectralMeasure(self.eigensystem.eigenvalues, x / np.sum(x)) for x in squares]
-        return [SpectralBracket.exact(measure) for measure in measures]
+        return [SpectralBracket.exact(measure, self.rounding) for measure in measures]
 
     def one_shot(self) -> Estimate:
-        """First n at which -g^T c + c^T H c / 2 (signed H) exceeds eps, from one pass over the matrix."""
-        c, dim = self.weights, len(self.weights)
+        """Last n before -g^T c + c^T H c / 2 (signed H) exceeds eps, from one pass over the matrix.
+
+        Rounding of the products may change the losses by u R^2 / 2, u as in `jaxlimit.spectrum.bracket`.
+        """
+        c, dim, eps = self.weights, len(self.weights), self.problem.loss_tolerance
         rows = np.tril(self.matrix, -1) @ c  # row n against the n weights removed before it
         losses = np.cumsum(c * rows + np.diag(self.matrix) * c**2 / 2 - self.gradient * c)
-        crossed = losses > self.problem.loss_tolerance
-        n = int(np.argmax(crossed)) + 1 if crossed.any() else dim
-        return Estimate.between(n / dim, n / dim, n / dim, dim)
+        norm = float(np.max(np.abs(self.eigensystem.eigenvalues)))
+        error = ROUNDING * self.rounding * norm * self.problem.order.squared_norm[1:] / 2
+
+        def last(losses: NDArray[np.float64]) -> float:
+            return int(np.argmax(np.append(losses, np.inf) > eps)) / dim
+
+        return Estimate.between(last(losses), last(losses + error), last(losses - error), dim)
 
     def minimum(self) -> Callable[[int], tuple[float, float]]:
         """min_x (c - x)^T |H| (c - x) / 2 over vectors x on the kept weights, as a function of n.
@@ -112,10 +132,17 @@ def dense_fits(dim: int, num_products: float = np.inf) -> bool:
     return dim <= min(DENSE_DIM, num_products)
 
 
+def dense_is_cheaper(dim: int, which: Sequence[str]) -> bool:
+    """Whether D products are fewer than the limits would take without the matrix: all but one_shot alone."""
+    return set(which) != {"one_shot"} or dim <= ONE_SHOT_PRODUCTS
+
+
 def dense_source(problem: Problem, budget: Budget) -> DenseSource:
     """The matrix by D products, and its eigendecomposition."""
-    budget.stage = "dense"
+    budget.begin("dense", "all", 0.0)
     order = problem.order
     matrix = dense_matrix(budget.matmat, order.like)[np.ix_(order.order, order.order)]
     gradient = order.sort(budget.curvature.gradient)
-    return DenseSource(matrix, eigensystem(matrix), order.sort(order.like), gradient, problem)
+    curvature = budget.curvature
+    precision = curvature.rounding, curvature.positive_semidefinite
+    return DenseSource(matrix, eigensystem(matrix), order.sort(order.like), gradient, problem, *precision)

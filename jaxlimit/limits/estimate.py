@@ -11,7 +11,7 @@ LIMITS = ("one_shot", "width", "cone", "readjusted")
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["value", "lower", "upper", "probe_error", "spread"],
+    data_fields=["value", "lower", "upper", "probe_error", "spread", "half_bracket"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -19,17 +19,21 @@ class Estimate:
     """A limit in units of sparsity, with what is known of its error.
 
     Attributes:
-        value: the estimate.
-        lower, upper: of width and cone the certified quadrature bracket, widened by three probe errors and
-            by 2/D: the step of R(s) to either side, where rules (floor or ceiling, last within or first
-            beyond) differ. Of one_shot and readjusted from Lanczos, where the search ended: its points were
-            judged by estimates (`loss_between`, the lower bound of `readjusted_minimum`).
+        value: n / D for the last n that is within the tolerance, as far as it is known.
+        lower, upper: of width and cone the certified bracket, widened by three probe errors and by 2/D: the
+            step of R(s) to either side, where rules (floor or ceiling, last within or first beyond) differ.
+            Of one_shot and readjusted from Lanczos, where the search ended: its points were judged by
+            estimates (`loss_between`, the lower bound of `readjusted_minimum`). 0 and 1 where the bounds
+            cross: then nothing is known.
         probe_error: standard error due to the finite number of probes (a bound; 0 if no probe is used).
         spread: how far it is from resolved. For width and cone see `jaxlimit.spectrum.bracket.spread`: half
             the bracket of a semidefinite matrix, which no further Lanczos step leaves; how far the value
             moved of late for an indefinite one, which bounds nothing. Where products ran out, it is the
             interval in which one_shot or readjusted was left; of a cone the larger of its last two moves is
             then added, and its bounds are moved apart by as much.
+        half_bracket: half the distance of the bounds as they were found: the rounding of products counts,
+            probe errors and the 2/D do not. Negative where the bounds cross: the products are not those of
+            one symmetric matrix, of the kind that was declared.
     """
 
     value: float
@@ -37,19 +41,49 @@ class Estimate:
     upper: float
     probe_error: float = 0.0
     spread: float = 0.0
+    half_bracket: float = 0.0
 
     @classmethod
     def between(
-        cls, value: float, lower: float, upper: float, dim: int, probe_error: float = 0.0, spread: float = 0.0
+        cls,
+        value: float,
+        lower: float,
+        upper: float,
+        dim: int,
+        *,
+        probe_error: float = 0.0,
+        spread: float = 0.0,
+        half_bracket: float | None = None,
     ) -> "Estimate":
-        """From a bracket of the root, which is widened by 2/D, kept around the value and cut to [0, 1]."""
-        lower, upper = min(lower, value) - 2 / dim, max(upper, value) + 2 / dim
-        return cls(value, max(lower, 0.0), min(upper, 1.0), probe_error, spread)
+        """From bounds of the limit, which are moved apart by 2/D and cut to [0, 1].
+
+        Bounds that cross by more than that are no interval: it is [0, 1] then.
+
+        Args:
+            value: of the limit.
+            lower: as it was found.
+            upper: as it was found.
+            dim: D.
+            probe_error: see above.
+            spread: see above.
+            half_bracket: see above; None: half the distance of the bounds.
+        """
+        half_bracket = (upper - lower) / 2 if half_bracket is None else half_bracket
+        lower, upper = lower - 2 / dim, upper + 2 / dim
+        if half_bracket < -1 / dim or not lower <= value <= upper:
+            return cls(value, 0.0, 1.0, probe_error, spread, min(half_bracket, -1 / dim))
+        return cls(value, max(lower, 0.0), min(upper, 1.0), probe_error, spread, max(half_bracket, 0.0))
+
+    @property
+    def crossed(self) -> bool:
+        """Whether its bounds crossed, so that nothing is known."""
+        return self.half_bracket < 0
 
     def widened(self, by: float) -> "Estimate":
         """The same value, less sure by so much to either side."""
         lower, upper = max(self.lower - by, 0.0), min(self.upper + by, 1.0)
-        return replace(self, lower=lower, upper=upper, spread=self.spread + by)
+        half_bracket = self.half_bracket if self.crossed else self.half_bracket + by
+        return replace(self, lower=lower, upper=upper, spread=self.spread + by, half_bracket=half_bracket)
 
     def __str__(self) -> str:
         return f"{self.value:.4f} [{self.lower:.4f}, {self.upper:.4f}]"

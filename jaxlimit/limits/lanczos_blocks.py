@@ -13,6 +13,7 @@ from jaxlimit.core.memory import device_bytes
 from jaxlimit.core.trees import PyTree
 from jaxlimit.limits.budget import Budget, BudgetSpent
 from jaxlimit.spectrum import lanczos
+from jaxlimit.spectrum.bracket import negative_share
 from jaxlimit.spectrum.lanczos_files import LanczosFiles
 from jaxlimit.spectrum.tridiagonal import Tridiagonal
 
@@ -34,12 +35,20 @@ class LanczosBlocks:
         files: where the states are kept.
         basis_bytes: memory on each device for the vectors that a block keeps.
         reorthogonalized: whether the vectors of all runs have fitted so far.
+        negative_share: how far a matrix that was declared semidefinite reaches below 0, as the runs so far
+            see it; see `jaxlimit.spectrum.bracket.negative_share`.
     """
 
     budget: Budget
     files: LanczosFiles
     basis_bytes: int
     reorthogonalized: bool = True
+    negative_share: float = 0.0
+
+    @property
+    def semidefinite(self) -> bool:
+        """Whether the matrix was declared so, and nothing speaks against it."""
+        return self.budget.curvature.positive_semidefinite and self.negative_share == 0
 
     def extend(
         self,
@@ -67,11 +76,13 @@ class LanczosBlocks:
         self.budget.count += state.diagonal.size
         if self.budget.left - reserve < num_runs and state.diagonal.size == 0:
             raise BudgetSpent
-        least = 0 if self.budget.curvature.positive_semidefinite else INDEFINITE_STEPS
         max_basis = self.basis_bytes // (num_runs * device_bytes(self.budget.curvature.weights))
         while True:
-            runs, steps = state.tridiagonals(), state.diagonal.shape[1]
+            runs, steps = state.tridiagonals(self.budget.curvature.rounding), state.diagonal.shape[1]
             self.reorthogonalized &= all(run.reorthogonalized for run in runs)
+            if self.budget.curvature.positive_semidefinite:
+                self.negative_share = max(self.negative_share, negative_share(runs))
+            least = 0 if self.semidefinite else INDEFINITE_STEPS
             if runs and (all(run.breakdown for run in runs) or (steps >= least and resolved(runs))):
                 return runs
             wanted = max(STRIDE, steps // (4 * STRIDE) * STRIDE) if max_steps is None else max_steps - steps

@@ -14,14 +14,20 @@ import numpy as np
 from jaxlimit.core.storage import Checkpoint
 from jaxlimit.limits.budget import Budget, BudgetSpent
 from jaxlimit.limits.cone import cone_point
-from jaxlimit.limits.conjugate_gradients import ReadjustedLoss
+from jaxlimit.limits.conjugate_gradients import NegativeCurvature, ReadjustedLoss
 from jaxlimit.limits.dense_source import dense_fits, dense_source
 from jaxlimit.limits.estimate import Estimate
-from jaxlimit.limits.lanczos_blocks import LanczosBlocks
-from jaxlimit.limits.one_shot import one_shot_limit, predicted_path
+from jaxlimit.limits.lanczos_blocks import INDEFINITE_STEPS, LanczosBlocks
+from jaxlimit.limits.one_shot import INTERVALS, one_shot_limit, predicted_path
 from jaxlimit.limits.problem import Problem
 from jaxlimit.limits.width import width_limit
-from jaxlimit.spectrum.bracket import SpectralBracket, bracket_indefinite, bracket_semidefinite, spread
+from jaxlimit.spectrum.bracket import (
+    NEGATIVE,
+    SpectralBracket,
+    bracket_indefinite,
+    bracket_semidefinite,
+    spread,
+)
 from jaxlimit.spectrum.lanczos_files import LanczosFiles
 from jaxlimit.spectrum.measure import SpectralMeasure, stack_rules
 from jaxlimit.spectrum.probes import rademacher
@@ -77,13 +83,17 @@ class LanczosSource:
         return self.blocks.reorthogonalized
 
     @property
+    def negative_share(self) -> float:
+        """As the runs so far see it."""
+        return self.blocks.negative_share
+
+    @property
     def measure(self) -> SpectralMeasure:
         """Gauss rules of the runs from random probes."""
         return stack_rules([gauss(run) for run in self.probe_runs], self.problem.dim)
 
     def spectrum(self) -> SpectralBracket:
         """Bracket of the spectral measure, its rigorous bounds resolved around the width limit's ridge."""
-        self.budget.stage = "spectrum"
         self.probe_runs = self._probe_runs()
         n = self.problem.num_removed(self._width(self.probe_runs).value)
         return self._bracket(self.probe_runs, self.problem.dim, n)
@@ -99,7 +109,10 @@ class LanczosSource:
         """
         if self.budget.left < self.last_look:
             raise BudgetSpent
-        self.budget.stage = "cone"
+        # A run from c rarely takes fewer steps than one from a probe.
+        steps = max(self.last_look, self.probe_runs[0].num_steps if self.probe_runs else 0)
+        reserve = self.budget.half(len(counts)) if len(counts) > 1 else 0
+        self.budget.begin("cone", "cone", self.tolerance / 2, steps * len(counts), self.budget.left - reserve)
         vectors = [self.problem.order.removed_vector(n) for n in counts]
 
         def error(n: int, run: Tridiagonal) -> float:
@@ -108,21 +121,33 @@ class LanczosSource:
             return spread(point.log_rho) * (1 - n / self.problem.dim)
 
         def resolved(runs: list[Tridiagonal]) -> bool:
-            return all(error(n, run) <= self.tolerance / 2 for n, run in zip(counts, runs, strict=True))
+            errors = [error(n, run) for n, run in zip(counts, runs, strict=True)]
+            self.budget.look(min(counts) / self.problem.dim, max(counts) / self.problem.dim, max(errors))
+            return max(errors) <= self.tolerance / 2
 
         runs = self.blocks.extend(
             "cone-" + "-".join(map(str, counts)),
             jax.tree.map(lambda *x: jnp.stack(x), *vectors),
             resolved,
-            reserve=self.budget.half(len(counts)) if len(counts) > 1 else 0,
+            reserve=reserve,
         )
         self.last_look = max(run.num_steps for run in runs)
         return [self._bracket([run], None, n) for n, run in zip(counts, runs, strict=True)]
 
     def one_shot(self) -> Estimate:
-        """First crossing of the predicted loss (signed H); its few products are not kept on disk."""
+        """From the predicted loss (signed H); its few products are not kept on disk.
+
+        A network that is small enough for a dense matrix gets the n that the matrix would give.
+        """
+        dim = self.problem.dim
+        tolerance = 0.0 if dense_fits(dim) and set(self.which) == {"one_shot"} else self.tolerance
+        self.budget.begin("one_shot", "one_shot", self.tolerance, INTERVALS)
+
+        def looked(within: int, beyond: int) -> None:
+            self.budget.look(within / dim, beyond / dim, (beyond - within) / dim)
+
         path, start = predicted_path(self.problem, self.budget)
-        return one_shot_limit(path, start, self.problem.loss_tolerance, self.tolerance)
+        return one_shot_limit(path, start, self.problem.loss_tolerance, tolerance, looked)
 
     def minimum(self) -> Callable[[int], tuple[float, float]]:
         """Bounds on the readjusted loss after n removals, by conjugate gradients.
@@ -131,14 +156,27 @@ class LanczosSource:
 
         Raises:
             BudgetSpent: the matrix is too large or takes more products than are left.
+            NegativeCurvature: by the function, where the matrix is not semidefinite after all.
         """
-        if self.budget.curvature.positive_semidefinite:
-            # A share of eps moves the root by less than that share wherever the minimum rises more than in
-            # proportion to s. A tenth of the tolerance, since the last products are not all that is left.
-            return ReadjustedLoss(self.problem, self.budget, self.store, accuracy=self.tolerance / 10)
-        if not dense_fits(self.problem.dim, self.budget.left):
-            raise BudgetSpent
-        return dense_source(self.problem, self.budget).minimum()
+        if not self.blocks.semidefinite:
+            if not dense_fits(self.problem.dim, self.budget.left):
+                raise BudgetSpent
+            return dense_source(self.problem, self.budget).minimum()
+        self.budget.begin("readjusted", "readjusted", self.tolerance / 2)
+        norm = max(run.norm for run in self.probe_runs)
+        # A share of eps moves the root by less than that share wherever the minimum rises more than in
+        # proportion to s. A tenth of the tolerance, since the last products are not all that is left.
+        accuracy, rounding = self.tolerance / 10, NEGATIVE[True] * self.budget.curvature.rounding * norm
+        loss = ReadjustedLoss(self.problem, self.budget, self.store, accuracy, rounding)
+
+        def bounds(num_removed: int) -> tuple[float, float]:
+            try:
+                return loss(num_removed)
+            except NegativeCurvature as error:
+                self.blocks.negative_share = -error.args[0] / norm
+                raise
+
+        return bounds
 
     def _probe_runs(self) -> list[Tridiagonal]:
         """Lanczos from random probes: one decides how deep and how many, the others follow.
@@ -149,15 +187,19 @@ class LanczosSource:
 
         def resolved(runs: list[Tridiagonal]) -> bool:
             width = self._width(runs)
-            self.budget.lower = max(width.value - width.spread, 0.0)
-            self.budget.upper = min(width.value + width.spread, 1.0)
+            self.budget.look(width.value - width.spread, width.value + width.spread, width.spread)
             return width.spread <= self.tolerance / 2
 
         needed = not {"width", "cone"}.isdisjoint(self.which)
         reserve = self.budget.half(self.num_probes or 1) if set(self.which) != {"width"} else 0
-        keys, like = jax.random.split(self.key, 2), self.problem.order.like
-        first = rademacher(keys[0], like, self.num_probes or 1)
+        # Not the second of two keys, which is `fold_in(key, 1)`: `jaxlimit run` takes that for another probe.
+        first_key, _, more_key = jax.random.split(self.key, 3)
+        like = self.problem.order.like
+        first = rademacher(first_key, like, self.num_probes or 1)
         max_steps = None if needed else GLANCE
+        steps = 0 if self.blocks.semidefinite else INDEFINITE_STEPS
+        wanted = (steps if needed else GLANCE) * (self.num_probes or 1)
+        self.budget.begin("spectrum", "width", self.tolerance / 2, wanted, self.budget.left - reserve)
         runs = self.blocks.extend("probe", first, resolved, max_steps=max_steps, reserve=reserve)
         if self.num_probes is not None or not needed:
             return runs
@@ -167,7 +209,7 @@ class LanczosSource:
         extra = min(wanted, (self.budget.left - reserve) // (2 * steps))
         if extra < 1:
             return runs
-        more, name = rademacher(keys[1], like, extra), f"probes-{extra}"
+        more, name = rademacher(more_key, like, extra), f"probes-{extra}"
         return runs + self.blocks.extend(name, more, lambda _: False, max_steps=steps, reserve=reserve)
 
     def _width(self, runs: Sequence[Tridiagonal]) -> Estimate:
@@ -177,7 +219,7 @@ class LanczosSource:
         self, runs: Sequence[Tridiagonal], dim: int | None, num_removed: int | None = None
     ) -> SpectralBracket:
         """With rigorous bounds for an indefinite matrix only around the ridge at `num_removed`."""
-        if self.budget.curvature.positive_semidefinite:
+        if self.blocks.semidefinite:
             return bracket_semidefinite(runs, dim)
         ridge = None if num_removed is None else self.problem.ridge(num_removed)
         return bracket_indefinite(runs, dim, ridge=ridge)

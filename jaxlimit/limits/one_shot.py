@@ -1,13 +1,12 @@
-"""The one-shot limit: where the predicted loss of the pruned network first exceeds the tolerance.
+"""The one-shot limit: the last sparsity up to which the predicted loss of the pruned network is in tolerance.
 
     q(n) = -g^T c + c^T H c / 2,      c the n smallest weights
 
 is no monotone function of n, and every n costs a product with H. It is interpolated between points, and
-where it may cross eps, points are added.
+where it may cross eps, points are added. The limit is the last n before the first crossing.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import NamedTuple
 
@@ -28,12 +27,19 @@ class PathPoint(NamedTuple):
     Attributes:
         num_removed: n.
         loss: q(n) = -g^T c + c^T H c / 2.
-        slope: (D,) (H c - g)_i w_i: what removing weight i adds, to first order.
+        slope: (H c - g)_i w_i: what removing weight i adds, to first order, of all D weights or of a span.
+        first: the weight at which the span begins, in order of removal.
     """
 
     num_removed: int
     loss: float
     slope: NDArray[np.float64]
+    first: int = 0
+
+    def within(self, start: int, end: int) -> "PathPoint":
+        """The point with the slopes of these weights only, in memory of their own."""
+        span = self.slope[start - self.first : end - self.first].copy()
+        return self._replace(slope=span, first=start)
 
 
 def predicted_path(problem: Problem, budget: Budget) -> tuple[Callable[[int], PathPoint], PathPoint]:
@@ -45,7 +51,6 @@ def predicted_path(problem: Problem, budget: Budget) -> tuple[Callable[[int], Pa
     weights, gradient = order.sort(order.like), order.sort(budget.curvature.gradient)
 
     def path(n: int) -> PathPoint:
-        budget.stage = "one_shot"
         if budget.left < 1:
             raise BudgetSpent
         hc = order.sort(budget.matvec(order.removed_vector(n)))
@@ -72,9 +77,10 @@ def loss_between(left: PathPoint, right: PathPoint) -> tuple[NDArray[np.float64]
     Returns:
         losses: q(n) for n = left + 1 ... right; and the uncertainty.
     """
-    span = slice(left.num_removed, right.num_removed)
-    from_left = left.loss + np.cumsum(left.slope[span])
-    from_right = right.loss - np.sum(right.slope[span]) + np.cumsum(right.slope[span])
+    span = left.num_removed, right.num_removed
+    from_left = left.loss + np.cumsum(left.within(*span).slope)
+    slope = right.within(*span).slope
+    from_right = right.loss - np.sum(slope) + np.cumsum(slope)
     remainder = right.loss - from_left[-1]
     part = np.arange(1, len(from_left) + 1) / len(from_left)
     both = remainder * (1 + part**2 + (1 - part) ** 2) / 2
@@ -87,23 +93,25 @@ def one_shot_limit(
     start: PathPoint,
     loss_tolerance: float,
     tolerance: float,
+    looked: Callable[[int, int], None] = lambda within, beyond: None,
 ) -> Estimate:
-    """First crossing of eps by the predicted loss of the pruned network.
+    """The last n before the predicted loss of the pruned network first exceeds eps.
 
     The loss is known at a grid of n up to its first point above eps, and between by `loss_between`. The
     intervals in which it may cross are divided again, the first one first, until one that does is no wider
-    than the tolerance.
+    than the tolerance. The n that is returned was itself evaluated.
 
     Args:
         path: the point at n (one product with H).
         start: the point n = 0.
         loss_tolerance: eps.
         tolerance: width at which an interval is not divided further, in units of s.
+        looked: told between which n the limit lies so far.
 
     Returns:
-        The crossing, between the ends of the last interval; 1 if there is none. Where `path` ran out of
-        products, the crossing lies between the first interval in doubt and a point above eps: these are its
-        bounds then, and their distance its spread.
+        The limit, between the ends of the last interval; 1 if there is no crossing. Where `path` ran out of
+        products, it lies between the first interval in doubt and a point above eps: these are its bounds
+        then, and their distance its spread.
 
     Raises:
         BudgetSpent: by `path`, before a crossing was known.
@@ -117,23 +125,25 @@ def one_shot_limit(
         for right in grid:
             losses, uncertainty = loss_between(left, right)
             losses[-1] = right.loss  # to the last bit
+            span = left.num_removed, right.num_removed
             wide = right.num_removed - left.num_removed > narrow
             if np.max(losses) + (uncertainty if wide else 0.0) > loss_tolerance:
-                doubtful.append(Interval(left, right, losses))
+                doubtful.append(Interval(left.within(*span), right.within(*span), losses))
             left = right
             if right.loss > loss_tolerance:
                 break
-        for i, (left, right, _) in enumerate(doubtful):
+        for left, right, losses in doubtful:
+            looked(left.num_removed, doubtful[-1].right.num_removed)
             if right.num_removed - left.num_removed <= narrow:
-                return _crossing(doubtful[i : i + 1], loss_tolerance, dim)
+                return _confirmed(path, left.num_removed, right.num_removed, losses, loss_tolerance, dim)
             between = _grid(left.num_removed, right.num_removed, PIECES)[:-1]
             try:
                 found = search(left, chain(_points(path, between), [right]))
             except BudgetSpent:
                 if doubtful[-1].right.loss <= loss_tolerance:
                     raise  # they need not cross at all
-                found = _crossing(doubtful[i:], loss_tolerance, dim)
-                found = replace(found, spread=found.upper - found.lower)
+                lower, upper = left.num_removed / dim, doubtful[-1].right.num_removed / dim
+                return Estimate.between(lower, lower, upper, dim, spread=upper - lower)
             if found is not None:
                 return found
         return None
@@ -150,15 +160,36 @@ class Interval(NamedTuple):
     losses: NDArray[np.float64]
 
 
-def _crossing(intervals: Sequence[Interval], loss_tolerance: float, dim: int) -> Estimate:
-    """Between the ends of intervals of which one crosses at least."""
-    value = next(
-        left.num_removed + 1 + int(np.argmax(losses > loss_tolerance))
-        for left, _, losses in intervals
-        if np.max(losses) > loss_tolerance
-    )
-    lower, upper = intervals[0].left.num_removed, intervals[-1].right.num_removed
-    return Estimate.between(value / dim, lower / dim, upper / dim, dim)
+# Products that may confirm the last n within the tolerance; then the left end of its interval, which was
+# evaluated, is taken.
+CONFIRMATIONS = 3
+
+
+def _confirmed(
+    path: Callable[[int], PathPoint],
+    left: int,
+    right: int,
+    losses: NDArray[np.float64],
+    loss_tolerance: float,
+    dim: int,
+) -> Estimate:
+    """The last n of an interval before its losses exceed eps, with a product that shows its own not to."""
+    crossed = np.append(losses, np.inf) > loss_tolerance
+    last, end = min(left + int(np.argmax(crossed)), right), right
+    for _ in range(CONFIRMATIONS):
+        if last == left:
+            break
+        try:
+            loss = path(last).loss if last < right else losses[-1]
+        except BudgetSpent:
+            last = left
+            break
+        if loss <= loss_tolerance:
+            break
+        end, last = last, left + (last - left) // 2
+    else:
+        last = left
+    return Estimate.between(last / dim, left / dim, end / dim, dim)
 
 
 def _points(path: Callable[[int], PathPoint], counts: NDArray[np.int64]) -> Iterator[PathPoint]:

@@ -6,14 +6,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlimit.core.storage import ordered_sum
+from jaxlimit.core.storage import about, ordered_sum
 from jaxlimit.core.trees import flatten
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.geometry.dimensions import width_ridge
 from jaxlimit.geometry.magnitude import MagnitudeOrder, num_removed
+from jaxlimit.spectrum.probes import rademacher
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Problem:
     """How many weights can go, in this order, while the loss rises by at most eps?
 
@@ -48,19 +49,35 @@ class Problem:
         return width_ridge(self.radius(num_removed), self.loss_tolerance)
 
 
+# What devices may differ by: of a loss, and of a product with a random vector, relative to its length.
+SAME_LOSS, SAME_PRODUCT = 1e-4, 1e-3
+
+
 def fingerprint(
     curvature: Curvature, problem: Problem, key: jax.Array, tolerance: float, num_probes: int | None
 ) -> dict[str, Any]:
     """What tells one computation from another, so that a checkpoint is not continued by mistake.
 
-    Devices round the loss of one network differently: the fingerprint has four digits of it, six decimals.
+    Two curvatures of one network may have the same loss: a product with a random vector tells them apart, by
+    its length and by its parts along that vector and along the weights. Devices round losses and products
+    differently, so these are stored with what they may differ by. Cost: one product.
     """
+    weights = curvature.weights
+    probe = rademacher(key, weights, 1)
+    product = flatten(jax.tree.map(lambda x: x[0], curvature.matmat(probe)))
+    length = float(np.linalg.norm(product))
+    along = {
+        "probe": flatten(jax.tree.map(lambda x: x[0], probe)),
+        "weights": flatten(weights),
+    }
+    parts = {name: float(vector @ product / np.linalg.norm(vector)) for name, vector in along.items()}
     return {
         "dim": curvature.dim,
         "num_examples": curvature.num_examples,
         "positive_semidefinite": curvature.positive_semidefinite,
-        "loss": round(float(f"{curvature.loss:.4g}"), 6),
-        "weights": ordered_sum(flatten(curvature.weights)),
+        "loss": about(curvature.loss, SAME_LOSS * abs(curvature.loss) + 1e-6),
+        "product": {name: about(x, SAME_PRODUCT * length) for name, x in {"length": length, **parts}.items()},
+        "weights": ordered_sum(flatten(weights)),
         "order": ordered_sum(problem.order.rank),
         "loss_tolerance": problem.loss_tolerance,
         "tolerance": tolerance,

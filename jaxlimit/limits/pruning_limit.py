@@ -20,17 +20,19 @@ from jaxlimit.core.storage import Checkpoint
 from jaxlimit.core.trees import PyTree
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.geometry.magnitude import magnitude_order
-from jaxlimit.limits.arguments import check_arguments
+from jaxlimit.limits.arguments import check_arguments, require_readjustable
 from jaxlimit.limits.budget import Budget, BudgetSpent, Progress
 from jaxlimit.limits.cone import cone_limit
-from jaxlimit.limits.dense_source import dense_fits, dense_source
+from jaxlimit.limits.conjugate_gradients import NegativeCurvature
+from jaxlimit.limits.dense_source import dense_fits, dense_is_cheaper, dense_source
 from jaxlimit.limits.estimate import LIMITS, Estimate
 from jaxlimit.limits.lanczos_source import lanczos_source
 from jaxlimit.limits.problem import Problem, fingerprint
 from jaxlimit.limits.readjusted import readjusted_limit
 from jaxlimit.limits.result import PruningLimit
+from jaxlimit.limits.rises import true_rises
 from jaxlimit.limits.source import Source
-from jaxlimit.limits.status import exact_status, status_of
+from jaxlimit.limits.status import Findings, status_of
 from jaxlimit.limits.width import width_limit
 from jaxlimit.spectrum.bracket import SpectralBracket
 
@@ -72,9 +74,11 @@ def pruning_limit(
         num_probes: number of random probes. None chooses: the dense solution where it fits, else as many
             probes as the tolerance needs.
         which: the limits wanted, of "one_shot", "width", "cone", "readjusted". The spectrum, and `measure`,
-            is resolved for width and cone alone; the other two take a few products.
+            is resolved for width and cone alone; the other two take a few products. readjusted with a Hessian
+            needs the dense matrix: alone it is refused beyond 5,000 weights.
         checkpoint: folder for intermediate results. A run that was interrupted goes on from there and
-            gives the same bits; a folder of a different problem is refused.
+            gives the same bits; a folder of a different problem is refused. One product, which `max_matvecs`
+            does not count, tells problems apart.
         progress: called with a `Progress` after every block of products.
         basis_bytes: memory on each device for the vectors that Lanczos keeps orthogonal. Where they do not
             fit, the first ones are kept and the status says so; with 0 three vectors do, and the spectrum
@@ -86,7 +90,8 @@ def pruning_limit(
         The limits asked for, with brackets, and a status sentence; `print` shows them as a table.
 
     Raises:
-        ValueError: an argument out of range, naming it; weights that are all zero; a foreign checkpoint.
+        ValueError: an argument out of range, naming it; weights that are all zero; a foreign checkpoint;
+            nothing but readjusted asked of a Hessian that is too large for it.
         FloatingPointError: a product with the curvature is not finite.
         MemoryError: a device ran out of memory; says what needs less.
 
@@ -108,9 +113,12 @@ def pruning_limit(
     problem = Problem(magnitude_order(curvature.weights, scores), float(loss_tolerance))
     if problem.radius(problem.dim) == 0:
         raise ValueError("all prunable weights are zero: every sparsity leaves the network as it is.")
+    require_readjustable(curvature, which)
     budget = Budget(curvature, int(max_matvecs), progress)
-    with Checkpoint(checkpoint, fingerprint(curvature, problem, key, tolerance, num_probes)) as store:
-        if num_probes is None and dense_fits(curvature.dim, max_matvecs):
+    identity = {} if checkpoint is None else fingerprint(curvature, problem, key, tolerance, num_probes)
+    dense = dense_fits(curvature.dim, max_matvecs) and dense_is_cheaper(curvature.dim, which)
+    with Checkpoint(checkpoint, identity) as store:
+        if num_probes is None and dense:
             source: Source = dense_source(problem, budget)
         else:
             source = lanczos_source(
@@ -123,8 +131,8 @@ def pruning_limit(
                 which=which,
                 basis_bytes=device_memory() // 2 if basis_bytes is None else basis_bytes,
             )
-        solved = _solve(source, problem, which, 0.0 if source.exact else tolerance)
-    return _result(problem, curvature, source, budget, solved, which, tolerance)
+        solved = _solve(source, problem, budget, which, 0.0 if source.exact else tolerance)
+    return _result(problem, source, budget, solved, which, tolerance, num_probes)
 
 
 class _Solved(NamedTuple):
@@ -143,7 +151,9 @@ class _Solved(NamedTuple):
     removed: dict[int, SpectralBracket]
 
 
-def _solve(source: Source, problem: Problem, which: Sequence[str], tolerance: float) -> _Solved:
+def _solve(
+    source: Source, problem: Problem, budget: Budget, which: Sequence[str], tolerance: float
+) -> _Solved:
     """Solves for width, then for each of the others that is wanted."""
     bracket, removed = source.spectrum(), {}
     width = width_limit(bracket, problem)
@@ -154,43 +164,57 @@ def _solve(source: Source, problem: Problem, which: Sequence[str], tolerance: fl
         return limit
 
     def readjusted() -> Estimate:
-        minimum = source.minimum()
-        return readjusted_limit(minimum, problem.dim, problem.loss_tolerance, tolerance / 2, width.value)
+        minimum, dim = source.minimum(), problem.dim
+
+        def looked(within: int, beyond: int) -> None:
+            budget.look(within / dim, beyond / dim, (beyond - within) / dim)
+
+        return readjusted_limit(minimum, dim, problem.loss_tolerance, tolerance / 2, width.value, looked)
 
     limits: dict[str, Estimate | None] = {"width": width}
     for name, solve in (("one_shot", source.one_shot), ("cone", cone), ("readjusted", readjusted)):
         try:
             limits[name] = solve() if name in which else None
-        except BudgetSpent:
+        except (BudgetSpent, NegativeCurvature):
             limits[name] = None
     return _Solved(limits, width, bracket, removed)
 
 
 def _result(
     problem: Problem,
-    curvature: Curvature,
     source: Source,
     budget: Budget,
     solved: _Solved,
     which: Sequence[str],
     tolerance: float,
+    num_probes: int | None,
 ) -> PruningLimit:
     """The limits that were wanted, with what they rest on and what the reader must know."""
-    measure = source.measure
-    if source.exact:
-        code, status = exact_status(problem.dim)
-    else:
-        code, status = status_of(
-            solved.limits,
-            which,
-            dim=problem.dim,
-            semidefinite=curvature.positive_semidefinite,
+    measure, curvature = source.measure, budget.curvature
+    wanted = {name: solved.limits[name] if name in which else None for name in LIMITS}
+    rises = true_rises(curvature, problem, wanted)
+    code, status = status_of(
+        Findings(
+            limits=solved.limits,
+            which=which,
+            rises=rises,
+            loss=curvature.loss,
+            loss_tolerance=problem.loss_tolerance,
             tolerance=tolerance,
+            dim=problem.dim,
+            exact=source.exact,
+            semidefinite=curvature.positive_semidefinite,
+            negative_share=source.negative_share,
+            num_matvecs=budget.count,
             max_matvecs=budget.max_matvecs,
+            num_probes=num_probes,
+            rounding=curvature.rounding,
             reorthogonalized=source.reorthogonalized,
         )
+    )
     return PruningLimit(
-        **{name: solved.limits[name] if name in which else None for name in LIMITS},
+        **wanted,
+        rises=rises,
         measure=measure,
         loss_tolerance=problem.loss_tolerance,
         tolerance=tolerance,

@@ -15,6 +15,7 @@ def readjusted_limit(
     loss_tolerance: float,
     tolerance: float,
     start: float,
+    looked: Callable[[int, int], None] = lambda within, beyond: None,
 ) -> Estimate:
     """Largest s whose best readjusted quadratic loss is at most eps, by bisection over nested supports.
 
@@ -25,39 +26,46 @@ def readjusted_limit(
         loss_tolerance: eps.
         tolerance: width at which the bisection ends; 0 for the exact n.
         start: a first guess of the limit.
+        looked: told between which n the limit lies so far.
 
     Returns:
-        The limit between the largest s known to reach eps and the smallest known not to. Where products ran
-        out before the bisection ended, the distance of these two is its spread.
+        The largest s known to reach eps, with the smallest known not to as its upper bound. Where these are
+        farther apart than the tolerance, since products ran out or the bounds cannot tell, their distance is
+        its spread.
 
     Raises:
         BudgetSpent: by `minimum`, at the first n.
     """
     low, high = 0, dim + 1  # at low eps is reached; at high, one beyond all weights, it is not
-    n, stride, boundary = min(max(1, round(start * dim)), dim), max(1, round(FIRST_STRIDE * dim)), None
-    left = 0.0
-    while high - low > max(1, tolerance * dim):
+    unknown: list[int] = []  # where the bounds cannot tell
+    narrow = max(1, tolerance * dim)
+    n, stride = min(max(1, round(start * dim)), dim), max(1, round(FIRST_STRIDE * dim))
+    while True:
         try:
             below, above = minimum(n)
         except BudgetSpent:
-            if (low, high) == (0, dim + 1):
+            if (low, high, unknown) == (0, dim + 1, []):
                 raise
-            boundary, left = n, (min(high, dim) - low) / dim
             break
         if above <= loss_tolerance:
             low = n
         elif below > loss_tolerance:
             high = n
-        else:  # the bounds cannot tell eps apart: n is the root as far as they go
-            boundary = n
+        else:
+            unknown.append(n)
+        unknown = [x for x in unknown if low < x < high]
+        looked(low, min(high, dim))
+        first, last = min([*unknown, high]), max([*unknown, low])
+        gaps = (low, first), (last, high)  # one and the same where nothing is unknown
+        if high - low <= narrow or max(end - begin for begin, end in gaps) <= narrow:
             break
         # First walk from the guess in growing strides, then bisect between the ends found.
-        reached = high if above <= loss_tolerance else low
-        if reached in (0, dim + 1):
-            n = min(low + stride, dim) if above <= loss_tolerance else max(high - stride, 1)
+        if low == 0 or high == dim + 1:
+            n = max(first - stride, 1) if low == 0 else min(last + stride, dim)
             stride *= 2
-            if low < n < high:
+            if any(begin < n < end for begin, end in gaps):
                 continue
-        n = (low + high) // 2
-    value = (low + high) / 2 if boundary is None else boundary
-    return Estimate.between(min(value / dim, 1.0), low / dim, min(high / dim, 1.0), dim, spread=left)
+        n = sum(max(gaps, key=lambda gap: gap[1] - gap[0])) // 2
+    lower, upper = low / dim, min(high / dim, 1.0)
+    spread = upper - lower if high - low > narrow else 0.0
+    return Estimate.between(lower, lower, upper, dim, spread=spread)

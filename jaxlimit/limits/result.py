@@ -1,5 +1,6 @@
 r"""What `pruning_limit` returns: the limits, what they rest on, and how far to trust them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from jaxlimit.geometry.magnitude import num_removed
 from jaxlimit.limits.cone import cone_point, cone_root
 from jaxlimit.limits.estimate import LIMITS, Estimate
 from jaxlimit.limits.problem import Problem
+from jaxlimit.limits.rises import EVERYTHING
 from jaxlimit.limits.status import Code
 from jaxlimit.limits.width import width_limit
 from jaxlimit.spectrum.bracket import SpectralBracket
@@ -20,7 +22,7 @@ from jaxlimit.spectrum.measure import SpectralMeasure
 ETA = 0.05
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LimitCurve:
     """The two sides of the phase-transition equation, for plots: the limit is where delta / D crosses s.
 
@@ -42,7 +44,7 @@ class LimitCurve:
     cone_dimension: NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sensitivity:
     """Limits against the loss tolerance, from the spectra at hand.
 
@@ -64,6 +66,8 @@ class PruningLimit:
 
     Attributes:
         one_shot, width, cone, readjusted: the limits, None where not asked for or not to be had.
+        rises: by how much the loss itself rises at each of them, the weights pruned and none readjusted, and
+            under "everything" with every prunable weight removed; in units of the loss.
         measure: spectral measure behind width and cone: one row a probe.
         loss_tolerance: eps, in units of the loss.
         tolerance: accuracy asked for, in units of sparsity.
@@ -84,6 +88,7 @@ class PruningLimit:
     width: Estimate | None
     cone: Estimate | None
     readjusted: Estimate | None
+    rises: Mapping[str, float]
     measure: SpectralMeasure
     loss_tolerance: float
     tolerance: float
@@ -151,7 +156,7 @@ class PruningLimit:
 
         def cone(problem: Problem) -> float:
             points = [cone_point(bracket, problem, n) for n, bracket in self._removed.items()]
-            return cone_root(self._bracket, problem, points).value
+            return cone_root(self._bracket, problem, points)[0].value
 
         width = np.array([width_limit(self._bracket, problem).value for problem in problems])
         return Sensitivity(grid, width, np.array([cone(x) for x in problems]) if self._removed else None)
@@ -164,24 +169,29 @@ class PruningLimit:
             "transition_halfwidth"
         )
         limits = {name: vars(estimate) for name, estimate in self.estimates().items()}
-        return {**limits, **{name: getattr(self, name) for name in names.split()}}
+        # JSON has no number that is not finite.
+        rises = {name: rise if np.isfinite(rise) else None for name, rise in self.rises.items()}
+        return {**limits, **{name: getattr(self, name) for name in names.split()}, "rises": rises}
 
     def __repr__(self) -> str:
-        kind = "Gauss-Newton" if self.positive_semidefinite else "Hessian, |H|"
+        kind = "Gauss-Newton" if self.positive_semidefinite else "Hessian"
+        absolute = "" if self.positive_semidefinite and self.code is not Code.NOT_SEMIDEFINITE else ", |H|"
         lines = [
             f"Pruning limit for a loss increase of {self.loss_tolerance:.4g} "
             f"({self.dim:,} weights, {self.num_examples:,} examples)",
-            f"{'':12}{'sparsity':>9}  {'interval':^18}{'probe error':>12}{'spread':>9}",
+            f"{'':12}{'sparsity':>9}  {'interval':^18}{'probe error':>12}{'spread':>9}{'true rise':>11}",
         ]
         for name, limit in self.estimates().items():
             interval = f"[{limit.lower:.4f}, {limit.upper:.4f}]"
             lines.append(
                 f"{name:<12}{limit.value:>9.4f}  {interval:^18}{limit.probe_error:>12.4f}{limit.spread:>9.4f}"
+                f"{self.rises[name]:>11.4g}"
             )
+        lines.append(f"{EVERYTHING:<12}{1:>9.4f}{self.rises[EVERYTHING]:>52.4g}")
         probes = f", {self.num_probes} probes of {self.num_steps} steps" if self.num_probes else ""
         lines += [
             f"transition window of width and cone: +-{self.transition_halfwidth:.4f} (95 % to 5 %)",
-            f"{kind}; {self.method}{probes}; {self.num_matvecs:,} products; "
+            f"{kind}{absolute}; {self.method}{probes}; {self.num_matvecs:,} products; "
             f"lambda_max / a = {self.largest_eigenvalue / self.ridge:.3g}",
             f"status: {self.status}",
         ]

@@ -27,6 +27,15 @@ class Source(Protocol):
         ...
 
     @property
+    def negative_share(self) -> float:
+        """How far a matrix that was declared semidefinite was seen to reach below 0, in units of ||H||.
+
+        0 where that is but rounding, and for a matrix that may have negative eigenvalues. Else the answers
+        are those of |H|.
+        """
+        ...
+
+    @property
     def measure(self) -> SpectralMeasure:
         """The spectral measure, once `spectrum` was called."""
         ...
@@ -44,7 +53,7 @@ class Source(Protocol):
         ...
 
     def one_shot(self) -> Estimate:
-        """First n at which -g^T c + c^T H c / 2, with the signed H, exceeds eps.
+        """Last n before -g^T c + c^T H c / 2, with the signed H, exceeds eps.
 
         Raises:
             BudgetSpent: too few products are left.

@@ -2,24 +2,46 @@
 
 import enum
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jaxlimit.limits.dense_source import DENSE_DIM, dense_fits
 from jaxlimit.limits.estimate import Estimate
+from jaxlimit.limits.rises import EVERYTHING
+
+# one_shot is refuted by a rise of the loss that exceeds the tolerance by half. On the network of the README,
+# where one_shot is .002 of sparsity too high, it is a fifth.
+MARGIN = 1.5
+# Times machine epsilon and the loss: a rise that is rounding.
+NOISE = 16.0
 
 
 class Code(enum.StrEnum):
-    """How a computation of limits ended.
+    """How a computation of limits ended. Where several hold, the one that comes first here.
 
     Attributes:
-        EXACT: every limit is exact, from all eigenvalues.
+        REFUTED: the loss itself, at the pruned weights, contradicts a limit.
+        NOT_SEMIDEFINITE: a matrix that was declared semidefinite has a negative eigenvalue: limits of |H|.
+        IMPRECISE: the bounds of a limit cross, or the rounding of the products alone makes its interval wider
+            than the tolerance.
+        UNDER_RESOLVED: a limit is wider than the tolerance.
+        OUT_OF_PRODUCTS: a limit is missing, since no products were left for it.
         CONVERGED: every limit is resolved to the tolerance.
-        UNDER_RESOLVED: the products did not suffice; limits are wider than the tolerance, or missing.
+        EXACT: every limit is exact but for rounding, from all eigenvalues.
     """
 
-    EXACT = "exact"
-    CONVERGED = "converged"
+    REFUTED = "refuted"
+    NOT_SEMIDEFINITE = "not_semidefinite"
+    IMPRECISE = "imprecise"
     UNDER_RESOLVED = "under_resolved"
+    OUT_OF_PRODUCTS = "out_of_products"
+    CONVERGED = "converged"
+    EXACT = "exact"
+
+    @property
+    def converged(self) -> bool:
+        """Whether every limit is known to the tolerance, and nothing speaks against it."""
+        return self in (Code.CONVERGED, Code.EXACT)
 
 
 def code_of(found: Mapping[str, Any]) -> Code:
@@ -38,60 +60,192 @@ def code_of(found: Mapping[str, Any]) -> Code:
     return next(codes, Code.UNDER_RESOLVED)
 
 
-def exact_status(dim: int) -> tuple[Code, str]:
-    """Code and sentence of limits from a dense eigendecomposition."""
-    return Code.EXACT, f"converged: exact, from all {dim:,} eigenvalues."
+@dataclass(frozen=True)
+class Findings:
+    """What the code and its sentences rest on.
 
-
-def status_of(
-    limits: Mapping[str, Estimate | None],
-    which: Sequence[str],
-    *,
-    dim: int,
-    semidefinite: bool,
-    tolerance: float,
-    max_matvecs: int,
-    reorthogonalized: bool,
-) -> tuple[Code, str]:
-    """The code of limits from products, and its sentences: the verdict, then one on each thing to know.
-
-    Args:
-        limits: the limits by name, None where products did not suffice. The width limit is always there, but
-            rests on a spectrum that was resolved only where width or cone were wanted.
+    Attributes:
+        limits: those that were computed by name, None where they are missing. The width limit is always
+            there, but from products it rests on a spectrum that was resolved only for width and cone.
         which: the limits that were wanted.
-        dim: D.
-        semidefinite: whether the matrix was declared so.
+        rises: how much the loss itself rises where the limits lie, see `PruningLimit.rises`.
+        loss: at the weights.
+        loss_tolerance: eps.
         tolerance: accuracy that was wanted, in units of s.
-        max_matvecs: the budget.
+        dim: D.
+        exact: whether all eigenvalues are known.
+        semidefinite: whether the matrix was declared so.
+        negative_share: how far it was seen to reach below 0 nevertheless, in units of ||H||.
+        num_matvecs, max_matvecs: products that were made, and their budget.
+        num_probes: random probes that were asked for; None: as many as the tolerance needs.
+        rounding: relative error of a product.
         reorthogonalized: whether Lanczos kept all of its vectors orthogonal.
     """
-    resolved = not {"width", "cone"}.isdisjoint(which)
-    spectral = [x for x in (limits["width"], limits["cone"]) if x is not None and resolved]
-    spread = max((limit.spread for limit in spectral), default=0.0)
-    searched = {name: limits[name] for name in ("one_shot", "readjusted")}
-    left = {name: x.spread for name, x in searched.items() if x is not None and x.spread > tolerance}
-    probe_error = spectral[0].probe_error if spectral else 0.0
-    too_large = "readjusted" in which and not semidefinite and not dense_fits(dim)
-    missing = [n for n in which if limits[n] is None and not (n == "readjusted" and too_large)]
-    kind = "bracket" if semidefinite else "spread over step counts"
-    code = Code.UNDER_RESOLVED if missing or left or spread > tolerance else Code.CONVERGED
-    if code is Code.CONVERGED:
-        sentences = [f"converged: {kind} {spread:.4f}, within the tolerance of {tolerance:g}."]
-    else:
-        wide = f"{kind} {spread:.4f} at a tolerance of {tolerance:g}, " if spread > tolerance else ""
-        sentences = [f"under-resolved: {wide}limited by max_matvecs = {max_matvecs:,}: raise it."]
-    if missing:
-        sentences.append(f"Too few products were left for {', '.join(missing)}.")
-    sentences += [f"{name} was left in an interval of {width:.4f}." for name, width in left.items()]
-    if probe_error > 1.5 * tolerance:
-        sentences.append(f"The probe error {probe_error:.4f} exceeds the tolerance: use more probes.")
-    if spectral and not semidefinite:
-        sentences.append("The rigorous interval of an indefinite Hessian is much wider than its spread.")
-    if too_large:
+
+    limits: Mapping[str, Estimate | None]
+    which: Sequence[str]
+    rises: Mapping[str, float]
+    loss: float
+    loss_tolerance: float
+    tolerance: float
+    dim: int
+    exact: bool
+    semidefinite: bool
+    negative_share: float
+    num_matvecs: int
+    max_matvecs: int
+    num_probes: int | None
+    rounding: float
+    reorthogonalized: bool
+
+    @property
+    def definite(self) -> bool:
+        """Whether the bounds were those of a semidefinite matrix."""
+        return self.semidefinite and self.negative_share == 0
+
+    @property
+    def spectral(self) -> dict[str, Estimate]:
+        """Width and cone, where they rest on a resolved spectrum."""
+        if not self.exact and {"width", "cone"}.isdisjoint(self.which):
+            return {}
+        found = {name: self.limits.get(name) for name in ("width", "cone")}
+        return {name: limit for name, limit in found.items() if limit is not None}
+
+    @property
+    def spread(self) -> float:
+        """The larger one of width and cone."""
+        return max((limit.spread for limit in self.spectral.values()), default=0.0)
+
+    @property
+    def left(self) -> dict[str, float]:
+        """How wide one_shot and readjusted were left, where that is too wide."""
+        found = {name: self.limits.get(name) for name in ("one_shot", "readjusted")}
+        return {name: x.spread for name, x in found.items() if x is not None and x.spread > self.tolerance}
+
+    @property
+    def unsupported(self) -> bool:
+        """Whether readjusted was wanted of |H| that is too large for a dense matrix."""
+        return "readjusted" in self.which and not self.definite and not dense_fits(self.dim)
+
+    @property
+    def missing(self) -> list[str]:
+        """What was wanted and could be had with more products."""
+        names = [name for name in self.which if self.limits.get(name) is None]
+        return [name for name in names if not (name == "readjusted" and self.unsupported)]
+
+
+def status_of(found: Findings) -> tuple[Code, str]:
+    """The code of limits, and its sentences: the verdict, then one on each thing to know."""
+    code, verdict = _verdict(found)
+    return code, " ".join([verdict, *_remarks(found)])
+
+
+def _verdict(found: Findings) -> tuple[Code, str]:
+    if sentence := refutation(found):
+        return Code.REFUTED, f"refuted by the loss: {sentence}"
+    if found.negative_share:
+        return Code.NOT_SEMIDEFINITE, (
+            f"not semidefinite: an eigenvalue lies {found.negative_share:.2g} ||H|| below 0, so the loss is "
+            "not convex in the outputs. The limits are of |H|. Use hessian, or a loss that is convex."
+        )
+    crossed = [name for name, limit in found.spectral.items() if limit.crossed]
+    if crossed:
+        return Code.IMPRECISE, (
+            f"imprecise: the bounds of {' and '.join(crossed)} cross, so nothing is known of them. The "
+            "products are less precise than they should be, not symmetric, or the data changed. Use float64, "
+            "and batches that are the same each time."
+        )
+    if found.spread > found.tolerance or found.left:
+        return Code.UNDER_RESOLVED, f"under-resolved: {_how_far(found)}{_limited(found)}"
+    # Rounding widens a bracket that no product closes any more. Where bounds lag behind, the spread speaks.
+    wide = max((x.half_bracket for x in found.spectral.values()), default=0.0)
+    if (found.exact or found.definite) and wide > found.tolerance:
+        return Code.IMPRECISE, (
+            f"imprecise: the rounding of the products ({found.rounding:.1e} of ||H||) leaves the limits "
+            f"uncertain by {wide:.4f}, more than the tolerance of {found.tolerance:g}. Use float64 "
+            "(jax_enable_x64), or a larger tolerance."
+        )
+    if found.missing:
+        return Code.OUT_OF_PRODUCTS, f"out of products: {_limited(found)}"
+    if found.exact:
+        return Code.EXACT, f"converged: exact, from all {found.dim:,} eigenvalues."
+    if found.definite:
+        return Code.CONVERGED, (
+            f"converged: bracket {max(wide, found.spread):.4f}, within the tolerance of {found.tolerance:g}."
+        )
+    return Code.CONVERGED, (
+        f"converged: spread over step counts {found.spread:.4f}, within the tolerance of {found.tolerance:g}."
+    )
+
+
+def refutation(found: Findings) -> str:
+    """What the loss itself says against the limits; empty if nothing.
+
+    one_shot says of the pruned network as it is that its loss rises by eps; more than `MARGIN` times that
+    refutes it. The others leave room for readjusting the weights that are kept, so a rise says nothing
+    against them, unless no weight is kept.
+    """
+    # What two means over the same examples differ by for rounding alone.
+    noise = NOISE * found.rounding * abs(found.loss)
+    most, sentences = MARGIN * found.loss_tolerance + noise, []
+    rise, without = found.rises.get("one_shot", 0.0), found.rises.get(EVERYTHING, 0.0)
+    if not rise <= most:
         sentences.append(
+            f"at one_shot it rises by {rise:.3g}, where at most {found.loss_tolerance:.3g} is predicted."
+        )
+    limits = {name: found.limits.get(name) for name in found.which}
+    every = [name for name, x in limits.items() if x is not None and round(x.value * found.dim) == found.dim]
+    if every and not without <= most:
+        sentences.append(
+            f"{' and '.join(every)} would let every weight go, but then it rises by {without:.3g}."
+        )
+    if sentences:
+        sentences.append(
+            "So far from the weights it is not quadratic: take a smaller loss_tolerance, or train with an L1 "
+            "term."
+        )
+    return " ".join(sentences)
+
+
+def _how_far(found: Findings) -> str:
+    """The spread, where it is too wide."""
+    if found.spread <= found.tolerance:
+        return ""
+    kind = "bracket" if found.definite else "spread over step counts"
+    return f"{kind} {found.spread:.4f} at a tolerance of {found.tolerance:g}, "
+
+
+def _limited(found: Findings) -> str:
+    """By what: products that were spent, or all that they can tell."""
+    # A stage leaves some products to the next, which may find them too few.
+    if found.num_matvecs >= found.max_matvecs // 2 or found.missing:
+        return f"limited by max_matvecs = {found.max_matvecs:,}: raise it."
+    return (
+        f"limited by the rounding of the products ({found.rounding:.1e} of ||H||), not by their number: use "
+        "float64 (jax_enable_x64), or a larger tolerance."
+    )
+
+
+def _remarks(found: Findings) -> list[str]:
+    remarks = []
+    if found.missing:
+        remarks.append(f"Too few products were left for {', '.join(found.missing)}.")
+    remarks += [f"{name} was left in an interval of {width:.4f}." for name, width in found.left.items()]
+    probe_error = next((limit.probe_error for limit in found.spectral.values()), 0.0)
+    if probe_error > 1.5 * found.tolerance:
+        more = (
+            "raise max_matvecs, and more probes follow"
+            if found.num_probes is None
+            else f"use more than {found.num_probes} probes"
+        )
+        remarks.append(f"The probe error {probe_error:.4f} exceeds the tolerance: {more}.")
+    if found.spectral and not found.exact and not found.definite:
+        remarks.append("The rigorous interval of an indefinite Hessian is much wider than its spread.")
+    if found.unsupported:
+        remarks.append(
             f"readjusted with |H| needs a dense matrix (at most {DENSE_DIM:,} weights): gauss_newton has an "
             "optimistic one."
         )
-    if not reorthogonalized:
-        sentences.append("Lanczos kept its first vectors only (basis_bytes), so it may take more products.")
-    return code, " ".join(sentences)
+    if not found.reorthogonalized:
+        remarks.append("Lanczos kept its first vectors only (basis_bytes), so it may take more products.")
+    return remarks

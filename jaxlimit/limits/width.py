@@ -15,7 +15,7 @@ dense eigendecomposition and Lanczos.
 
 from collections.abc import Callable
 
-from jaxlimit.geometry.dimensions import fixed_point
+from jaxlimit.geometry.dimensions import fixed_point, last_within
 from jaxlimit.limits.estimate import Estimate
 from jaxlimit.limits.problem import Problem
 from jaxlimit.spectrum.bracket import Bracketed, EffectiveDimension, SpectralBracket, spread
@@ -32,28 +32,37 @@ def width_limit(bracket: SpectralBracket, problem: Problem) -> Estimate:
         bracket: of the spectral measure.
         problem: order of the weights, and eps.
     """
-    return dimension_root(bracket, Bracketed.known(problem.ridge), problem.dim)
+    return dimension_root(bracket, Bracketed.known(problem.ridge), problem.dim)[0]
 
 
-def dimension_root(bracket: SpectralBracket, ridge: Bracketed[Ridge], dim: int) -> Estimate:
-    """Root of delta(a(s)) / D = s, with its bracket, probe error and spread.
+def dimension_root(bracket: SpectralBracket, ridge: Bracketed[Ridge], dim: int) -> tuple[Estimate, float]:
+    """Root of delta(a(s)) / D = s, with its bracket, probe error and spread; and to less than a weight.
 
     Args:
         bracket: of the spectral measure.
         ridge: n -> a, the ridge after n removals.
         dim: D.
     """
-    delta = bracket.dimension
+
+    def dimension(delta: EffectiveDimension, ridge: Ridge, standard_errors: float) -> Callable[[int], float]:
+        return lambda n: delta(ridge(n)) + standard_errors * bracket.probe_error(ridge(n))
 
     def root(delta: EffectiveDimension, ridge: Ridge, standard_errors: float = 0.0) -> float:
-        def dimension(n: int) -> float:
-            a = ridge(n)
-            return delta(a) + standard_errors * bracket.probe_error(a)
+        return fixed_point(dimension(delta, ridge, standard_errors), dim)
 
-        return fixed_point(dimension, dim)
+    def last(delta: EffectiveDimension, ridge: Ridge, standard_errors: float = 0.0) -> float:
+        return last_within(dimension(delta, ridge, standard_errors), dim) / dim
 
+    # A limit and its bounds are numbers of weights; their errors are finer than one.
+    delta = bracket.dimension
     roots = delta.join(root, ridge)
-    probe_error = (root(delta.value, ridge.value, 1) - root(delta.value, ridge.value, -1)) / 2
-    lower = root(delta.lower, ridge.lower, -STANDARD_ERRORS)
-    upper = root(delta.upper, ridge.upper, STANDARD_ERRORS)
-    return Estimate.between(roots.value, lower, upper, dim, probe_error, spread(roots))
+    estimate = Estimate.between(
+        last(delta.value, ridge.value),
+        last(delta.lower, ridge.lower, -STANDARD_ERRORS),
+        last(delta.upper, ridge.upper, STANDARD_ERRORS),
+        dim,
+        probe_error=(root(delta.value, ridge.value, 1) - root(delta.value, ridge.value, -1)) / 2,
+        spread=spread(roots),
+        half_bracket=(roots.upper - roots.lower) / 2,
+    )
+    return estimate, roots.value

@@ -12,12 +12,15 @@ the value is their mean. On an indefinite H the lower one lags behind, while the
 geometrically with k: the value is its limit, extrapolated from three step counts (Aitken).
 
 Two other errors are kept apart from this one. That of the probes is `SpectralMeasure.probe_error`. As to
-rounding, the products are those of a matrix that differs from H by about machine epsilon * ||H||, and the
-bounds allow for eigenvalues that are so much larger or smaller.
+rounding, the products are those of a matrix H' that differs from H by about r ||H||, with r machine epsilon
+or what was measured; u is twice that. On a semidefinite H the bounds allow for it whatever it does to
+eigenvalues and eigenvectors: H' - u <= H <= H' + u and f falls, so f(H' + u) <= f(H) <= f(H' - u), and no
+eigenvalue of H' lies below -u, where its Gauss-Radau rule has its node. On an indefinite H all |nodes| are
+moved by u.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -38,9 +41,12 @@ SIXTEENTHS = tuple(sorted({part for window in WINDOWS for part in window}))
 # Share of what is extrapolated that counts as uncertain even where the step counts agree better: on the
 # networks of benchmarks/accuracy.py the error was rarely larger.
 CORRECTION = 0.25
-# Eigenvalues are uncertain by so many times machine epsilon * ||H||. On the digits network of the tests once
-# was enough for every probe in float32.
+# Eigenvalues are uncertain by so many times r ||H||. On the digits network of the tests once was enough for
+# every probe in float32.
 ROUNDING = 2.0
+# A semidefinite matrix has no node so many times r ||H|| below 0: with reorthogonalisation 2 were the most of
+# hundreds of matrices in float32, without it, where rounding makes copies of nodes, 20.
+NEGATIVE = {True: 10.0, False: 100.0}
 
 
 @dataclass(frozen=True)
@@ -113,13 +119,14 @@ class EffectiveDimension:
         return 1 - self.rank(ridge)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SpectralBracket:
     """What a set of Lanczos runs says about the effective dimension int a / (a + |lambda|) dmu.
 
     Attributes:
         lower: measures on |lambda|; the smallest of their integrals bounds that of each probe from below.
-        upper: measure on |lambda| whose integral bounds it from above.
+        upper: measure whose integral bounds it from above, on |lambda|, or with nodes just below 0 where
+            rounding may put them.
         rules: the rules behind the value: one if the measure is known; Gauss and Gauss-Radau, of which the
             mean is taken; or the Gauss-Radau rules after SIXTEENTHS of the steps, to be extrapolated.
         bounded: (probes,) whether `lower` holds for a probe; where it does not, the bound is 0. None: all.
@@ -131,9 +138,11 @@ class SpectralBracket:
     bounded: NDArray[np.bool_] | None = None
 
     @classmethod
-    def exact(cls, measure: SpectralMeasure) -> "SpectralBracket":
-        """Of a measure that is known."""
-        return cls((measure,), measure, (measure,))
+    def exact(cls, measure: SpectralMeasure, rounding: float = 0.0) -> "SpectralBracket":
+        """Of a measure that is known but for relative errors of the matrix."""
+        norm = float(np.max(np.abs(measure.nodes)))
+        larger, smaller = (_moved(measure, sign * ROUNDING * rounding * norm) for sign in (1, -1))
+        return cls((larger,), smaller, (measure,))
 
     @property
     def dimension(self) -> Bracketed[EffectiveDimension]:
@@ -157,7 +166,7 @@ class SpectralBracket:
         return float(np.mean(largest if self.bounded is None else np.where(self.bounded, largest, 1.0)))
 
     def _smallest_rank(self, ridge: float) -> float:
-        return float(np.mean(_ranks(self.upper, ridge)))
+        return float(np.mean(_signed_ranks(self.upper, ridge)))
 
     def _estimated_rank(self, index: int, ridge: float) -> float:
         return _estimates([float(np.mean(_ranks(rule, ridge))) for rule in self.rules])[index]
@@ -172,6 +181,14 @@ def _ranks(measure: SpectralMeasure, ridge: float) -> NDArray[np.float64]:
     """(probes,) integrals of |x| / (a + |x|)."""
     magnitudes = np.abs(measure.nodes)
     return np.sum(measure.weights * (magnitudes / (ridge + magnitudes)), axis=1)
+
+
+def _signed_ranks(measure: SpectralMeasure, ridge: float) -> NDArray[np.float64]:
+    """(probes,) integrals of x / (a + x), for nodes that rounding may put below 0; 0 where it reaches -a."""
+    nodes = np.where(measure.weights > 0, measure.nodes, 0.0)
+    known = np.min(nodes, axis=1) > -ridge
+    nodes = np.where(known[:, None], nodes, 0.0)
+    return np.maximum(np.sum(measure.weights * (nodes / (ridge + nodes)), axis=1), 0.0)
 
 
 def _estimates(terms: Sequence[float]) -> list[float]:
@@ -194,10 +211,17 @@ def _aitken(last: float, middle: float, first: float) -> float:
 
 def bracket_semidefinite(runs: Sequence[Tridiagonal], dim: int | None = None) -> SpectralBracket:
     """Gauss below, Gauss-Radau with a node at 0 above; the value is their mean."""
-    lower, upper = [gauss(run) for run in runs], [gauss_radau(run, 0.0) for run in runs]
+    lower, upper = [gauss(run) for run in runs], [_radau_below(run, 0.0) for run in runs]
     lower = [(np.maximum(nodes, 0), weights) for nodes, weights in lower]
     rules = stack_rules(lower, dim), stack_rules(upper, dim)
-    return SpectralBracket((_shifted(lower, runs, 1, dim),), _shifted(upper, runs, -1, dim), rules)
+    least = [_radau_below(run, ROUNDING * run.rounding * run.norm) for run in runs]
+    return SpectralBracket((_shifted(lower, runs, 1, dim),), stack_rules(least, dim), rules)
+
+
+def _radau_below(run: Tridiagonal, u: float) -> Rule:
+    """The Gauss-Radau rule with a node at -u, moved by -u."""
+    nodes, weights = gauss_radau(run, -u)
+    return np.maximum(nodes, -u) - u, weights
 
 
 def bracket_indefinite(
@@ -226,7 +250,29 @@ def bracket_indefinite(
         least, bounded = list(zip(*each, strict=True)), None
     lower = tuple(_shifted(rules, runs, 1, dim) for rules in least)
     upper = _shifted(radau[-1], runs, -1, dim)
-    return SpectralBracket(lower, upper, tuple(stack_rules(rules, dim) for rules in radau), bounded)
+    values = tuple(stack_rules(rules, dim) for rules in radau)
+    return SpectralBracket(lower, upper, values, bounded)
+
+
+def negative_share(runs: Sequence[Tridiagonal]) -> float:
+    """How far below 0 the matrix of the runs reaches, in units of ||H||; 0 where that is but rounding.
+
+    A node of a Gauss rule lies between the least and the largest eigenvalue, so a negative one shows that the
+    matrix is not semidefinite.
+
+    Examples:
+        >>> run = Tridiagonal(np.array([1.0, 1.0]), np.array([3.0]), 0.0, rounding=1e-7)
+        >>> negative_share([run])
+        0.5
+    """
+    shares = [-float(np.min(gauss(run)[0])) / run.norm for run in runs if run.norm > 0]
+    noise = [NEGATIVE[run.reorthogonalized] * run.rounding for run in runs if run.norm > 0]
+    return max((x for x, least in zip(shares, noise, strict=True) if x > least), default=0.0)
+
+
+def _moved(measure: SpectralMeasure, by: float) -> SpectralMeasure:
+    """A measure on |lambda|, moved."""
+    return replace(measure, nodes=np.maximum(np.abs(measure.nodes) + by, 0))
 
 
 def _shifted(
@@ -235,7 +281,7 @@ def _shifted(
     """Rules on |lambda|, moved by the rounding of each run's eigenvalues."""
     return stack_rules(
         [
-            (np.maximum(np.abs(nodes) + sign * ROUNDING * run.rounding, 0), weights)
+            (np.maximum(np.abs(nodes) + sign * ROUNDING * run.rounding * run.norm, 0), weights)
             for (nodes, weights), run in zip(rules, runs, strict=True)
         ],
         dim,

@@ -56,12 +56,16 @@ class LanczosState(NamedTuple):
     off_diagonal: NDArray[np.float64]  # (P, j), the last column is the residual norm
     num_steps: NDArray[np.int64]  # (P,) steps before each run ended, or j
 
-    def tridiagonals(self) -> list[Tridiagonal]:
-        """T of each run, cut where it broke down."""
+    def tridiagonals(self, rounding: float = 0.0) -> list[Tridiagonal]:
+        """T of each run, cut where it broke down.
+
+        Args:
+            rounding: relative error of a product; machine epsilon of the vectors where that is larger.
+        """
         steps_taken = self.diagonal.shape[1]
         if steps_taken == 0:
             return []
-        rounding = np.asarray(self.norm, np.float64) * float(jnp.finfo(self.norm.dtype).eps)
+        rounding = max(rounding, float(jnp.finfo(self.norm.dtype).eps))
         return [
             Tridiagonal(
                 self.diagonal[p, :k],
@@ -69,7 +73,7 @@ class LanczosState(NamedTuple):
                 float(self.off_diagonal[p, k - 1]),
                 breakdown=bool(k < steps_taken or self.off_diagonal[p, k - 1] == 0),
                 reorthogonalized=k <= PANEL * len(self.basis),
-                rounding=float(rounding[p]),
+                rounding=rounding,
             )
             for p, k in enumerate(self.num_steps)
         ]

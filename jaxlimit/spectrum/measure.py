@@ -24,7 +24,7 @@ from jaxlimit.spectrum.rules import Rule, gauss
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["nodes", "weights"], meta_fields=["dim"])
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SpectralMeasure:
     """A discrete probability measure on the eigenvalue axis: one row a probe, equally weighted.
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
     data_fields=["diagonal", "off_diagonal", "residual_norm", "rounding"],
     meta_fields=["breakdown", "reorthogonalized"],
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tridiagonal:
     """The tridiagonal matrix T_k of one Lanczos run. Host arrays in float64.
 
@@ -23,7 +23,7 @@ class Tridiagonal:
         residual_norm: beta_k, the coupling to what T_k leaves out; 0 after a breakdown.
         breakdown: whether the Krylov space was exhausted, so that T_k is exact.
         reorthogonalized: whether the whole basis was kept and every vector made orthogonal to all of it.
-        rounding: machine epsilon of the vectors times ||T||, the scale of the errors of eigenvalues.
+        rounding: relative error of a product, in units of ||T||; machine epsilon of the vectors at least.
     """
 
     diagonal: NDArray[np.float64]
@@ -37,6 +37,12 @@ class Tridiagonal:
     def num_steps(self) -> int:
         """Order k of the matrix: the number of products spent, breakdown excepted."""
         return len(self.diagonal)
+
+    @property
+    def norm(self) -> float:
+        """The largest row sum of |T_k|, beta_k included: at least the spectral norm."""
+        coupled = np.append(self.off_diagonal, self.residual_norm)
+        return float(np.max(np.abs(self.diagonal) + coupled + np.append(0.0, self.off_diagonal)))
 
     def truncate(self, num_steps: int) -> "Tridiagonal":
         """The matrix T_k of a run that had stopped earlier; itself if it was not longer.

@@ -189,6 +189,8 @@ def _epoch(
     num_examples = jax.tree.leaves(arrays)[0].shape[0]
     num_full = num_examples // batch_size * batch_size
     optimizer, key = _optimizer(schedule, numbers), jax.random.fold_in(key, epoch)
+    # The permutation splits its key in two, which are `fold_in(key, 0)` and `fold_in(key, 1)`.
+    objective_key = jax.random.fold_in(key, 2)
 
     def regularised(params: PyTree, state: PyTree, batch: PyTree, key: jax.Array) -> tuple[jax.Array, PyTree]:
         loss, state = objective(params, state, batch, key)
@@ -199,7 +201,9 @@ def _epoch(
         params = params if project is None else project(params)
         batch = jax.tree.map(lambda array: array[indices], arrays)
         with_gradient = jax.value_and_grad(regularised, has_aux=True)
-        (value, state), gradient = with_gradient(params, state, batch, jax.random.fold_in(key, number))
+        (value, state), gradient = with_gradient(
+            params, state, batch, jax.random.fold_in(objective_key, number)
+        )
         changes, momenta = optimizer.update(gradient, momenta, params)
         return _Carry(optax.apply_updates(params, changes), momenta, state), value * len(indices)
 
