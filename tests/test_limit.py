@@ -303,7 +303,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, arguments):
     assert resumed.to_json() == whole.to_json()
     np.testing.assert_array_equal(resumed.measure.nodes, whole.measure.nodes)
     stages = set()
-    again = solve(checkpoint=tmp_path / "run", progress=lambda progress: stages.add(progress.stage))
+    again = solve(checkpoint=tmp_path / "run", progress=lambda it: it.note or stages.add(it.stage))
     assert again.to_json() == whole.to_json()
     assert stages == {"one_shot"}  # the only products that are not kept
     with pytest.raises(ValueError, match="of another problem: loss_tolerance differ"):
@@ -323,7 +323,7 @@ def test_a_checkpoint_of_other_data_or_another_order_is_refused(tmp_path):
 
     first = solve(1.0)
     assert solve(1.0).to_json() == first.to_json()
-    with pytest.raises(ValueError, match="of another problem: loss differ"):
+    with pytest.raises(ValueError, match="of another problem: loss, product differ"):
         solve(1.1)
     with pytest.raises(ValueError, match="of another problem: order differ"):
         solve(1.0, scores=1 / weights)
@@ -360,7 +360,7 @@ def test_status_says_what_is_missing_and_what_to_do():
     assert limit.status.startswith("under-resolved: spread")
     assert "max_matvecs = 20: raise it." in limit.status
     only_missing = solve(num_probes=1, tolerance=0.2).status
-    assert only_missing.startswith("under-resolved: limited by max_matvecs = 20: raise it. Too few")
+    assert only_missing.startswith("out of products: limited by max_matvecs = 20: raise it. Too few")
     assert "Too few products were left for cone, readjusted." in limit.status
     assert "The probe error" in limit.status
     assert limit.readjusted is None
@@ -457,7 +457,7 @@ def test_a_cone_that_is_cut_short_is_less_sure_by_its_last_move():
     )
     assert len(calls) == 2
     assert whole.spread == 0
-    assert cut.value != whole.value
+    assert cut.spread > 0
     assert abs(cut.value - whole.value) <= cut.spread
     assert cut.lower < whole.value < cut.upper
     with pytest.raises(BudgetSpent):

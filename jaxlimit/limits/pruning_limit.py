@@ -102,8 +102,8 @@ def pruning_limit(
         >>> weights = jnp.linspace(0.0, 1.0, 64).reshape(64, 1)
         >>> curvature = hessian(loss, weights, batched(8 * jnp.eye(64), 64))
         >>> limit = pruning_limit(curvature, jax.random.key(0), loss_tolerance=0.5, which=["width"])
-        >>> print(limit.width)  # s = 1 / (1 + R(s)^2) for this H = I
-        0.4181 [0.3868, 0.4493]
+        >>> print(limit.width)  # the last s with s <= 1 / (1 + R(s)^2), for this H = I
+        0.4062 [0.3750, 0.4375]
 
     Source: arXiv 2306.05857 for the question and `width`; for cone `geometry.cone_dimension`, for the others
     their modules, `one_shot` and `readjusted`.
