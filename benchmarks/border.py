@@ -204,7 +204,7 @@ def judged(seed: int, index: int) -> tuple[Stranger, Verdict, str]:
             return stranger, Verdict("fault", str(error)), ""
         except Exception as error:
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            if not ours(error) and not works(case):
+            if not ours(error) and not border_cases.works(case):
                 return stranger, Verdict("void", f"jax.grad of the loss itself: {text}"), ""
             if not ours(error):
                 return stranger, Verdict("fault", f"foreign {text}"), traceback.format_exc()
@@ -221,17 +221,6 @@ def ours(error: Exception) -> bool:
     last = traceback.extract_tb(error.__traceback__)[-1].filename
     known = isinstance(error, (ValueError, FloatingPointError, MemoryError))
     return known and Path(last).is_relative_to(Path(jaxlimit.__file__).parent)
-
-
-def works(case: Case) -> bool:
-    """Whether JAX alone computes the stranger's gradient on its own batches."""
-    try:
-        gradient = jax.jit(jax.grad(case.loss_fn))
-        for batch in border_cases.in_turn(case.batches):
-            jax.block_until_ready(gradient(case.params, batch))
-    except Exception:
-        return False
-    return True
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 """What the package gets of a stranger, and what it should find: float64, and the definition of the mean."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -108,7 +108,7 @@ def _params(values: Any, stranger: Stranger, mesh: Mesh | None) -> Any:
         dtype = jnp.float64 if stranger.dtype == "float64" else jnp.float32
         if stranger.dtype == "bf16_kernels" and x.ndim > 1:
             dtype = jnp.bfloat16
-        if mesh is None or stranger.layout in ("auto", "explicit"):  # where JAX puts them
+        if mesh is None or stranger.layout == "auto":  # where JAX puts them
             return jnp.asarray(x, dtype)
         spec = [None] * x.ndim
         if stranger.layout == "model_auto":
@@ -140,10 +140,16 @@ def _batches(data: dict, parts: list[dict], stranger: Stranger, mesh: Mesh | Non
     return (lambda: iter(batches)) if stranger.batching == "generator" else batches
 
 
-def in_turn(batches: Any) -> Iterator[Any]:
-    """The batches, of whatever kind they are."""
-    found: Any = batches() if callable(batches) else batches
-    yield from found
+def works(case: Case) -> bool:
+    """Whether JAX alone computes the stranger's gradient, on its own batches or on all of the data."""
+    batches = case.batches() if callable(case.batches) else case.batches
+    found: Any = [batches.arrays] if isinstance(batches, jaxlimit.Batches) else batches
+    gradient = jax.jit(jax.grad(case.loss_fn))
+    try:
+        jax.block_until_ready([gradient(case.params, batch) for batch in found])
+    except Exception:  # whatever JAX raises
+        return False
+    return True
 
 
 class Truth:
@@ -176,9 +182,8 @@ class Truth:
     def quadratic(self) -> tuple[Array, Array]:
         """Gradient and matrix at the weights."""
         with jax.enable_x64(True):
-            gradient, matrix = _quadratic(self.name, self.kind)(
-                self.weights[self.order], self.biases, self.data
-            )
+            arguments = jax.tree.map(jnp.asarray, (self.weights[self.order], self.biases, self.data))
+            gradient, matrix = _quadratic(self.name, self.kind)(*arguments)
         back = np.argsort(self.order)
         return np.asarray(gradient)[back], np.asarray(matrix)[np.ix_(back, back)]
 
@@ -196,7 +201,8 @@ class Truth:
             state = optimizer.init(weights)
             for _ in range(num_steps + 1):
                 losses.append(self.loss(np.asarray(weights)))
-                gradient = _gradient(self.name)(weights[self.order], self.biases, self.data)
+                arguments = jax.tree.map(jnp.asarray, (self.biases, self.data))
+                gradient = _gradient(self.name)(weights[self.order], *arguments)
                 updates, state = optimizer.update(kept * gradient[np.argsort(self.order)], state)
                 weights: Any = optax.apply_updates(weights, updates)
         return min(losses)

@@ -68,14 +68,13 @@ def draw(seed: int, index: int) -> Stranger:
     """The combination of that number; what means nothing together is changed."""
     rng = np.random.default_rng((seed, index))
     drawn = Stranger(**{name: str(rng.choice(values.split())) for name, values in AXES.items()})
-    if drawn.layout not in DIVIDED:
-        drawn = replace(drawn, inside="nothing")
     if drawn.layout == "mixed":
         drawn = replace(drawn, batching="list_uneven")
-    if drawn.batching not in ("divisor", "full", "list", "list_padded", "stream"):
-        drawn = replace(drawn, inside="nothing")  # JAX itself divides no other batches over eight devices
     if drawn.loss not in ("masked", "unguarded") and drawn.batching == "list_padded":
         drawn = replace(drawn, batching="list_uneven")
+    whole = drawn.batching in ("divisor", "full", "list", "list_padded", "stream")
+    if drawn.layout not in DIVIDED or not whole:  # JAX itself divides no other batches over eight devices
+        drawn = replace(drawn, inside="nothing")
     if drawn.loss == "l2":  # a term of the weights is no function of the outputs
         drawn = replace(drawn, curvature="hessian")
     if drawn.loss not in WEIGHTED:
@@ -87,6 +86,7 @@ def draw(seed: int, index: int) -> Stranger:
 
 def refusal(stranger: Stranger) -> str | None:
     """Why it may be refused, as docs/trust.md says; None of what is documented as supported."""
+    on_parts = stranger.question not in ("loss_statistics", "finetuned_sweep")
     reasons = {
         "no mean over examples": stranger.loss in NO_MEAN,
         "no weight_fn": stranger.loss in WEIGHTED and stranger.counted == "examples",
@@ -94,6 +94,9 @@ def refusal(stranger: Stranger) -> str | None:
         "labels that are no classes": stranger.labels != "fine",
         "weights of fewer than 32 bits": stranger.dtype == "bf16_kernels",
         "products in half precision": stranger.dtype in HALF,
+        "shard_map on explicit axes": "explicit" in stranger.layout
+        and stranger.inside == "shard_map"
+        and on_parts,
         "not convex in the outputs": stranger.loss == "sigmoid" and stranger.curvature == "gauss_newton",
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

@@ -1,38 +1,55 @@
-"""Batches as a loss can work on them, where their examples are divided over devices."""
+"""Batches as a loss can work on them, where their examples are divided over devices.
+
+A loss that divides its arrays over devices itself gets copies on every device; all others what there is.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import jax
 
-from jaxlimit.core.batches import Batches
+from jaxlimit.core.batches import Batches, first_of
 from jaxlimit.core.constraints import places_itself
-from jaxlimit.core.passes import in_memory, passes
+from jaxlimit.core.passes import in_memory
 from jaxlimit.core.sharding import ExampleSharding, example_sharding, undivided
 from jaxlimit.core.trees import PyTree
 
 
-def placed_for(fn: Callable[..., PyTree], batches: Iterable[PyTree], *args: PyTree) -> Iterable[PyTree]:
-    """Batches as they lie; copies on every device where `fn(*args, batch)` divides them over these itself."""
-    found: dict[ExampleSharding | None, bool] = {None: False}
-
-    def placed(batch: PyTree) -> PyTree:
-        sharding = example_sharding(batch)
-        if sharding not in found:
-            found[sharding] = places_itself(fn, sharding, *args, batch)
-        return jax.tree.map(undivided, batch) if found[sharding] else batch
-
+def placed_batches(fn: Callable[..., PyTree], batches: Iterable[PyTree], *args: PyTree) -> Iterable[PyTree]:
+    """Batches in memory, placed for `fn(*args, batch)`; streams as they are."""
+    placed = _Placed(fn, args)
     if isinstance(batches, Batches):
-        return Batches(placed(batches.arrays), batches.batch_size)
+        return Batches(placed(batches.arrays, batches.arrays), batches.batch_size)
     if isinstance(batches, (list, tuple)):
-        return [placed(batch) for batch in in_memory(batches)]
-    return _Placed(passes(batches), placed)
+        return [placed(batch, batch) for batch in in_memory(batches)]
+    return batches
+
+
+def placed_groups(fn: Callable[..., PyTree], groups: Iterable[PyTree], *args: PyTree) -> Iterable[PyTree]:
+    """Groups of a stream, placed for `fn(*args, batch)`; those in memory as they are."""
+    return groups if isinstance(groups, list) else _PlacedGroups(groups, _Placed(fn, args))
+
+
+class _Placed:
+    """What is placed for a function, of which every division of the examples is looked at once."""
+
+    def __init__(self, fn: Callable[..., PyTree], args: tuple[PyTree, ...]) -> None:
+        self._fn, self._args = fn, args
+        self._found: dict[ExampleSharding | None, bool] = {None: False}
+
+    def __call__(self, arrays: PyTree, batch: PyTree, axis: int = 0) -> PyTree:
+        """The arrays, examples along `axis`, of which `batch` is one batch or its type."""
+        sharding = example_sharding(arrays, axis)
+        if sharding not in self._found:
+            self._found[sharding] = places_itself(self._fn, sharding, *self._args, batch)
+        return jax.tree.map(undivided, arrays) if self._found[sharding] else arrays
 
 
 @dataclass(frozen=True, eq=False)
-class _Placed:
-    batches: Iterable[PyTree]
-    placed: Callable[[PyTree], PyTree]
+class _PlacedGroups:
+    groups: Iterable[PyTree]
+    placed: _Placed
 
     def __iter__(self) -> Iterator[PyTree]:
-        yield from map(self.placed, self.batches)
+        for group in self.groups:
+            yield self.placed(group, jax.eval_shape(first_of, group), axis=1)

@@ -8,7 +8,7 @@ import jax
 from jaxlimit.core.batches import Batches, grouped
 from jaxlimit.core.checks import require_problem
 from jaxlimit.core.memory import device_memory
-from jaxlimit.core.placement import placed_for
+from jaxlimit.core.placement import placed_batches, placed_groups
 from jaxlimit.core.trees import Prunable, PyTree, is_kernel, partition
 from jaxlimit.curvature.data_checks import check_data, require_single_precision
 from jaxlimit.curvature.operator import Curvature
@@ -122,8 +122,8 @@ def _curvature(
         raise ValueError(f"linear_bytes must be at least 0, got {linear_bytes}.")
     weights, rest = partition(params, prunable)
     require_single_precision(weights)
-    batches = placed_for(Loss(product), batches, weights, rest)
-    groups = grouped(batches)
+    batches = placed_batches(Loss(product), batches, weights, rest)
+    groups = placed_groups(Loss(product), grouped(batches), weights, rest)
     num_examples, mean_loss = check_data(product, weights, rest, groups)
     if isinstance(batches, Batches):
         size = suitable_batch_size(product, weights, rest, batches.arrays)

@@ -224,7 +224,9 @@ def _start(
 
 def _no_batch(current: PyTree, loss: jax.Array) -> _Pass:
     """Sums over no batch, float32 at least."""
-    gradient = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), current)
+    gradient = jax.tree.map(
+        lambda w: jnp.zeros_like(w, dtype=jnp.promote_types(w.dtype, jnp.float32)), current
+    )
     return _Pass(jnp.zeros((), loss.dtype), jnp.zeros_like(loss), gradient)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jaxlimit.core.batches import ExampleSum, grouped
-from jaxlimit.core.placement import placed_for
+from jaxlimit.core.placement import placed_batches, placed_groups
 from jaxlimit.core.trees import Prunable, PyTree, combine, is_kernel, partition, unflatten
 from jaxlimit.curvature.products import each
 from jaxlimit.geometry.magnitude import magnitude_order, num_removed
@@ -132,8 +132,8 @@ class PrunedNetwork:
     ) -> Sweep:
         """As `sparsity_sweep`."""
         grid, counts = removals(self.dim, sparsities)
-        batches = placed_for(self.metrics_fn, batches, self.params)
-        groups, parts = grouped(batches), []
+        batches = placed_batches(self.metrics_fn, batches, self.params)
+        groups, parts = placed_groups(self.metrics_fn, grouped(batches), self.params), []
         for chunk, used in chunks(counts, chunk_size):
             total, num_examples = self.metrics_sum(groups, self.weights, self.rest, self.ranks, chunk)
             parts.append(means(total, num_examples, used))
