@@ -1,6 +1,7 @@
 """What is asked of arguments before work starts: a ValueError says what is allowed and what was given."""
 
 import inspect
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import dtypes
+
+NOT_FINITE_CAUSES = (
+    "Likely causes: NaN or infinity in the data or the parameters, or labels outside the classes, as -1 or "
+    "-100 for padding: leave such examples out, or mask them in the loss and count the others with weight_fn."
+)
 
 
 def require_count(name: str, value: Any) -> None:
@@ -35,6 +41,19 @@ def require_range(name: str, value: Any, holds: bool, allowed: str) -> None:
     """
     if not holds:
         raise ValueError(f"{name} must be {allowed}, got {value}.")
+
+
+def require_positive(name: str, value: Any) -> None:
+    """Raises ValueError unless the value is a single positive finite number.
+
+    Examples:
+        >>> require_positive("loss_tolerance", "much")
+        Traceback (most recent call last):
+        ...
+        ValueError: loss_tolerance must be a positive finite number, got much.
+    """
+    is_number = np.ndim(value) == 0 and hasattr(value, "__float__")
+    require_range(name, value, is_number and 0 < float(value) < math.inf, "a positive finite number")
 
 
 def require_floating(name: str, tree: Any) -> None:

@@ -22,7 +22,7 @@ def pure_function(cls: Class) -> Class:
         >>> @pure_function
         ... @dataclass(frozen=True, eq=False)
         ... class Shifted:
-        ...     fn: Callable
+        ...     fn: Any
         ...     shift: Any
         ...     def __call__(self, x): return self.fn(x) + self.shift
         >>> jax.jit(lambda fn, x: fn(x))(Shifted(abs, 2.0), -3.0).item()

@@ -42,6 +42,7 @@ def partition(params: PyTree, prunable: Prunable = is_kernel) -> tuple[PyTree, P
         >>> partition({"kernel": jnp.ones((1, 2)), "bias": jnp.ones(2)})[0]
         {'bias': None, 'kernel': Array([[1., 1.]], dtype=float32)}
     """
+    params = jax.tree.map(lambda x: as_array(x) if is_array(x) else x, params)
     chosen = _chosen(params, prunable)
     weights = jax.tree.map(lambda keep, x: as_array(x) if keep else None, chosen, params)
     rest = jax.tree.map(lambda keep, x: None if keep else _fixed(x), chosen, params)
@@ -66,16 +67,16 @@ def thawed(params: PyTree) -> PyTree:
     )
 
 
-def as_array(leaf: Any) -> jax.Array:
+def as_array(leaf: Any) -> Any:
     """A leaf of any library, or a number, as an array on the device that nobody else writes to."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
     found = to_arrays("a leaf of params", leaf)
     return copied(found) if isinstance(found, np.ndarray) else jnp.asarray(found)
 
 
 def _fixed(leaf: Any) -> Any:
-    if not is_array(leaf):
-        return Static(leaf)
-    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else as_array(leaf)
+    return as_array(leaf) if is_array(leaf) else Static(leaf)
 
 
 def _is_none(x: Any) -> bool:

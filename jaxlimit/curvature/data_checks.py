@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlimit.core.batches import batch_length, first_of
+from jaxlimit.core.checks import NOT_FINITE_CAUSES
 from jaxlimit.core.programs import Program
 from jaxlimit.core.sharding import example_sharding, to_host
 from jaxlimit.core.trees import PyTree
@@ -32,7 +33,7 @@ def check_data(
     (first, num_first), (second, num_second) = (product.loss_sum(groups, weights, rest) for _ in range(2))
     first, second = float(first) / num_first, float(second) / num_second
     if not np.isfinite(first):
-        raise ValueError(f"the mean loss is {first}: the parameters or the data are not usable.")
+        raise ValueError(f"the mean loss is {first}. {NOT_FINITE_CAUSES}")
     if num_first != num_second:
         raise ValueError(data_changed(f"{num_first} examples", f"{num_second}"))
     if not np.isclose(first, second, rtol=1e-5, atol=1e-8):

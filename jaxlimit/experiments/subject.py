@@ -25,7 +25,8 @@ from jaxlimit.experiments.experiment import Note, on_epoch
 from jaxlimit.limits.pruning_limit import MAX_MATVECS, pruning_limit
 from jaxlimit.limits.result import PruningLimit
 from jaxlimit.measuring.loss_statistics import LossStatistics, loss_statistics
-from jaxlimit.measuring.sweeps import ACCURACY_LOSS, SPARSITIES, Metrics, PrunedNetwork, Sweep
+from jaxlimit.measuring.metrics import Metrics
+from jaxlimit.measuring.sweeps import ACCURACY_LOSS, SPARSITIES, PrunedNetwork, Sweep
 from jaxlimit.models import from_nnx
 from jaxlimit.training.losses import (
     Loss,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxlimit.core.checks import require_positive
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.limits.dense_source import DENSE_DIM, dense_fits
 from jaxlimit.limits.estimate import LIMITS
@@ -22,8 +23,7 @@ def check_arguments(
 ) -> None:
     """A ValueError for the first one that is out of range, naming it."""
     for name, value in (("loss_tolerance", loss_tolerance), ("tolerance", tolerance)):
-        if np.ndim(value) != 0 or not 0 < float(value) < np.inf:
-            raise ValueError(f"{name} must be a positive finite number, got {value}.")
+        require_positive(name, value)
     counts = {"max_matvecs": max_matvecs, "num_probes": num_probes, "basis_bytes": basis_bytes}
     for name, value in counts.items():
         if value is not None and not isinstance(value, (int, np.integer)):

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jaxlimit.core.checks import require_instance, require_key
 from jaxlimit.core.memory import advice_on_memory, device_memory
 from jaxlimit.core.storage import Checkpoint
 from jaxlimit.core.trees import PyTree
@@ -108,6 +109,8 @@ def pruning_limit(
     Source: arXiv 2306.05857 for the question and `width`; for cone `geometry.cone_dimension`, for the others
     their modules, `one_shot` and `readjusted`.
     """
+    require_instance("curvature", curvature, Curvature, "hessian or gauss_newton")
+    key = require_key("key", key)
     check_arguments(loss_tolerance, tolerance, max_matvecs, num_probes, which, basis_bytes)
     tolerance, num_probes = float(tolerance), None if num_probes is None else int(num_probes)
     problem = Problem(magnitude_order(curvature.weights, scores), float(loss_tolerance))

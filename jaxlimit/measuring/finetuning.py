@@ -18,12 +18,13 @@ import optax
 from numpy.typing import ArrayLike, NDArray
 
 from jaxlimit.core.batches import ExampleSum, batch_length, check_scalar, first_of, grouped
-from jaxlimit.core.checks import require_count
+from jaxlimit.core.checks import require_count, require_problem
 from jaxlimit.core.programs import Program, Traced
 from jaxlimit.core.sharding import example_sharding, sum_of_parts
 from jaxlimit.core.trees import Prunable, PyTree, combine, is_kernel, partition
 from jaxlimit.curvature.products import each
-from jaxlimit.measuring.sweeps import Metrics, Sweep, chunks, joined, means, pruned, removal_ranks, removals
+from jaxlimit.measuring.metrics import Metrics, scalars
+from jaxlimit.measuring.sweeps import Sweep, chunks, joined, means, pruned, removal_ranks, removals
 
 # progress(passes over the data done, passes in all)
 Progress = Callable[[int, int], None]
@@ -122,12 +123,14 @@ class FinetunedNetwork:
         scores: PyTree | None = None,
         weight_fn: Callable[[PyTree], jax.Array] | None = None,
     ) -> None:
+        functions = {"loss_fn": loss_fn} | ({} if metrics_fn is None else {"metrics_fn": metrics_fn})
+        require_problem("finetuned_sweep(loss_fn, params, batches, sparsities)", params, **functions)
         require_count("num_steps", num_steps)
         self._weights, self._rest = partition(params, prunable)
         self._dim, self._ranks = removal_ranks(self._weights, scores)
         self._groups = list(grouped(batches))
         self._eval_groups = self._groups if eval_batches is None else grouped(eval_batches)
-        self._metrics_sum = None if metrics_fn is None else ExampleSum(_tuned(metrics_fn))
+        self._metrics_sum = None if metrics_fn is None else ExampleSum(_tuned(scalars(metrics_fn)))
         self._num_passes, self._learning_rate = num_steps + 1, learning_rate
         loss = Traced(loss_fn)
         self._start = Program(partial(_start, loss))

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxlimit.core.batches import check_scalar, grouped
-from jaxlimit.core.checks import require_problem
+from jaxlimit.core.checks import NOT_FINITE_CAUSES, require_problem
 from jaxlimit.core.programs import Program, Traced
 from jaxlimit.core.trees import PyTree, frozen, thawed
 
@@ -60,7 +60,8 @@ def loss_statistics(
         raise ValueError("batches hold no examples.")
     values = np.concatenate(losses)
     if not np.all(np.isfinite(values)):
-        raise ValueError(f"the loss is not finite in batch {int(np.argmin(np.isfinite(values)))}.")
+        bad = int(np.argmin(np.isfinite(values)))
+        raise ValueError(f"the loss is not finite in batch {bad}. {NOT_FINITE_CAUSES}")
     return LossStatistics(float(np.average(values, weights=sizes)), float(np.std(values)), int(sum(sizes)))
 
 

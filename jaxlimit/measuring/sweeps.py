@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jaxlimit.core.batches import ExampleSum, grouped
+from jaxlimit.core.checks import require_problem
 from jaxlimit.core.placement import placed_batches, placed_groups
 from jaxlimit.core.trees import Prunable, PyTree, combine, is_kernel, partition, unflatten
 from jaxlimit.curvature.products import each
 from jaxlimit.geometry.magnitude import magnitude_order, num_removed
+from jaxlimit.measuring.metrics import Metrics, require_known, require_numbers, scalars
 
-Metrics = Callable[[PyTree, PyTree], dict[str, jax.Array]]
 # Sparsities at which thresholds are measured: steps of .0025.
 SPARSITIES = np.arange(401) / 400
 # The accuracy threshold is the largest sparsity that costs at most a point of test accuracy. A hair more, for
@@ -43,13 +44,23 @@ class Sweep:
     metrics: dict[str, NDArray[np.float64]]
 
     def largest_sparsity(self, metric: str, bound: float) -> float:
-        """Largest s of the grid at which the metric is at most `bound`; 0 if there is none."""
+        """Largest s of the grid at which the metric is at most `bound`; 0 if there is none.
+
+        Raises:
+            ValueError: no such metric, or one that is not a number somewhere.
+        """
+        require_known(self.metrics, metric, self.sparsities)
         within = self.sparsities[self.metrics[metric] <= bound]
         return float(within[-1]) if within.size else 0.0
 
     def first_crossing(self, metric: str, bound: float) -> float:
-        """Last s of the grid before the metric first exceeds `bound`; 0 if it does so from the start."""
-        above = np.flatnonzero(~(self.metrics[metric] <= bound))
+        """Last s of the grid before the metric first exceeds `bound`; 0 if it does so from the start.
+
+        Raises:
+            ValueError: no such metric, or one that is not a number somewhere.
+        """
+        require_known(self.metrics, metric, self.sparsities)
+        above = np.flatnonzero(self.metrics[metric] > bound)
         if above.size == 0:
             return float(self.sparsities[-1])
         return float(self.sparsities[above[0] - 1]) if above[0] > 0 else 0.0
@@ -83,7 +94,8 @@ def sparsity_sweep(
         progress: called after each chunk with (sparsities done, sparsities in all).
 
     Raises:
-        ValueError: a sparsity outside [0, 1], none at all, or what `hessian` refuses of params.
+        ValueError: a sparsity outside [0, 1], none at all, or what `hessian` refuses of params; metrics that
+            are no scalars, or finite at no sparsity.
 
     Examples:
         >>> from jaxlimit import batched
@@ -92,6 +104,8 @@ def sparsity_sweep(
         >>> sweep.metrics["output"].tolist()
         [4.0, 3.0, 0.0]
     """
+    call = "sparsity_sweep(metrics_fn, params, batches, sparsities)"
+    require_problem(call, params, metrics_fn=metrics_fn)
     network = PrunedNetwork(params, metrics_fn, prunable=prunable, scores=scores)
     return network.sweep(batches, sparsities, chunk_size=chunk_size, progress=progress)
 
@@ -118,7 +132,7 @@ class PrunedNetwork:
         scores: PyTree | None = None,
     ) -> None:
         self.params, self.metrics_fn = params, metrics_fn
-        self.metrics_sum = ExampleSum(_PrunedMetrics(metrics_fn))
+        self.metrics_sum = ExampleSum(_PrunedMetrics(scalars(metrics_fn)))
         self.weights, self.rest = partition(params, prunable)
         self.dim, self.ranks = removal_ranks(self.weights, scores)
 
@@ -151,10 +165,11 @@ def removal_ranks(weights: PyTree, scores: PyTree | None) -> tuple[int, PyTree]:
 
 def removals(dim: int, sparsities: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """The sparsities, ascending, and how many weights each removes; a ValueError if there are none."""
-    grid = np.unique(np.asarray(sparsities, np.float64))
+    grid = np.unique(np.asarray(sparsities))
     if grid.size == 0:
         raise ValueError("sparsities is empty.")
-    return grid, num_removed(dim, grid)
+    counts = num_removed(dim, grid)  # knows the precision in which they were given
+    return grid.astype(np.float64), counts
 
 
 def chunks(counts: NDArray[np.int64], size: int) -> Iterable[tuple[NDArray[np.int32], int]]:
@@ -171,7 +186,9 @@ def means(total: dict[str, jax.Array], num_examples: int, used: int) -> dict[str
 
 def joined(grid: NDArray[np.float64], parts: list[dict[str, NDArray[np.float64]]]) -> Sweep:
     """The sweep of chunks one after the other."""
-    return Sweep(grid, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    metrics = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    require_numbers(metrics)
+    return Sweep(grid, metrics)
 
 
 def pruned(weights: PyTree, ranks: PyTree, count: jax.Array) -> PyTree:

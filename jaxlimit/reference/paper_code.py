@@ -18,12 +18,15 @@ Source: the code published with arXiv 2306.05857; `tests/test_compat.py` has its
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from jaxlimit.core.checks import require_instance, require_key, require_positive
+from jaxlimit.core.leaves import is_array
 from jaxlimit.core.memory import advice_on_memory
 from jaxlimit.core.trees import PyTree, combine, flatten
 from jaxlimit.curvature.dense_matrix import unit_vectors
@@ -113,6 +116,9 @@ def reference_limit(
         >>> found.value, round(found.direct, 4)
         (0.468, 0.4181)
     """
+    require_instance("curvature", curvature, Curvature, "hessian")
+    require_positive("loss_tolerance", loss_tolerance)
+    key = require_key("key", key)
     kernels = magnitude_order(curvature.weights)
     everything = curvature.of(spectrum_parameters(curvature.params))
     if probe is None:
@@ -249,7 +255,9 @@ def spectrum_parameters(params: PyTree) -> PyTree:
 
     named = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     normalized = {layer(path) for path in named if jax.tree_util.keystr(path[-1:], simple=True) == "scale"}
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: layer(path) not in normalized and jnp.issubdtype(jnp.result_type(x), jnp.floating),
-        params,
-    )
+
+    def in_spectrum(path: tuple, x: Any) -> bool:
+        floating = is_array(x) and jnp.issubdtype(x.dtype, jnp.floating)
+        return floating and layer(path) not in normalized
+
+    return jax.tree_util.tree_map_with_path(in_spectrum, params)

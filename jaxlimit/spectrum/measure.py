@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxlimit.core.checks import require_instance, require_key
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.spectrum import lanczos
 from jaxlimit.spectrum.probes import rademacher
@@ -122,6 +123,8 @@ def spectral_measure(
         >>> measure.nodes.round(4).tolist()
         [[0.5, 2.0]]
     """
+    require_instance("curvature", curvature, Curvature, "hessian or gauss_newton")
+    key = require_key("key", key)
     if num_probes < 1 or num_matvecs < 1:
         raise ValueError(
             f"num_probes and num_matvecs must be at least 1, got {num_probes} and {num_matvecs}."

@@ -31,7 +31,9 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
         labels: integer array of shape (batch,), values 0 to classes - 1.
 
     Returns:
-        A scalar, in nats.
+        A scalar, in nats; NaN if a label is no class. So a label of -1 or -100, as it may stand for padding,
+        is never counted as a class: leave such examples out, or mask them in a loss of your own and count the
+        others with `weight_fn`.
 
     Raises:
         ValueError: if the labels are not integers or do not match the logits in shape.
@@ -45,7 +47,14 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
             f"labels must be integers of shape {logits.shape[:-1]} for logits of shape {logits.shape}, "
             f"got {labels.dtype} of shape {labels.shape}"
         )
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return _of_classes(losses, logits, labels).mean()
+
+
+def _of_classes(values: jax.Array, logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """The values of a batch's examples, NaN where a label is no class."""
+    known = (labels >= 0) & (labels < logits.shape[-1])
+    return jnp.where(known, values, jnp.nan)
 
 
 @pure_function
@@ -72,7 +81,8 @@ class ClassificationMetrics:
         """Loss and accuracy of a batch."""
         inputs, labels = batch
         logits = self.predict(params, inputs)
-        return {"loss": cross_entropy(logits, labels), "accuracy": jnp.mean(logits.argmax(-1) == labels)}
+        right = _of_classes(logits.argmax(-1) == labels, logits, labels)
+        return {"loss": cross_entropy(logits, labels), "accuracy": right.mean()}
 
 
 def classification_loss(predict: Predict) -> Loss:
