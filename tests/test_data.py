@@ -267,7 +267,7 @@ def flipped(content, position):
         (LABELS, lambda _: idx((7, 28, 28), bytes(7 * 784)), "idx file of labels: .*a file of images"),
         (IMAGES, lambda _: idx((3, 28, 28), bytes(3 * 784)), r"shape \(3, 28, 28\), expected \(7, 28, 28\)"),
         (IMAGES, lambda _: idx((7, 14, 56), bytes(7 * 784)), r"shape \(7, 14, 56\)"),
-        (LABELS, gzip.compress, "neither images nor labels"),
+        (LABELS, lambda _: b"<html>" * 9, "neither images nor labels"),
     ],
 )
 def test_mnist_refuses_a_damaged_file(small_mnist, name, damage, message, verify):
@@ -285,7 +285,6 @@ def test_mnist_refuses_a_damaged_file(small_mnist, name, damage, message, verify
         lambda content: flipped(content, len(content) // 2),
         lambda content: content[:10] + b"\xff" + content[11:],  # a kind of block that does not exist
         lambda content: flipped(content, len(content) - 6),  # the trailing checksum itself
-        lambda content: b"<html>" + content,
     ],
 )
 @pytest.mark.parametrize("name", [IMAGES, TEST_LABELS])
@@ -295,6 +294,26 @@ def test_mnist_refuses_damaged_compression(small_mnist, name, damage):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=rf"{name}\.gz is truncated or corrupt"):
         data.load_mnist(small_mnist, verify=False)
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name, content: (name.replace("-idx", ".idx"), content),
+        lambda name, content: (f"{name.replace('-idx', '.idx')}.gz", gzip.compress(content)),
+        lambda name, content: (f"{name}.gz", content),  # unpacked, under the old name
+        lambda name, content: (name, gzip.compress(content)),  # packed, under the new one
+    ],
+)
+def test_mnist_is_known_by_its_content_whatever_the_name_says(small_mnist, rename):
+    expected = data.load_mnist(small_mnist)
+    for name in (IMAGES, LABELS, TEST_IMAGES, TEST_LABELS):
+        renamed, content = rename(name, (small_mnist / name).read_bytes())
+        (small_mnist / name).unlink()
+        (small_mnist / renamed).write_bytes(content)
+    found = data.load_mnist(small_mnist)
+    np.testing.assert_array_equal(found.train_images, expected.train_images)
+    np.testing.assert_array_equal(found.test_labels, expected.test_labels)
 
 
 def test_mnist_checksum_is_of_the_content_and_can_be_waived(small_mnist):
@@ -517,7 +536,8 @@ PIXELS, SOME_LABELS = batches(10)["data_batch_1"]
         (python2_batch(PIXELS, SOME_LABELS)[:-4000], "truncated or corrupt pickle"),
         (binary_batch(PIXELS, SOME_LABELS), "truncated or corrupt pickle"),
         (pickle.dumps([1, 2]), r"dictionary with b'data' and b'labels', found list"),
-        (pickle.dumps({"data": 0, "labels": 0}), r"found \['data', 'labels'\]"),
+        (pickle.dumps({"data": 0, "labels": 0}), r"b'data' must be uint8 of shape .*found int"),
+        (pickle.dumps({"pixels": 0}), r"found \[b'pixels'\]"),
         (python2_batch(PIXELS, SOME_LABELS, b"fine_labels"), r"found \[b'data', b'fine_labels'\]"),
         (python2_batch(PIXELS[:2], SOME_LABELS), r"uint8 of shape \(3, 3072\), found uint8 \(2, 3072\)"),
         (python3_batch(PIXELS.astype(np.int64), SOME_LABELS), r"found int64 \(3, 3072\)"),
@@ -550,7 +570,30 @@ def test_truncated_pickle_reports_both_sizes(small_cifar10):
 # ---- restricted pickles ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("kind", [list, np.array, lambda labels: [np.int64(label) for label in labels]])
+def test_cifar10_that_was_pickled_anew(small_cifar10, protocol, order, kind):
+    folder = small_cifar10("python")
+    expected = data.load_cifar10(folder)
+    for name, (pixels, labels) in batches(10).items():
+        batch = {"data": np.asarray(pixels, order=order), "labels": kind(labels), "filenames": ["a.png"]}
+        (folder / "cifar-10-batches-py" / name).write_bytes(pickle.dumps(batch, protocol))
+    with pytest.raises(ValueError, match="verify=False if it was written anew on purpose"):
+        data.load_cifar10(folder)
+    found = data.load_cifar10(folder, verify=False)
+    np.testing.assert_array_equal(found.train_images, expected.train_images)
+    np.testing.assert_array_equal(found.train_labels, expected.train_labels)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("value", [np.float64(1.5), np.array([{}], object), np.array(["a"])])
+def test_pickled_arrays_and_numbers_of_other_types_are_refused(protocol, value):
+    with pytest.raises(ValueError, match="refused: the pickle asks for"):
+        load_restricted(pickle.dumps({"data": value}, protocol))
+
+
+@pytest.mark.parametrize("protocol", range(6))
 def test_restricted_unpickling_agrees_with_pickle(protocol):
     value = {b"data": PIXELS, b"labels": [1, 2], b"counts": np.arange(3)[::-1], "name": ("batch", 0.5, None)}
     content = pickle.dumps(value, protocol)

@@ -243,3 +243,67 @@ def test_pickles_missing_files_and_foreign_models_are_refused(tmp_path):
     np.savez(tmp_path / "net.npz", **GOOD)
     with pytest.raises(ValueError, match=r"network of jaxlimit\.models, got a Linear"):
         load_torch_state(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), tmp_path / "net.npz")
+
+
+SMALL = {"linear.0.weight": np.arange(12).reshape(3, 4) / 4, "linear.0.bias": np.ones(3)}
+SMALL = {name: x.astype(np.float32) for name, x in SMALL.items()}
+MASK = np.arange(12).reshape(3, 4) % 2
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: f"module.{name}",
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: name.replace("linear.0", "linear._orig_mod.0"),
+        lambda name: f"net.{name}",
+    ],
+)
+def test_names_of_wrapped_and_compiled_networks(tmp_path, rename):
+    np.savez(tmp_path / "net.npz", n_averaged=np.array(3), **{rename(name): x for name, x in SMALL.items()})
+    found = load_torch_state(FullyConnected([4, 3], rngs=nnx.Rngs(0)), tmp_path / "net.npz")
+    np.testing.assert_array_equal(found.layers[0].kernel.get_value(), SMALL["linear.0.weight"].T)
+
+
+def test_pruned_networks_have_masked_weights(tmp_path):
+    weights, bias = SMALL.values()
+    state = {"linear.0.weight_orig": weights, "linear.0.weight_mask": MASK.astype(np.float32)}
+    state |= {"linear.0.bias_orig": bias, "linear.0.bias_mask": np.array([1, 0, 1], np.float32)}
+    np.savez(tmp_path / "net.npz", **state)
+    found = load_torch_state(FullyConnected([4, 3], rngs=nnx.Rngs(0)), tmp_path / "net.npz").layers[0]
+    np.testing.assert_array_equal(found.kernel.get_value(), (weights * MASK).T)
+    np.testing.assert_array_equal(found.bias.get_value(), [1, 0, 1])
+    del state["linear.0.weight_orig"]
+    np.savez(tmp_path / "net.npz", **state)
+    with pytest.raises(ValueError, match=r"weight_mask without linear\.0\.weight_orig"):
+        load_torch_state(FullyConnected([4, 3], rngs=nnx.Rngs(0)), tmp_path / "net.npz")
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float16, np.float64])
+def test_safetensors_of_types_that_numpy_lacks(tmp_path, dtype):
+    """The file is written byte by byte: a length, a header in JSON, the numbers."""
+    import json
+    import struct
+
+    names = {"bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float16": "F16"}
+    header, content = {}, b""
+    for name, x in SMALL.items():
+        values = (np.round(x * 4) / 4).astype(dtype).tobytes()
+        kind = names.get(jnp.dtype(dtype).name, "F64")
+        offsets = [len(content), len(content) + len(values)]
+        header[name] = {"dtype": kind, "shape": x.shape, "data_offsets": offsets}
+        content += values
+    text = json.dumps(header).encode()
+    (tmp_path / "net.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + content)
+    found = load_torch_state(FullyConnected([4, 3], rngs=nnx.Rngs(0)), tmp_path / "net.safetensors").layers[0]
+    expected = np.asarray(SMALL["linear.0.weight"].T.astype(dtype), np.float32)
+    np.testing.assert_array_equal(found.kernel.get_value(), expected)
+    assert found.kernel.get_value().dtype == jnp.float32
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04archive", b"\x80\x02pickle"])
+def test_pickles_under_the_name_of_safetensors_say_how_to_convert(tmp_path, content):
+    (tmp_path / "net.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"what torch\.save writes.*save_file\(torch\.load"):
+        load_torch_state(FullyConnected([4, 3], rngs=nnx.Rngs(0)), tmp_path / "net.safetensors")

@@ -19,6 +19,7 @@ from jaxlimit.data.files import check_sha256, check_size, data_folder, find_file
 from jaxlimit.data.pickles import load_restricted
 
 _PIXELS = 3 * 32 * 32
+_REPICKLED = "Get the file again, or pass verify=False if it was written anew on purpose."
 
 
 class _File(NamedTuple):
@@ -204,7 +205,7 @@ def _read_batch(
     sized = verify or labels_key is None
     content = read_bytes(path, limit=file.num_bytes + 1 if sized else None)
     if sized:
-        check_size(path, content, file.num_bytes)
+        check_size(path, content, file.num_bytes, _REPICKLED if labels_key else "Get the file again.")
     if verify:
         check_sha256(path, content, file.sha256)
     if labels_key is None:
@@ -228,6 +229,8 @@ def _unpickle_batch(
         batch = load_restricted(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    if isinstance(batch, dict):  # Python 3 writes texts as keys
+        batch = {key.encode() if isinstance(key, str) else key: value for key, value in batch.items()}
     keys = list(batch) if isinstance(batch, dict) else type(batch).__name__
     if not isinstance(batch, dict) or b"data" not in batch or labels_key not in batch:
         raise ValueError(f"{path} must hold a dictionary with b'data' and {labels_key!r}, found {keys}")

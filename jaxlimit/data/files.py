@@ -4,10 +4,11 @@ import gzip
 import hashlib
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _VARIABLE = "JAXLIMIT_DATA"
+_GZIP = b"\x1f\x8b"  # its first bytes
 
 _IDX_REMEDY = (
     "Get the four official {title} files from the data set's home page and place them, plain or as .gz, in "
@@ -77,14 +78,19 @@ def remedy(name: str, folder: str | os.PathLike[str]) -> str:
     return _REMEDY[name].format(folder=folder)
 
 
-def find_files(name: str, folder: Path, files: Sequence[str], suffixes: Sequence[str] = ("",)) -> list[Path]:
-    """Find each file in the folder under the first suffix that exists.
+def find_files(
+    name: str,
+    folder: Path,
+    files: Sequence[str],
+    variants: Callable[[str], Sequence[str]] = lambda file: (file,),
+) -> list[Path]:
+    """Find each file in the folder under the first of its names that exists.
 
     Args:
         name: of the data set, for the message.
         folder: the data set's folder.
         files: paths relative to the folder.
-        suffixes: to try in turn after each of the files.
+        variants: `variants(file)`: the names to try in turn.
 
     Returns:
         One existing path for each of the files, in their order.
@@ -93,7 +99,7 @@ def find_files(name: str, folder: Path, files: Sequence[str], suffixes: Sequence
         FileNotFoundError: naming the folder, every missing file, and the remedy.
     """
     found = {
-        file: next((path for end in suffixes if (path := folder / f"{file}{end}").is_file()), None)
+        file: next((path for found in variants(file) if (path := folder / found).is_file()), None)
         for file in files
     }
     missing = [file for file, path in found.items() if path is None]
@@ -103,14 +109,15 @@ def find_files(name: str, folder: Path, files: Sequence[str], suffixes: Sequence
 
 
 def read_bytes(path: Path, limit: int | None = None) -> bytes:
-    """Read a file, decompressed where it ends in .gz, up to `limit` bytes.
+    """Read a file, decompressed where it begins as gzip does, whatever its name, up to `limit` bytes.
 
     Raises:
         ValueError: the compressed data are truncated or corrupt.
     """
     size = -1 if limit is None else limit
-    if path.suffix != ".gz":
-        with path.open("rb") as plain:
+    with path.open("rb") as plain:
+        if plain.read(len(_GZIP)) != _GZIP:
+            plain.seek(0)
             return plain.read(size)
     try:
         with gzip.open(path, "rb") as compressed:
@@ -121,15 +128,15 @@ def read_bytes(path: Path, limit: int | None = None) -> bytes:
         ) from error
 
 
-def check_size(path: Path, content: bytes, num_bytes: int) -> None:
+def check_size(path: Path, content: bytes, num_bytes: int, advice: str = "Get the file again.") -> None:
     """Raise ValueError unless the content, read with a limit above num_bytes, has num_bytes bytes."""
     if len(content) < num_bytes:
         raise ValueError(
-            f"{path} is truncated: it holds {len(content)} bytes, expected {num_bytes}. Get the file again."
+            f"{path} is truncated: it holds {len(content)} bytes, expected {num_bytes}. {advice}"
         )
     if len(content) > num_bytes:
         raise ValueError(
-            f"{path} is not the expected file: it holds more than the expected {num_bytes} bytes."
+            f"{path} is not the expected file: it holds more than the expected {num_bytes} bytes. {advice}"
         )
 
 

@@ -104,7 +104,7 @@ def _load(
     verify: bool,
 ) -> Dataset:
     """Load the four files; `official` are their SHA-256."""
-    paths = find_files(name, data_folder(name, folder), list(_SHAPES), suffixes=("", ".gz"))
+    paths = find_files(name, data_folder(name, folder), list(_SHAPES), _variants)
     train_images, train_labels, test_images, test_labels = (
         _read_idx(path, shape, sha256 if verify else None)
         for path, shape, sha256 in zip(paths, _SHAPES.values(), official, strict=True)
@@ -121,11 +121,16 @@ def _load(
     )
 
 
+def _variants(file: str) -> list[str]:
+    """The names under which a file is published: `-idx3` or `.idx3`, plain or as .gz."""
+    return [f"{name}{end}" for name in (file, file.replace("-idx", ".idx")) for end in ("", ".gz")]
+
+
 def _read_idx(path: Path, shape: tuple[int, ...], sha256: str | None) -> np.ndarray:
     """Read an idx file of unsigned bytes: the magic number, one big-endian uint32 per axis, the bytes.
 
     Args:
-        path: plain, or compressed if it ends in .gz.
+        path: plain, or compressed, whatever its name says.
         shape: the array it must hold.
         sha256: of the decompressed content; None asks for no such check.
 

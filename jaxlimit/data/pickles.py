@@ -48,6 +48,22 @@ def _reconstruct(*_: Any) -> np.ndarray:
     return np.empty(0, np.uint8)
 
 
+def _from_buffer(buffer: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
+    """An array of protocol 5."""
+    return np.frombuffer(buffer, _integer(dtype)).reshape(shape, order="F" if order == "F" else "C")
+
+
+def _scalar(dtype: Any, content: bytes) -> int:
+    """A NumPy number."""
+    return int(np.frombuffer(content, _integer(dtype), count=1)[0])
+
+
+def _integer(dtype: Any) -> np.dtype:
+    if not isinstance(dtype, np.dtype) or dtype.kind not in "iu":
+        raise _RefusedError(f"refused: the pickle asks for an array of dtype {dtype!r}, not of integers")
+    return np.dtype(dtype.str)  # a new one: the pickle may still change its own
+
+
 def _dtype(code: str | bytes, *_: Any) -> np.dtype:
     """Make a new integer dtype; the pickle's flags, integers in old files, are constant and not passed on."""
     name = code.decode("latin1") if isinstance(code, bytes) else code
@@ -66,6 +82,10 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy.core.numeric", "_frombuffer"): _from_buffer,
+    ("numpy._core.numeric", "_frombuffer"): _from_buffer,
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy._core.multiarray", "scalar"): _scalar,
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): _dtype,
     ("_codecs", "encode"): _encode,

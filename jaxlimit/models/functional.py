@@ -14,6 +14,8 @@ import numpy as np
 from flax import errors, linen, nnx, traverse_util
 from flax.core import unfreeze
 
+from jaxlimit.models.evaluation import evaluated
+
 if TYPE_CHECKING:
     import equinox as eqx
 
@@ -28,21 +30,23 @@ def from_nnx(model: nnx.Module) -> tuple[Predict, Params]:
 
     The parameters are all `nnx.Param` of the model. Everything else it holds (running statistics of batch
     norm, random keys) is carried along unchanged inside `predict`, which runs in evaluation mode: batch norm
-    uses its running statistics and dropout passes its inputs through. The model itself is not changed.
-    Costs no copy of any array.
+    uses its running statistics and dropout passes its inputs through. The model itself is not changed: what
+    it writes while it runs (the state of a recurrent network, a cache, intermediate values) is dropped after
+    the call, so that every call starts from the model as it was. Costs no copy of any array.
 
     Args:
         model: any NNX model that is called with one array, trained or not, in either mode.
 
     Returns:
         `predict(params, inputs) -> outputs`, to be used freely under jit, grad and vmap; it raises a
-        ValueError where the names in `params` are not those of the model. And `params`, nested dictionaries
-        with the attributes of the model as keys and arrays as leaves. List positions are keys too, as
+        ValueError where the names in `params` are not those of the model, or where the model draws random
+        numbers or changes running statistics all the same. And `params`, nested dictionaries with the
+        attributes of the model as keys and arrays as leaves. List positions are keys too, as
         strings: `params["layers"]["0"]["kernel"]`. `nnx.update(model, nnx.restore_int_paths(params))` writes
         parameters back into a model.
 
     Raises:
-        ValueError: if the model has no `nnx.Param`.
+        ValueError: no NNX model, or one without any `nnx.Param`.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -53,6 +57,8 @@ def from_nnx(model: nnx.Module) -> tuple[Predict, Params]:
         >>> jax.jit(predict)(params, jnp.ones((5, 4))).shape
         (5, 3)
     """
+    if not isinstance(model, nnx.Module):
+        raise ValueError(f"model must be an NNX module, got {model!r:.60}; see from_linen, from_equinox")
     model = nnx.clone(model)
     model.eval()
     graphdef, trainable, rest = nnx.split(model, nnx.Param, ...)
@@ -82,7 +88,7 @@ class NnxPredict:
         """The outputs of a batch."""
         given = _named(params, (name for name, _ in self.paths))
         state = traverse_util.unflatten_dict({path: given[name] for name, path in self.paths})
-        return nnx.merge(self.graphdef, state, self.rest)(inputs)
+        return evaluated(lambda rest: nnx.merge(self.graphdef, state, rest, copy=True), self.rest, inputs)
 
 
 def from_linen(
@@ -121,6 +127,8 @@ def from_linen(
         >>> jax.jit(predict)(params, jnp.ones((5, 4))).shape
         (5, 3)
     """
+    if not isinstance(module, linen.Module):
+        raise ValueError(f"module must be a module of Flax Linen, got {module!r:.80}: see from_nnx")
     rest = unfreeze(dict(linen.unbox(variables)))
     params = rest.pop("params", None)
     if not params:
@@ -207,6 +215,8 @@ def from_equinox(model: "eqx.Module", state: "eqx.nn.State | None" = None) -> tu
         import equinox as eqx
     except ImportError as error:
         raise ImportError('from_equinox needs Equinox: pip install "jaxlimit[equinox]"') from error
+    if not isinstance(model, eqx.Module):
+        raise ValueError(f"model must be a module of Equinox, got {model!r:.80}: see from_nnx, from_linen")
     model = eqx.nn.inference_mode(eqx.nn.delete_init_state(model))
     trainable, rest = eqx.partition(model, eqx.is_inexact_array)
     leaves, structure = jax.tree.flatten_with_path(trainable)

@@ -8,6 +8,9 @@
 Names are those of the paper's code: `linear.0.weight`, `conv.3.bias`: the number is the position in the
 sequence, in which batch norm, ReLU and pools count. A ResNet has the names of the public CIFAR networks that
 this code follows: `conv1`, `bn1`, `layer2.0.conv1`, `layer2.0.shortcut.0`, `linear`.
+
+PyTorch's wrappers put parts of their own into names: `module.` (DataParallel), `_orig_mod.` (compile). Pruned
+by `torch.nn.utils.prune`, a layer has `weight_orig` and `weight_mask`, whose product is its weight.
 """
 
 import zipfile
@@ -26,8 +29,28 @@ from jaxlimit.models.resnet import Normalized, ResNet
 
 Model = TypeVar("Model", bound=nnx.Module)
 State = dict[str, NDArray]
+# Types of safetensors; NumPy lacks some of them.
+SAFETENSORS = {
+    "F64": jnp.float64,
+    "F32": jnp.float32,
+    "F16": jnp.float16,
+    "BF16": jnp.bfloat16,
+    "F8_E4M3": jnp.float8_e4m3fn,
+    "F8_E5M2": jnp.float8_e5m2,
+    **{f"I{bits}": jnp.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": jnp.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
+    "BOOL": jnp.bool_,
+}
 # Entries of a state dict that no network here has a place for.
-IGNORED = ("num_batches_tracked", "__order__")
+IGNORED = ("num_batches_tracked", "__order__", "n_averaged")
+# Parts of names that wrappers of modules add: DataParallel, compile, FSDP, checkpointing of activations.
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# Beginnings of files that torch.save writes: a zip archive, or a pickle.
+PICKLES = (b"PK\x03\x04", b"\x80")
+CONVERT = (
+    "Convert a pickle (.pt, .pth) where you trust it: "
+    "safetensors.torch.save_file(torch.load(...), 'net.safetensors')."
+)
 
 
 def load_torch_state(model: Model, file: str | Path) -> Model:
@@ -44,13 +67,41 @@ def load_torch_state(model: Model, file: str | Path) -> Model:
         FileNotFoundError: there is no such file.
         ValueError: a damaged file or one of another kind; names or shapes that are not the network's.
     """
-    state = {name: x for name, x in _read(Path(file)).items() if not name.endswith(IGNORED)}
     model = nnx.clone(model)
+    state = _within(_plain(_read(Path(file)), file), next(_layers(model))[0])
     for prefix, layer, features in _layers(model):
         _assign(layer, prefix, features, state, file)
     if state:
         raise ValueError(f"{file} holds what this network has no place for: {', '.join(sorted(state))}.")
     return model
+
+
+def _plain(found: State, file: str | Path) -> State:
+    """The state without what wrappers and pruning add to it."""
+    state: State = {}
+    for name, x in found.items():
+        plain = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        if plain.endswith(IGNORED):
+            continue
+        if plain in state:
+            raise ValueError(f"{file} holds {plain} twice, once as {name}.")
+        state[plain] = x
+    for name in [name.removesuffix("_mask") for name in state if name.endswith("_mask")]:
+        if f"{name}_orig" not in state:
+            raise ValueError(f"{file} has {name}_mask without {name}_orig, the weights that it masks.")
+        weights, mask = state.pop(f"{name}_orig"), state.pop(f"{name}_mask")
+        if weights.shape != mask.shape:
+            raise ValueError(f"{name}_mask in {file} has shape {mask.shape}, its weights {weights.shape}.")
+        state[name] = weights * mask.astype(weights.dtype)
+    return state
+
+
+def _within(state: State, first: str) -> State:
+    """The state without the name of an attribute that holds the network; `first` is that of a layer."""
+    heads = {name.split(".")[0] for name in state}
+    if len(heads) == 1 and not any(name.startswith(f"{first}.") for name in state):
+        return {name.partition(".")[2]: x for name, x in state.items()}
+    return state
 
 
 def read_safetensors(path: Path) -> State:
@@ -60,14 +111,25 @@ def read_safetensors(path: Path) -> State:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
+    from safetensors import SafetensorError, deserialize
 
     _require_file(path)
+    content = path.read_bytes()
+    if content.startswith(PICKLES):
+        raise ValueError(f"{path} is what torch.save writes, no safetensors file. {CONVERT}")
     try:
-        return load(path.read_bytes())
+        found = deserialize(content)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    return {name: _tensor(f"{name} in {path}", tensor) for name, tensor in found}
+
+
+def _tensor(name: str, tensor: dict) -> NDArray:
+    dtype = SAFETENSORS.get(tensor["dtype"])
+    if dtype is None:
+        known = ", ".join(SAFETENSORS)
+        raise ValueError(f"{name} has dtype {tensor['dtype']}: cast it to one of {known} before it is saved.")
+    return np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
 
 
 def _require_file(path: Path) -> None:
@@ -85,10 +147,7 @@ def _read(path: Path) -> State:
                 return {name: file[name] for name in file.files}
         except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is damaged, or no npz file of arrays: {error}") from error
-    raise ValueError(
-        f"{path} must be a .safetensors or .npz file. Convert a pickle (.pt, .pth) where you trust it: "
-        "safetensors.torch.save_file(torch.load(...), 'net.safetensors')."
-    )
+    raise ValueError(f"{path} must be a .safetensors or .npz file. {CONVERT}")
 
 
 Module = nnx.Linear | nnx.Conv | nnx.BatchNorm
@@ -147,7 +206,7 @@ def _assign(
             raise ValueError(f"{file} has no {key}; it holds {', '.join(sorted(state)) or 'nothing more'}.")
         array, like = state.pop(key), variable.get_value()
         array = _converted(array, features)
-        if array.shape != like.shape or not np.issubdtype(array.dtype, np.floating):
+        if array.shape != like.shape or not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(
                 f"{key} in {file} must be of floating type and shape {like.shape} (in the layout of this "
                 f"package), got {array.dtype} of shape {array.shape}."
