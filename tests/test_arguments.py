@@ -1,0 +1,216 @@
+"""Arguments in foreign places, labels, metrics, complex weights, coarse sparsities: right, or refused.
+
+Oracle: numbers that are counted by hand.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+
+import jaxlimit
+from jaxlimit.core.batches import batched
+from jaxlimit.core.checks import require_key
+from jaxlimit.core.trees import flatten, unflatten
+from jaxlimit.geometry.magnitude import num_removed
+from jaxlimit.training import classification_curvature, classification_loss, classification_metrics
+
+RNG = np.random.default_rng(5)
+X, Y, W = (RNG.standard_normal(shape).astype(np.float32) for shape in ((11, 3), (11, 2), (3, 2)))
+PARAMS, BATCHES = {"w": W}, batched((X, Y), 4)
+KEY, MODULE = jax.random.key(0), nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+
+
+def loss(params, batch):
+    x, y = batch
+    return jnp.mean(jnp.sum((x @ params["w"] - y) ** 2, -1))
+
+
+def metrics(params, batch):
+    return {"loss": loss(params, batch)}
+
+
+@pytest.fixture(scope="module")
+def curvature():
+    return jaxlimit.hessian(loss, PARAMS, BATCHES)
+
+
+CALLS = {
+    "params first": (
+        lambda _: jaxlimit.hessian(PARAMS, loss, BATCHES),
+        "loss_fn must be a function, got a dict",
+    ),
+    "batches before params": (
+        lambda _: jaxlimit.hessian(loss, BATCHES, PARAMS),
+        r"params must be a pytree of arrays, got a Batches: call hessian\(loss_fn, params, batches\)",
+    ),
+    "a list before params": (lambda _: jaxlimit.hessian(loss, [(X, Y)], PARAMS), "it is one dict"),
+    "statistics": (
+        lambda _: jaxlimit.loss_statistics(PARAMS, loss, BATCHES),
+        r"loss_fn must be a function, got a dict: call loss_statistics\(loss_fn",
+    ),
+    "sweep": (
+        lambda _: jaxlimit.sparsity_sweep(PARAMS, metrics, BATCHES, [0.5]),
+        "metrics_fn must be a function, got a dict: call sparsity_sweep",
+    ),
+    "fine-tuned sweep": (
+        lambda _: jaxlimit.finetuned_sweep(PARAMS, loss, BATCHES, [0.5]),
+        "loss_fn must be a function, got a dict: call finetuned_sweep",
+    ),
+    "a curvature as parameters": (lambda c: jaxlimit.hessian(loss, c, BATCHES), "got a Curvature"),
+    "a function as parameters": (lambda _: jaxlimit.hessian(loss, loss, BATCHES), "got the function loss"),
+    "an NNX module": (lambda _: jaxlimit.hessian(loss, MODULE, BATCHES), r"models\.from_nnx\(model\)"),
+    "an NNX module as loss": (lambda _: jaxlimit.hessian(MODULE, PARAMS, BATCHES), r"from_nnx\(model\)"),
+    "a Linen module": (
+        lambda _: jaxlimit.gauss_newton(linen.Dense(2), loss, PARAMS, BATCHES),
+        r"predict_fn is a module of Flax Linen.*from_linen\(module, variables\)",
+    ),
+    "a loss of three": (
+        lambda _: jaxlimit.hessian(lambda params, x, y: 0.0, PARAMS, BATCHES),
+        r"its signature is \(params, x, y\): wrap it",
+    ),
+    "a key as curvature": (
+        lambda c: jaxlimit.pruning_limit(KEY, c, loss_tolerance=0.1),
+        "curvature must be a Curvature, which hessian or gauss_newton makes; got an array",
+    ),
+    "spectral measure": (
+        lambda _: jaxlimit.spectral_measure(PARAMS, KEY, num_probes=1, num_matvecs=1),
+        r"curvature must be a Curvature, .*got a dict",
+    ),
+    "key": (lambda c: jaxlimit.pruning_limit(c, 0, loss_tolerance=0.1), r"one random key.*the int 0"),
+    "no key": (
+        lambda c: jaxlimit.spectral_measure(c, None, num_probes=1, num_matvecs=1),
+        r"one random key.*NoneType",
+    ),
+    "many keys": (
+        lambda c: jaxlimit.pruning_limit(c, jax.random.split(KEY, 3), loss_tolerance=0.1),
+        r"one random key.*an array of shape \(3,\)",
+    ),
+    "statistics as tolerance": (
+        lambda c: jaxlimit.pruning_limit(c, KEY, loss_tolerance=jaxlimit.LossStatistics(1.0, 0.1, 3)),
+        "loss_tolerance must be a positive finite number, got LossStatistics",
+    ),
+    "words as sparsities": (
+        lambda _: jaxlimit.sparsity_sweep(metrics, PARAMS, BATCHES, ["half"]),
+        "sparsity must be numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_arguments_in_foreign_places_are_refused(name, curvature):
+    call, message = CALLS[name]
+    with pytest.raises(ValueError, match=message):
+        call(curvature)
+
+
+def test_a_limit_is_no_curvature(curvature):
+    limit = jaxlimit.pruning_limit(curvature, KEY, loss_tolerance=0.1)
+    for call in (jaxlimit.pruning_limit, jaxlimit.reference_limit):
+        with pytest.raises(ValueError, match=r"curvature must be a Curvature, .*got a PruningLimit"):
+            call(limit, KEY, loss_tolerance=0.1)
+
+
+@pytest.mark.parametrize("convert", [jnp.asarray, np.asarray])
+def test_keys_of_the_older_kind_are_the_same_keys(convert, curvature):
+    key = convert(jax.random.PRNGKey(0))
+    assert jax.random.bits(require_key("key", key)) == jax.random.bits(KEY)
+    expected = jaxlimit.spectral_measure(curvature, KEY, num_probes=1, num_matvecs=2)
+    found = jaxlimit.spectral_measure(curvature, key, num_probes=1, num_matvecs=2)
+    np.testing.assert_array_equal(found.nodes, expected.nodes)
+
+
+# ---- labels and metrics ----------------------------------------------------------------------------------
+
+
+def classify(params, x):
+    return x @ params["w"]
+
+
+@pytest.mark.parametrize("label", [-1, -2, -100, 2, 100])
+def test_labels_that_are_no_class_are_refused(label):
+    labels = (np.arange(11) % 2).astype(np.int8)
+    labels[9] = label
+    batches = batched((X, labels), 4)
+    message = r"labels outside the classes, as -1 or -100 .* weight_fn"
+    for name in ("hessian", "gauss_newton"):
+        with pytest.raises(ValueError, match=message):
+            classification_curvature(name, classify, PARAMS, batches)
+    with pytest.raises(ValueError, match=f"not finite in batch 2.*{message}"):
+        jaxlimit.loss_statistics(classification_loss(classify), PARAMS, batches)
+    with pytest.raises(ValueError, match=f"finite at no sparsity.*{message}"):
+        jaxlimit.sparsity_sweep(classification_metrics(classify), PARAMS, batches, [0, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (loss, r'dictionary of scalars by name, \{"loss": value\}; got a scalar'),
+        (lambda w, b: (loss(w, b), 1), "dictionary of scalars"),
+        (lambda w, b: {}, "dictionary of scalars"),
+        (lambda w, b: {"loss": b[1] @ w["w"].T}, r"'loss' must be a real scalar.*got \(4, 3\)"),
+        (lambda w, b: {"loss": {"a": 1.0}}, r"'loss' must be a real scalar.*got dict"),
+        (lambda w, b: {"loss": loss(w, b) * 1j}, r"real scalar.*got complex64"),
+        (lambda w, b: {"loss": loss(w, b) * jnp.nan}, "'loss' is finite at no sparsity"),
+    ],
+)
+def test_metrics_that_are_no_scalars_by_name_are_refused(found, message):
+    with pytest.raises(ValueError, match=message):
+        jaxlimit.sparsity_sweep(found, PARAMS, BATCHES, [0.0, 0.5])
+
+
+def test_metrics_of_bools_integers_and_numbers():
+    def mixed(params, batch):
+        return {"all": jnp.all(batch[0] < 9), "one": jnp.int32(1), "number": 0.25, "half": jnp.bfloat16(0.5)}
+
+    batches = [(X[i:j], Y[i:j]) for i, j in ((0, 4), (4, 4), (4, 11))]
+    sweep = jaxlimit.sparsity_sweep(mixed, PARAMS, batches, [0.0, 0.5])
+    found = {name: values.tolist() for name, values in sweep.metrics.items()}
+    assert found == {"all": [1, 1], "one": [1, 1], "number": [0.25, 0.25], "half": [0.5, 0.5]}
+
+
+def test_a_threshold_of_what_is_not_a_number_is_refused():
+    sweep = jaxlimit.Sweep(np.array([0.0, 0.5, 0.9]), {"loss": np.array([0.1, np.nan, 1.0])})
+    for read in (sweep.largest_sparsity, sweep.first_crossing):
+        with pytest.raises(ValueError, match=r"not a number at 1 of 3 sparsities, the first 0\.5"):
+            read("loss", 0.3)
+        with pytest.raises(ValueError, match="metric must be one of loss, got 'accuracy'"):
+            read("accuracy", 0.3)
+
+
+# ---- weights and sparsities ------------------------------------------------------------------------------
+
+
+def test_complex_weights_have_magnitudes():
+    weights = np.array([3 + 4j, -1j, 2, 0.5 + 0.5j])
+    squares = jaxlimit.removed_norm(weights, [0.25, 0.5, 0.75, 1]) ** 2
+    np.testing.assert_allclose(squares, [0.5, 1.5, 5.5, 30.5])
+    mask = jaxlimit.magnitude_mask(weights, 0.5)
+    assert mask.tolist() == [True, False, True, False]
+    np.testing.assert_array_equal(jaxlimit.apply_mask(weights, mask), [3 + 4j, 0, 2, 0])
+    with pytest.raises(ValueError, match="must be real, got complex"):
+        flatten(weights)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, jnp.bfloat16])
+def test_sparsities_of_fewer_bits_remove_what_they_say(dtype):
+    for number in range(11):
+        assert num_removed(10, np.asarray(number / 10, dtype)) == number
+    assert num_removed(10, np.asarray(0.85, dtype)) == 8
+
+
+def test_sparsities_of_grids_in_float32():
+    assert num_removed(1000, np.asarray(jnp.linspace(0, 1, 1001))).tolist() == list(range(1001))
+    assert num_removed(1000, np.float64(0.8999)) == 899
+    kept = jaxlimit.sparsity_sweep(
+        lambda w, b: {"kept": jnp.sum(w != 0) + 0.0}, jnp.ones((10, 1)), BATCHES, [np.float32(0.9)]
+    )
+    assert kept.metrics["kept"].tolist() == [1]
+
+
+def test_a_vector_of_another_length_is_refused():
+    like = {"a": jnp.ones((2, 2)), "b": jnp.ones(3)}
+    for vector in (np.ones(6), np.ones(8), np.ones((7, 1)), 1.0):
+        with pytest.raises(ValueError, match=r"vector must have shape \(7,\)"):
+            unflatten(vector, like)
