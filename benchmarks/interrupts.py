@@ -2,10 +2,10 @@
 
     python benchmarks/interrupts.py [--interrupts 26] [--seed 0] [--often 8] [--seconds 60] [-- OPTION ...]
 
-A process runs the preset digits, with the options after --. A random time after it has said that it writes to its folder it gets
-SIGINT, as Ctrl-C sends it; its exit code and the seconds until it has ended are kept. Then the same command
-goes on in the same folder, is interrupted again, and so on, until it ends. What it wrote is compared, to the
-bit, with that of a run that was left alone.
+A process runs the preset digits, with the options after --. A random time after it has said that it writes to
+its folder it gets SIGINT, as Ctrl-C sends it; its exit code and the seconds until it has ended are kept. Then
+the same command goes on in the same folder, is interrupted again, and so on, until it ends. What it wrote is
+compared, to the bit, with that of a run that was left alone.
 """
 
 import argparse
