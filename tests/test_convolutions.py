@@ -11,6 +11,7 @@ import jaxlimit
 from jaxlimit import batched
 from jaxlimit.core import convolutions
 from jaxlimit.core.convolutions import convolves, quick_in_loops
+from jaxlimit.curvature import products
 
 WINDOWED = ("conv_general_dilated", "reduce_window")
 
@@ -173,3 +174,21 @@ def test_products_of_a_strangers_network(as_it_is, linear_bytes, monkeypatch):
         )
         expected = jax.vmap(lambda v: hessian @ ravel_pytree(v)[0])(vectors)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_networks_with_steps_take_larger_batches(monkeypatch):
+    """As a recurrent network, whose every step costs a call."""
+
+    def recurrent(params, batch):
+        hidden = jnp.zeros((len(batch), 3))
+        steps = jnp.swapaxes(batch, 0, 1)
+        return jnp.mean(jax.lax.scan(lambda h, x: (jnp.tanh((h + x) @ params), None), hidden, steps)[0] ** 2)
+
+    monkeypatch.setitem(products.BATCH_BYTES, "cpu", 2**14)
+    sequences, sizes = jnp.ones((1009, 5, 3)), []
+    for factor in (1, 4):
+        monkeypatch.setattr(products, "LOOP_FACTOR", factor)
+        product = products.HessianProduct(recurrent, "highest")
+        sizes.append(products.suitable_batch_size(product, jnp.ones((3, 3)), None, sequences))
+    assert sizes[0] < 1009 / 4
+    assert 4 * sizes[0] <= sizes[1] < 4 * (sizes[0] + 1)

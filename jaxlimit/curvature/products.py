@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlimit.core.batches import ExampleSum, batch_length, check_scalar, first_of, running_sum
-from jaxlimit.core.convolutions import convolves, quick_in_loops
+from jaxlimit.core.convolutions import convolves, primitives, quick_in_loops
 from jaxlimit.core.loops import apart, each_of, scan
 from jaxlimit.core.programs import Program, Traced
 from jaxlimit.core.sharding import ExampleSharding, example_sharding, on_parts, sum_of_parts
@@ -28,6 +28,8 @@ from jaxlimit.curvature.derivatives import derivative_of_gradient, linearized
 # benchmarks/products.py. Elsewhere it is 2 GiB, which fills the device.
 BATCH_BYTES = {"cpu": 2**24}
 WEIGHT_COPIES, LEAST_EXAMPLES = 5, 4
+# Times as much where the network itself has loops, whose steps cost calls: benchmarks/products_strangers.py.
+LOOP_FACTOR = 4
 
 
 class _Product:
@@ -49,6 +51,11 @@ class _Product:
     def convolves(self, weights: PyTree, rest: PyTree, batch: PyTree) -> bool:
         """Whether a loop over batches of these shapes would be slow."""
         return convolves(self._whole_loss.jaxpr(combine(weights, rest), batch))
+
+    def has_loops(self, weights: PyTree, rest: PyTree, batch: PyTree) -> bool:
+        """Whether the network runs through steps, as recurrent ones do."""
+        traced = self._whole_loss.jaxpr(combine(weights, rest), batch)
+        return not primitives(traced.jaxpr).isdisjoint(("scan", "while"))
 
     @cached_property
     def _whole_loss(self) -> Traced:
@@ -286,6 +293,8 @@ def suitable_batch_size(product: Product, weights: PyTree, rest: PyTree, arrays:
     batch_bytes, least = _batch_bytes(), 1
     if jax.default_backend() in BATCH_BYTES:
         batch_bytes, least = max(batch_bytes, WEIGHT_COPIES * num_bytes(weights)), LEAST_EXAMPLES
+        if product.has_loops(weights, rest, _examples_like(arrays, 2)):
+            batch_bytes *= LOOP_FACTOR
     wanted = _in_loops(
         product, weights, rest, arrays, min(max(batch_bytes // per_example, least), num_examples)
     )
@@ -295,7 +304,7 @@ def suitable_batch_size(product: Product, weights: PyTree, rest: PyTree, arrays:
 
 
 def _in_loops(product: Product, weights: PyTree, rest: PyTree, like: PyTree, wanted: int) -> int:
-    """Examples at once that a loop does not make slow, not many fewer than wanted; else as many as wanted."""
+    """As many examples at once as wanted, or fewer whose convolutions a loop does not make slow."""
     size = wanted
     while size >= LEAST_EXAMPLES:
         if not product.convolves(weights, rest, _examples_like(like, size)):
