@@ -10,11 +10,18 @@ import pytest
 from flax import linen, nnx
 
 import jaxlimit
+from jaxlimit.application.columns import read_columns
 from jaxlimit.core.batches import batched
 from jaxlimit.core.checks import require_key
 from jaxlimit.core.trees import flatten, unflatten
 from jaxlimit.geometry.magnitude import num_removed
-from jaxlimit.training import classification_curvature, classification_loss, classification_metrics
+from jaxlimit.training import (
+    classification_curvature,
+    classification_loss,
+    classification_metrics,
+    train,
+    train_model,
+)
 
 RNG = np.random.default_rng(5)
 X, Y, W = (RNG.standard_normal(shape).astype(np.float32) for shape in ((11, 3), (11, 2), (3, 2)))
@@ -214,3 +221,39 @@ def test_a_vector_of_another_length_is_refused():
     for vector in (np.ones(6), np.ones(8), np.ones((7, 1)), 1.0):
         with pytest.raises(ValueError, match=r"vector must have shape \(7,\)"):
             unflatten(vector, like)
+
+
+TRAININGS = [
+    (lambda **k: train(PARAMS, loss, (X, Y), KEY, **k), "loss_fn must be a function, got a dict: call"),
+    (lambda **k: train(loss, PARAMS, (X, Y), 0, **k), r"one random key.*the int 0"),
+    (lambda **k: train(loss, PARAMS, (X, ["a"] * 11), KEY, **k), r"arrays\[1\]\[0\] must be an array"),
+    (lambda **k: train_model(MODULE, (X, -np.ones(11, int)), KEY, **k), "labels must be classes"),
+    (lambda **k: train_model(PARAMS, (X, np.ones(11, int)), KEY, **k), "an NNX module, got a dict"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), TRAININGS)
+def test_trainings_of_what_is_none_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(epochs=1, learning_rate=0.1)
+
+
+def test_training_with_labels_beyond_the_classes_says_so():
+    with pytest.raises(FloatingPointError, match="labels outside the classes"):
+        train_model(MODULE, (X, np.full(11, 2)), KEY, epochs=1, learning_rate=0.1)
+
+
+@pytest.mark.parametrize(
+    "convert", [lambda loss: (loss, 1), lambda loss: jnp.int32(loss), lambda loss: loss * 1j]
+)
+def test_losses_that_are_no_real_scalar_are_refused(convert):
+    message = r"return the loss alone|real floating scalar"
+    for call in (jaxlimit.hessian, jaxlimit.loss_statistics):
+        with pytest.raises(ValueError, match=message):
+            call(lambda params, batch: convert(loss(params, batch)), PARAMS, BATCHES)
+
+
+def test_a_table_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "curves.csv").write_bytes(b"sparsity,\xff\n0,1\n")
+    with pytest.raises(ValueError, match=r"curves\.csv is damaged, no table of text"):
+        read_columns(tmp_path / "curves.csv")

@@ -30,8 +30,11 @@ def read_columns(path: Path) -> dict[str, NDArray[np.float64]]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing.")
-    with path.open(newline="") as file:
-        lines = list(csv.reader(file))
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = list(csv.reader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged, no table of text: {error}") from error
     if not lines or "sparsity" not in lines[0]:
         raise ValueError(f"{path} is damaged: its first line must name the columns, one of them sparsity.")
     values = np.full((len(lines) - 1, len(lines[0])), np.nan)

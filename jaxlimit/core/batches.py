@@ -312,5 +312,8 @@ def check_scalar(loss: PyTree) -> None:
     shape = () if isinstance(loss, (int, float)) else getattr(loss, "shape", type(loss).__name__)
     if shape != ():
         raise ValueError(
-            f"loss_fn must return a scalar, the mean over the batch's examples; got shape {shape}."
+            f"loss_fn must return a scalar, the mean over the batch's examples; got shape {shape}. Of (loss, "
+            "more) return the loss alone."
         )
+    if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+        raise ValueError(f"loss_fn must return a real floating scalar, got {jnp.result_type(loss)}.")

@@ -13,9 +13,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx, traverse_util
 
+from jaxlimit.core.checks import require_problem
+from jaxlimit.core.leaves import to_arrays
 from jaxlimit.core.programs import Program
 from jaxlimit.core.trees import PyTree
 from jaxlimit.geometry.magnitude import apply_mask
@@ -95,6 +98,7 @@ def train(
         >>> round(float(w), 3)
         2.0
     """
+    require_problem("train(loss_fn, params, arrays, key, ...)", params, loss_fn=loss_fn)
 
     def objective(params: PyTree, mask: PyTree, batch: PyTree, key: jax.Array) -> tuple[jax.Array, PyTree]:
         # Weights that start at zero and have no gradient stay there, exactly.
@@ -164,6 +168,8 @@ def train_model(
         [0, 1, 2, 3]
     """
     network = pure_classifier(model, augment)
+    if jnp.any(jnp.asarray(to_arrays("labels", arrays[1])) < 0):
+        raise ValueError("labels must be classes, 0 or more, got a negative one: leave such examples out.")
 
     def objective(params: PyTree, state: PyTree, batch: PyTree, key: jax.Array) -> tuple[jax.Array, PyTree]:
         mask, state = state
@@ -222,6 +228,8 @@ def pure_classifier(
         >>> sorted(network.params["layers"]["0"])
         ['bias', 'kernel']
     """
+    if not isinstance(model, nnx.Module):
+        raise ValueError(f"model must be an NNX module, got a {type(model).__name__}: see train.")
     model = nnx.clone(model)
     model.train()
     graphdef, trainable, keys, state = nnx.split(model, nnx.Param, nnx.RngKey, ...)

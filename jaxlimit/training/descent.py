@@ -15,7 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxlimit.core.checks import named_leaves, require_count, require_finite, require_floating, require_range
+from jaxlimit.core.checks import (
+    named_leaves,
+    require_count,
+    require_finite,
+    require_floating,
+    require_key,
+    require_range,
+)
+from jaxlimit.core.leaves import to_arrays
 from jaxlimit.core.programs import Program
 from jaxlimit.core.sharding import to_host
 from jaxlimit.core.storage import Checkpoint, ordered_sum
@@ -130,6 +138,7 @@ def minimise(
         >>> float(w)
         1.0
     """
+    arrays, key = to_arrays("arrays", arrays), require_key("key", key)
     num_examples = count_examples(arrays)
     require_finite("arrays", arrays)
     require_floating("params", params)
@@ -148,7 +157,8 @@ def minimise(
             if not (finite and math.isfinite(mean_loss)):
                 raise FloatingPointError(
                     f"training diverged in epoch {epoch} (counted from 0): mean loss {mean_loss}, parameters "
-                    f"{'finite' if finite else 'infinite or NaN'}; lower learning_rate, or warm it up"
+                    f"{'finite' if finite else 'infinite or NaN'}; lower learning_rate, or warm it up; "
+                    "a loss that is NaN from the first batch on may have labels outside the classes"
                 )
             if after_epoch is not None:
                 params, state = after_epoch(epoch, carry.params, carry.state)
