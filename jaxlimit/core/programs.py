@@ -71,7 +71,7 @@ class Traced:
 
     def jaxpr(self, *args: PyTree) -> ClosedJaxpr:
         """What was traced for arguments of these shapes and dtypes."""
-        return self._trace(args).jaxpr
+        return self._trace(_held(args)).jaxpr
 
     def _trace(self, args: tuple[PyTree, ...]) -> _Trace:
         leaves, structure = jax.tree.flatten(args)
