@@ -184,6 +184,7 @@ def per_example(name: str, z: Any, data: dict[str, Any]) -> tuple[Any, Any]:
     if name == "norm_eval":
         z = (z - 0.1) / 1.3
     losses = -jnp.take_along_axis(jax.nn.log_softmax(z), y[..., None], -1)[..., 0]
+    losses = jnp.where((y >= 0) & (y < CLASSES), losses, jnp.nan)
     if name in ("masked", "unguarded"):
         return losses, data["mask"].astype(z.dtype)
     if name == "tokens":
