@@ -93,7 +93,7 @@ def refusal(stranger: Stranger) -> str | None:
         "a batch of padding alone is 0 / 0": stranger.loss == "unguarded",
         "labels that are no classes": stranger.labels != "fine",
         "weights of fewer than 32 bits": stranger.dtype == "bf16_kernels",
-        "products in half precision": stranger.dtype in HALF,
+        "half precision on the way to the loss": stranger.dtype in HALF or stranger.dtype == "f16_loss",
         "shard_map on explicit axes": "explicit" in stranger.layout
         and stranger.inside == "shard_map"
         and on_parts,
