@@ -103,7 +103,7 @@ def programs():
         "probes": (signs, np.zeros(2, np.uint32)),
         "conjugate gradients: inner": (conjugate_gradients.inner_products, vectors, vectors),
         "conjugate gradients: add": (conjugate_gradients.add_scaled, vectors, vectors, np.float32(0.5)),
-        "batch losses": (partial(loss_statistics.batch_losses, mlp.loss), mlp.params, group),
+        "batch losses": (partial(loss_statistics.batch_losses, mlp.loss, None), mlp.params, group),
         "sparsity sweep": (
             pruned.metrics_sum.program(None),
             (weights, rest, pruned.ranks, counts),

@@ -1,18 +1,15 @@
-"""What a curvature takes for granted of its data and its loss, checked before the first product."""
+"""What a curvature takes for granted of its weights and its data, in which words it is asked for."""
 
-from collections.abc import Iterable
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlimit.core.batches import batch_length, first_of
-from jaxlimit.core.checks import NOT_FINITE_CAUSES
-from jaxlimit.core.programs import Program
-from jaxlimit.core.sharding import example_sharding, to_host
 from jaxlimit.core.trees import PyTree
-from jaxlimit.curvature.products import Loss, Product
+from jaxlimit.curvature.loss_trace import LossTrace
+
+MODES = "Curvature needs the same function every time: fix the order and use evaluation mode."
 
 
 def require_single_precision(weights: PyTree) -> None:
@@ -25,50 +22,46 @@ def require_single_precision(weights: PyTree) -> None:
             )
 
 
-def check_data(
-    product: Product, weights: PyTree, rest: PyTree, groups: Iterable[PyTree]
-) -> tuple[int, float]:
-    """Two passes over the data must agree; the loss must be finite and a mean. Returns examples and loss."""
-    loss = Loss(product)
-    (first, num_first), (second, num_second) = (product.loss_sum(groups, weights, rest) for _ in range(2))
-    first, second = float(first) / num_first, float(second) / num_second
-    if not np.isfinite(first):
-        raise ValueError(f"the mean loss is {first}. {NOT_FINITE_CAUSES}")
-    if num_first != num_second:
-        raise ValueError(data_changed(f"{num_first} examples", f"{num_second}"))
-    if not np.isclose(first, second, rtol=1e-5, atol=1e-8):
-        raise ValueError(data_changed(f"a mean loss of {first:.8g}", f"{second:.8g}"))
-    _check_mean(loss, weights, rest, next(iter(groups)))
-    return num_first, first
-
-
-def _check_mean(loss: Loss, weights: PyTree, rest: PyTree, group: PyTree) -> None:
-    """The loss of a batch is the mean of the losses of its two halves, or it is not a mean."""
-    if example_sharding(group, axis=1) is not None:  # halves need not divide over the devices
-        group = jax.tree.map(lambda x: to_host(x[:1]), group)
-    half = batch_length(jax.eval_shape(first_of, group)) // 2
-    if half < 1:
-        return
-
-    def losses(weights: PyTree, rest: PyTree, group: PyTree) -> tuple[jax.Array, jax.Array]:
-        whole = jax.tree.map(lambda x: x[: 2 * half], first_of(group))
-        halves = jax.tree.map(lambda x: x.reshape(2, half, *x.shape[1:]), whole)
-        return loss(weights, rest, whole), jax.lax.map(partial(loss, weights, rest), halves)
-
-    whole, halves = Program(losses)(weights, rest, group)
-    whole, mean = float(whole), float(np.mean(np.asarray(halves, np.float64)))
-    if not np.isclose(whole, mean, rtol=1e-3, atol=1e-5):
+def require_precise(trace: LossTrace) -> None:
+    """Raises ValueError if the loss computes with fewer than 32 bits what depends on the weights."""
+    if trace.coarse:
+        numbers = " and ".join(sorted(trace.coarse))
         raise ValueError(
-            f"loss_fn is not a mean over the batch's examples: {2 * half} of them have loss {whole:.6g}, the "
-            f"mean over two halves is {mean:.6g}. Likely causes: a sum instead of a mean, or batch "
-            "norm in train mode (use evaluation mode)."
+            f"the loss computes in {numbers} on its way from the weights, too coarse for curvature: second "
+            "derivatives drown in rounding. Compute in float32: dtype=jnp.float32 in the modules of Flax or "
+            "Haiku; no cast of weights or activations in a function. Parameters may stay as they are."
         )
+
+
+def require_same_weight(weight_fn: Any, first: float, second: float) -> None:
+    """Raises ValueError if two passes over the data count differently."""
+    unit = "examples" if weight_fn is None else "weight of all batches"
+    if not np.isclose(first, second, rtol=0 if weight_fn is None else 1e-5, atol=0):
+        raise ValueError(data_changed(f"{first:.8g} {unit}", f"{second:.8g}"))
 
 
 def data_changed(first: str, second: str) -> str:
     """What is said where two passes over the data differ."""
     return (
         f"the data changed between two passes: {first} in the first, {second} in the second. Likely causes: "
-        "shuffling, random augmentation, dropout, or batch norm in train mode. Curvature needs the same "
-        "function every time: fix the order and use evaluation mode."
+        f"shuffling, random augmentation, dropout, or batch norm in train mode. {MODES}"
+    )
+
+
+def not_a_mean(what: str, found: str, weight_fn: Any, trace: LossTrace) -> str:
+    """What is said where a result depends on how the examples are cut into batches."""
+    unit = "the batch's examples" if weight_fn is None else "what weight_fn counts"
+    remedy = (
+        "padding, masks, class weights, or a mean over tokens (pass weight_fn, how much a batch counts: "
+        "weight_fn=lambda batch: jnp.sum(batch['mask']), say)"
+        if weight_fn is None
+        else "a weight_fn that counts something else than the mean divides by"
+    )
+    penalty = (
+        " It has a term of the weights alone: leave L1 / L2 terms out of the loss." if trace.penalty else ""
+    )
+    return (
+        f"{what} is not a mean over {unit}: {found}. Likely causes: a sum instead of a mean; {remedy}; "
+        "broadcasting (N,) against (N, 1); a contrastive loss, which compares the examples of a batch; batch "
+        f"norm in train mode (use evaluation mode).{penalty}"
     )

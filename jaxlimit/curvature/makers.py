@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 
 import jax
 
@@ -10,7 +11,8 @@ from jaxlimit.core.checks import require_problem
 from jaxlimit.core.memory import device_memory
 from jaxlimit.core.placement import placed_batches, placed_groups
 from jaxlimit.core.trees import Prunable, PyTree, is_kernel, partition
-from jaxlimit.curvature.data_checks import check_data, require_single_precision
+from jaxlimit.curvature.data_checks import require_single_precision
+from jaxlimit.curvature.mean_checks import check_loss, takes
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.curvature.products import (
     GaussNewtonProduct,
@@ -30,6 +32,7 @@ def hessian(
     prunable: Prunable = is_kernel,
     precision: str = "highest",
     linear_bytes: int | None = None,
+    weight_fn: Callable[[PyTree], jax.Array] | None = None,
 ) -> Curvature:
     r"""The Hessian of the mean loss on the prunable weights.
 
@@ -37,7 +40,8 @@ def hessian(
     vector, and up to `linear_bytes`.
 
     Args:
-        loss_fn: `loss_fn(params, batch) -> scalar`, the mean over the batch's examples.
+        loss_fn: `loss_fn(params, batch) -> scalar`, the mean over the batch's examples, or over what
+            `weight_fn` counts.
         params: pytree of parameters, at which the Hessian is taken.
         batches: `batched(...)`, which is cut anew into batches of a size that suits the products; a list of
             batches, or any re-iterable of batches, which are taken as they are.
@@ -46,10 +50,13 @@ def hessian(
             float32: the devices' faster formats (TF32, bfloat16) disturb the smallest eigenvalues.
         linear_bytes: memory in which the linearised batches are kept from the first product on, if they fit
             and are not a stream; 0 linearises in every product. None: a quarter of the device's memory.
+        weight_fn: `weight_fn(batch) -> scalar`, how much a batch's mean counts when means are put together:
+            its tokens that are no padding, the sum of its class weights. None: its number of examples.
 
     Raises:
-        ValueError: no batches; nothing prunable; weights of fewer than 32 bits; non-finite weights or loss;
-            data that changes from one pass to the next; a loss that is not a mean over examples.
+        ValueError: no batches; nothing prunable; weights of fewer than 32 bits, or a loss that computes with
+            fewer; non-finite weights or loss; data that changes from one pass to the next; a loss that is not
+            a mean over examples, or over what `weight_fn` counts.
 
     Examples:
         The Hessian of mean(x w)^2 / 2 is the mean of x^2.
@@ -62,7 +69,7 @@ def hessian(
         Array([[7.]], dtype=float32)
     """
     require_problem("hessian(loss_fn, params, batches)", params, loss_fn=loss_fn)
-    product = HessianProduct(loss_fn, precision)
+    product = HessianProduct(loss_fn, precision, weight_fn)
     return _curvature(product, params, batches, prunable, linear_bytes, positive_semidefinite=False)
 
 
@@ -75,6 +82,7 @@ def gauss_newton(
     prunable: Prunable = is_kernel,
     precision: str = "highest",
     linear_bytes: int | None = None,
+    weight_fn: Callable[[PyTree], jax.Array] | None = None,
 ) -> Curvature:
     r"""The generalised Gauss-Newton matrix J^T (d^2 loss / d outputs^2) J on the prunable weights.
 
@@ -89,6 +97,7 @@ def gauss_newton(
         prunable: pytree of bools like params, or `fn(path, leaf) -> bool`; default: `is_kernel`.
         precision: of matrix products, as for `hessian`.
         linear_bytes: memory for the linearised batches, as for `hessian`.
+        weight_fn: how much a batch counts, as for `hessian`.
 
     Raises:
         ValueError: as for `hessian`.
@@ -104,7 +113,7 @@ def gauss_newton(
     """
     call = "gauss_newton(predict_fn, loss_fn, params, batches)"
     require_problem(call, params, predict_fn=predict_fn, loss_fn=loss_fn)
-    product = GaussNewtonProduct(predict_fn, loss_fn, precision)
+    product = GaussNewtonProduct(predict_fn, loss_fn, precision, weight_fn)
     return _curvature(product, params, batches, prunable, linear_bytes, positive_semidefinite=True)
 
 
@@ -123,13 +132,31 @@ def _curvature(
     weights, rest = partition(params, prunable)
     require_single_precision(weights)
     batches = placed_batches(Loss(product), batches, weights, rest)
-    groups = placed_groups(Loss(product), grouped(batches), weights, rest)
-    num_examples, mean_loss = check_data(product, weights, rest, groups)
+    groups = used = placed_groups(Loss(product), grouped(batches), weights, rest)
     if isinstance(batches, Batches):
-        size = suitable_batch_size(product, weights, rest, batches.arrays)
-        groups = grouped(replace(batches, batch_size=size))
-        for group in groups:  # of the loss as it is now, whatever its surroundings become
+        size = _size_for_products(product, weights, rest, batches)
+        used = grouped(replace(batches, batch_size=size))
+    checked = check_loss(product, weights, rest, groups, used)
+    if isinstance(batches, Batches):
+        for group in used:  # of the loss as it is now, whatever its surroundings become
             linear_batch_bytes(product, weights, rest, group)
     return Curvature(
-        weights, rest, groups, mean_loss, num_examples, product, positive_semidefinite, linear_bytes
+        weights,
+        rest,
+        used,
+        checked.loss,
+        checked.num_examples,
+        product,
+        positive_semidefinite,
+        linear_bytes,
+        checked.total_weight,
     )
+
+
+def _size_for_products(product: Product, weights: PyTree, rest: PyTree, batches: Batches) -> int:
+    """The caller's, where the loss takes batches of that size only: it may have a state of fixed size."""
+    given = partial(takes, product, weights, rest, batches.arrays)
+    if not (given(2) and given(4)):
+        return batches.batch_size
+    size = suitable_batch_size(product, weights, rest, batches.arrays)
+    return size if given(size) else batches.batch_size

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from jaxlimit.core.batches import ExampleSum, mean_of_sum
 from jaxlimit.core.sharding import explicit_sharding, sharding_like
 from jaxlimit.core.trees import Prunable, PyTree, combine, partition
-from jaxlimit.curvature.data_checks import data_changed, require_single_precision
+from jaxlimit.curvature.data_checks import require_same_weight, require_single_precision
 from jaxlimit.curvature.dense_matrix import dense_matrix
 from jaxlimit.curvature.products import (
     LinearGroup,
@@ -36,6 +36,7 @@ from jaxlimit.curvature.products import (
     linearize_groups,
     num_bytes,
 )
+from jaxlimit.curvature.rounding import measured_rounding
 
 # Linearised batches that another compiled function may hold as constants, in bytes.
 CONSTANT_BYTES = 2**26
@@ -59,6 +60,8 @@ class Curvature:
         product: products of one batch.
         positive_semidefinite: whether the matrix has no negative eigenvalue by construction.
         linear_bytes: memory for the linearised batches, as for `hessian`.
+        total_weight: what the weights of all batches add up to: the number of examples, or what `weight_fn`
+            counts.
     """
 
     weights: PyTree
@@ -69,6 +72,7 @@ class Curvature:
     product: Product
     positive_semidefinite: bool
     linear_bytes: int
+    total_weight: float
 
     @property
     def dim(self) -> int:
@@ -104,13 +108,13 @@ class Curvature:
 
     def mean_loss(self, weights: PyTree) -> float:
         """The mean loss itself at other weights, shaped like `weights`; all other parameters as they are."""
-        found, num_examples = self.product.loss_sum(self.groups, weights, self.rest)
-        return float(found) / num_examples
+        found, weight = self.product.loss_sum(self.groups, weights, self.rest)
+        return float(found) / weight
 
-    @property
+    @cached_property
     def rounding(self) -> float:
-        """Relative error of a product, in units of ||H||: machine epsilon of the weights."""
-        return max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(self.weights))
+        """Relative error of a product, in units of ||H||: see `measured_rounding`; three products, once."""
+        return measured_rounding(self.matvec, self.weights)
 
     def matvec(self, vector: PyTree) -> PyTree:
         """H v for one vector shaped like `weights`. Cost: about two gradients of the loss."""
@@ -133,7 +137,7 @@ class Curvature:
         linear = self._linear_inside() if _any_tracer((vectors, self.weights)) else self.linear
         if linear is None:
             return self._mean(self.product.sum, vectors)
-        return self.product.linear_mean(linear, self.num_examples, vectors)
+        return self.product.linear_mean(linear, self.total_weight, vectors)
 
     @cached_property
     def linear(self) -> list[LinearGroup] | None:
@@ -156,10 +160,10 @@ class Curvature:
         return dense_matrix(self.matmat, self.weights)
 
     def _mean(self, total: ExampleSum, *args: PyTree) -> PyTree:
-        found, num_examples = total(self.groups, self.weights, self.rest, *args)
-        if num_examples != self.num_examples:
-            raise ValueError(data_changed(f"{self.num_examples} examples", f"{num_examples}"))
-        return mean_of_sum(found, num_examples)
+        found, weight = total(self.groups, self.weights, self.rest, *args)
+        if not isinstance(weight, Tracer):
+            require_same_weight(self.product.weight, self.total_weight, weight)
+        return mean_of_sum(found, self.total_weight)
 
     def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], tuple]:
         """Leaves are all arrays that there are, for `jax.tree`."""
@@ -179,6 +183,7 @@ class Curvature:
             self.product,
             self.positive_semidefinite,
             self.linear_bytes,
+            self.total_weight,
             None if in_memory else self.groups,
         )
         return [(names(name), value) for name, value in leaves.items()], fixed
@@ -186,10 +191,20 @@ class Curvature:
     @classmethod
     def tree_unflatten(cls, fixed: tuple, leaves: Iterable[Any]) -> "Curvature":
         """The curvature with other leaves, for `jax.tree`."""
-        num_examples, product, positive_semidefinite, linear_bytes, stream = fixed
+        num_examples, product, positive_semidefinite, linear_bytes, total_weight, stream = fixed
         weights, rest, loss, groups, linear, gradient = leaves
         groups = groups if stream is None else stream
-        made = cls(weights, rest, groups, loss, num_examples, product, positive_semidefinite, linear_bytes)
+        made = cls(
+            weights,
+            rest,
+            groups,
+            loss,
+            num_examples,
+            product,
+            positive_semidefinite,
+            linear_bytes,
+            total_weight,
+        )
         known = {"linear": linear, "gradient": gradient}
         vars(made).update({name: value for name, value in known.items() if value is not None})
         return made

@@ -14,7 +14,15 @@ from functools import cached_property, partial
 import jax
 import jax.numpy as jnp
 
-from jaxlimit.core.batches import ExampleSum, batch_length, check_scalar, first_of, running_sum
+from jaxlimit.core.batches import (
+    ExampleSum,
+    batch_length,
+    batch_weight,
+    check_scalar,
+    first_of,
+    running_sum,
+    weighted,
+)
 from jaxlimit.core.convolutions import convolves, primitives, quick_in_loops
 from jaxlimit.core.loops import apart, each_of, scan
 from jaxlimit.core.programs import Program, Traced
@@ -36,6 +44,7 @@ class _Product:
     """What the two products have in common."""
 
     precision: str
+    weight_fn: Callable | None
 
     def loss(self, params: PyTree, batch: PyTree) -> jax.Array:
         """Mean loss of the batch."""
@@ -71,28 +80,33 @@ class _Product:
         return self.apply(self.linearize(weights, rest, batch), vectors)
 
     @cached_property
+    def weight(self) -> Traced | None:
+        """How much a batch counts; None: its number of examples."""
+        return None if self.weight_fn is None else Traced(self.weight_fn)
+
+    @cached_property
     def sum(self) -> ExampleSum:
         """Sum of the products over batches, each of them linearised anew."""
-        return ExampleSum(self)
+        return ExampleSum(self, self.weight)
 
     @cached_property
     def loss_sum(self) -> ExampleSum:
         """Sum of the losses over batches."""
-        return ExampleSum(Loss(self))
+        return ExampleSum(Loss(self), self.weight)
 
     @cached_property
     def gradient_sum(self) -> ExampleSum:
         """Sum of the gradients over batches."""
-        return ExampleSum(Gradient(self))
+        return ExampleSum(Gradient(self), self.weight)
 
     @cached_property
     def group_mean(self) -> Program:
-        """`(linear_group, num_examples, vectors)`: its share of the mean over `num_examples`."""
+        """`(linear_group, total_weight, vectors)`: its share of the mean, whose weights add up to that."""
         return Program(partial(_group_mean, self))
 
-    def linear_mean(self, groups: list["LinearGroup"], num_examples: int, vectors: PyTree) -> PyTree:
-        """sum_b n_b H_b V / N over linearised batches: a compiled call for each group."""
-        return running_sum(self.group_mean(group, num_examples, vectors) for group in groups)
+    def linear_mean(self, groups: list["LinearGroup"], total_weight: float, vectors: PyTree) -> PyTree:
+        """sum_b W_b H_b V / sum_b W_b over linearised batches: a compiled call for each group."""
+        return running_sum(self.group_mean(group, total_weight, vectors) for group in groups)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +115,7 @@ class HessianProduct(_Product):
 
     loss_fn: Callable
     precision: str
+    weight_fn: Callable | None = None
 
     @cached_property
     def _loss(self) -> Traced:
@@ -128,6 +143,7 @@ class GaussNewtonProduct(_Product):
     predict_fn: Callable
     output_loss: Callable
     precision: str
+    weight_fn: Callable | None = None
 
     @cached_property
     def _predict(self) -> Traced:
@@ -205,7 +221,7 @@ class Loss:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["linear"],
+    data_fields=["linear", "weights"],
     meta_fields=["num_batches", "batch_size", "sharding"],
 )
 @dataclass(frozen=True)
@@ -213,9 +229,11 @@ class LinearGroup:
     """Batches of one shape, linearised: the leaves of `linear` have a leading axis of batches.
 
     Where the batches are divided over devices, `linear` holds the parts, and `batch_size` is theirs.
+    `weights` are of batches, or of parts; None where each counts as its number of examples.
     """
 
     linear: PyTree
+    weights: jax.Array | None
     num_batches: int
     batch_size: int
     sharding: ExampleSharding | None
@@ -226,25 +244,31 @@ def linearize_group(
 ) -> LinearGroup:
     """Linearises stacked batches, one after the other."""
 
-    def linearize(weights: PyTree, rest: PyTree, group: PyTree) -> PyTree:
-        return each_of(lambda batch: product.linearize(weights, rest, batch), group, num_batches)
+    def linearize(weights: PyTree, rest: PyTree, batch: PyTree) -> tuple[PyTree, jax.Array | None]:
+        weight = None if product.weight is None else batch_weight(product.weight, batch)
+        return product.linearize(weights, rest, batch), weight
+
+    def linearize_all(weights: PyTree, rest: PyTree, group: PyTree) -> PyTree:
+        return each_of(partial(linearize, weights, rest), group, num_batches)
 
     num_batches = batch_length(group)
-    linear = on_parts(linearize, sharding, (None, None, 1))(weights, rest, group)
+    linear, of_batches = on_parts(linearize_all, sharding, (None, None, 1))(weights, rest, group)
     batch_size = batch_length(jax.eval_shape(first_of, group))
-    return LinearGroup(linear, num_batches, batch_size // _num_shards(sharding), sharding)
+    return LinearGroup(linear, of_batches, num_batches, batch_size // _num_shards(sharding), sharding)
 
 
-def _group_mean(product: _Product, group: LinearGroup, num_examples: int, vectors: PyTree) -> PyTree:
-    def batch_sum(vectors: PyTree, linear: PyTree) -> PyTree:
-        def add(total: PyTree, linear: PyTree) -> tuple[PyTree, None]:
+def _group_mean(product: _Product, group: LinearGroup, total_weight: float, vectors: PyTree) -> PyTree:
+    def batch_sum(vectors: PyTree, batches: PyTree) -> PyTree:
+        def add(total: PyTree, batch: PyTree) -> tuple[PyTree, None]:
+            linear, weight = batch
+            weight = group.batch_size if weight is None else weight
             part = product.apply(linear, vectors)
-            return jax.tree.map(lambda t, x: t + group.batch_size * x, total, part), None
+            return jax.tree.map(lambda t, x: t + weighted(weight, x), total, part), None
 
-        return scan(add, jax.tree.map(jnp.zeros_like, vectors), linear, group.num_batches)[0]
+        return scan(add, jax.tree.map(jnp.zeros_like, vectors), batches, group.num_batches)[0]
 
-    total = sum_of_parts(batch_sum, group.sharding, (None, 0))(vectors, group.linear)
-    return jax.tree.map(lambda x: x / num_examples, total)
+    total = sum_of_parts(batch_sum, group.sharding, (None, 0))(vectors, (group.linear, group.weights))
+    return jax.tree.map(lambda x: x / total_weight, total)
 
 
 def num_bytes(tree: PyTree) -> int:

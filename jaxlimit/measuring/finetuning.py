@@ -17,12 +17,22 @@ import numpy as np
 import optax
 from numpy.typing import ArrayLike, NDArray
 
-from jaxlimit.core.batches import ExampleSum, batch_length, check_scalar, first_of, grouped
+from jaxlimit.core.batches import (
+    ExampleSum,
+    batch_length,
+    batch_weight,
+    check_scalar,
+    first_of,
+    grouped,
+    weighted,
+)
 from jaxlimit.core.checks import require_count, require_problem
+from jaxlimit.core.cuts import Sampled
 from jaxlimit.core.programs import Program, Traced
 from jaxlimit.core.sharding import example_sharding, sum_of_parts
 from jaxlimit.core.trees import Prunable, PyTree, combine, is_kernel, partition
 from jaxlimit.curvature.products import each
+from jaxlimit.curvature.value_checks import ValueCheck
 from jaxlimit.measuring.metrics import Metrics, scalars
 from jaxlimit.measuring.sweeps import Sweep, chunks, joined, means, pruned, removal_ranks, removals
 
@@ -76,7 +86,7 @@ def finetuned_sweep(
         Sweep with the metric "loss" (lowest training loss, the start included), and the eval metrics.
 
     Raises:
-        ValueError: as for `sparsity_sweep`; num_steps below 1; a loss that is not a scalar.
+        ValueError: as for `sparsity_sweep`; num_steps below 1; a loss that is not a scalar, or not a mean.
 
     Examples:
         >>> def loss(w, x): return jnp.mean((x @ w - 2.0) ** 2)
@@ -128,9 +138,11 @@ class FinetunedNetwork:
         require_count("num_steps", num_steps)
         self._weights, self._rest = partition(params, prunable)
         self._dim, self._ranks = removal_ranks(self._weights, scores)
-        self._groups = list(grouped(batches))
+        sampled = Sampled(list(grouped(batches)))
+        self._groups = list(sampled)
+        ValueCheck(loss_fn, weight_fn, "loss_fn").few(combine(self._weights, self._rest), sampled.batches)
         self._eval_groups = self._groups if eval_batches is None else grouped(eval_batches)
-        self._metrics_sum = None if metrics_fn is None else ExampleSum(_tuned(scalars(metrics_fn)))
+        self._metrics_sum = None if metrics_fn is None else ExampleSum(_tuned(scalars(metrics_fn)), weight_fn)
         self._num_passes, self._learning_rate = num_steps + 1, learning_rate
         loss = Traced(loss_fn)
         self._start = Program(partial(_start, loss))
@@ -272,15 +284,14 @@ def _adder(
     """`add(current, i, sums)`: with batch i of a group."""
 
     def part(current: PyTree, rest: PyTree, batch: PyTree) -> _Pass:
-        weight = batch_length(batch) if weight_fn is None else weight_fn(batch)
-        weight = jnp.asarray(weight, like.weight.dtype)
+        weight = jnp.asarray(batch_weight(weight_fn, batch), like.weight.dtype)
 
         def one(weights: PyTree) -> tuple[jax.Array, PyTree]:
             return jax.value_and_grad(lambda w: loss_fn(combine(w, rest), batch))(weights)
 
         loss, gradient = each(one, current)
         return jax.tree.map(
-            lambda x, s: weight * x.astype(s.dtype), _Pass(jnp.ones(()), loss, gradient), like
+            lambda x, s: weighted(weight, x.astype(s.dtype)), _Pass(jnp.ones(()), loss, gradient), like
         )
 
     of_all = sum_of_parts(part, example_sharding(group, axis=1), (None, None, 0))

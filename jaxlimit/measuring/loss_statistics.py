@@ -5,12 +5,17 @@ from dataclasses import dataclass
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from numpy.typing import NDArray
 
-from jaxlimit.core.batches import check_scalar, grouped
+from jaxlimit.core.batches import batch_weight, check_scalar, grouped, sum_of_weights
 from jaxlimit.core.checks import NOT_FINITE_CAUSES, require_problem
+from jaxlimit.core.cuts import Sampled, mixed
 from jaxlimit.core.programs import Program, Traced
 from jaxlimit.core.trees import PyTree, frozen, thawed
+from jaxlimit.curvature.mean_checks import LEAST_LOSS
+from jaxlimit.curvature.value_checks import ValueCheck
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["mean", "batch_std"], meta_fields=["num_examples"])
@@ -20,8 +25,9 @@ class LossStatistics:
 
     Attributes:
         mean: mean loss over all examples.
-        batch_std: population standard deviation of the batches' mean losses, each batch counted once:
-            the paper's code takes it as loss tolerance, with 128 examples a batch in a fixed order.
+        batch_std: population standard deviation of the batches' mean losses, each batch counted once, or with
+            `weight_fn` as much as that says: the paper's code takes it as loss tolerance, with 128 examples a
+            batch in a fixed order.
         num_examples: number of examples.
     """
 
@@ -31,17 +37,26 @@ class LossStatistics:
 
 
 def loss_statistics(
-    loss_fn: Callable[[PyTree, PyTree], jax.Array], params: PyTree, batches: Iterable[PyTree]
+    loss_fn: Callable[[PyTree, PyTree], jax.Array],
+    params: PyTree,
+    batches: Iterable[PyTree],
+    *,
+    weight_fn: Callable[[PyTree], jax.Array] | None = None,
 ) -> LossStatistics:
-    """Example-weighted mean of the loss and standard deviation of the batch means, in one pass.
+    """Weighted mean of the loss and standard deviation of the batch means.
+
+    Cost: the loss of all data, of data in memory twice: the same examples must have the same mean loss in
+    other batches. Losses may be of any precision; their sums are float64.
 
     Args:
-        loss_fn: `loss_fn(params, batch) -> scalar`, mean over the batch's examples.
+        loss_fn: `loss_fn(params, batch) -> scalar`, mean over the batch's examples, or over what `weight_fn`
+            counts.
         params: pytree of parameters.
         batches: `Batches`, a list of batches or any re-iterable of batches.
+        weight_fn: how much a batch counts, as for `hessian`.
 
     Raises:
-        ValueError: no batches, or a loss that is not finite.
+        ValueError: no batches, a loss that is not finite, or not a mean; unusable weights.
 
     Examples:
         >>> from jaxlimit import batched
@@ -51,26 +66,48 @@ def loss_statistics(
         3.40 1.55
     """
     require_problem("loss_statistics(loss_fn, params, batches)", params, loss_fn=loss_fn)
-    params, losses, sizes = frozen(params), [], []
-    losses_of = Program(partial(batch_losses, Traced(loss_fn)))
-    for group in grouped(batches):
-        losses.append(np.asarray(losses_of(params, group), np.float64))
-        sizes += [jax.tree.leaves(group)[0].shape[1]] * len(losses[-1])
-    if not losses:
-        raise ValueError("batches hold no examples.")
-    values = np.concatenate(losses)
-    if not np.all(np.isfinite(values)):
-        bad = int(np.argmin(np.isfinite(values)))
+    params, groups = frozen(params), grouped(batches)
+    losses_of = Program(partial(batch_losses, Traced(loss_fn), weight_fn))
+    passed = Sampled(groups)
+    values, weights = _losses(losses_of, params, passed)
+    counted = weights > 0
+    usable = np.isfinite(values) | ~counted
+    if not np.all(usable):
+        bad = int(np.argmin(usable))
         raise ValueError(f"the loss is not finite in batch {bad}. {NOT_FINITE_CAUSES}")
-    return LossStatistics(float(np.average(values, weights=sizes)), float(np.std(values)), int(sum(sizes)))
+    mean = float(np.average(values[counted], weights=weights[counted]))
+    check = ValueCheck(loss_fn, weight_fn, "loss_fn")
+    check.few(params, passed.batches)
+    if isinstance(groups, list):
+        others, other_weights = _losses(losses_of, params, mixed(groups))
+        other = np.sum(np.where(other_weights > 0, others * other_weights, 0)) / np.sum(other_weights)
+        check.all(params, passed.batches[0][0], mean, other, LEAST_LOSS)
+    # The paper counts every batch once.
+    spread = values - np.mean(values) if weight_fn is None else values[counted] - mean
+    variance = np.average(spread**2, weights=None if weight_fn is None else weights[counted])
+    return LossStatistics(mean, float(np.sqrt(variance)), passed.num_examples)
 
 
-def batch_losses(loss_fn: Callable, params: PyTree, group: PyTree) -> jax.Array:
-    """Mean loss of each of several stacked batches."""
+def _losses(
+    losses_of: Program, params: PyTree, groups: Iterable[PyTree]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean losses of all batches, and how much each counts."""
+    found = [losses_of(params, group) for group in groups]
+    if not found:
+        raise ValueError("batches hold no examples.")
+    losses, weights = ([np.asarray(x, np.float64) for x in side] for side in zip(*found, strict=True))
+    sum_of_weights(weights)
+    return np.concatenate(losses), np.concatenate(weights)
 
-    def loss(batch: PyTree) -> jax.Array:
+
+def batch_losses(
+    loss_fn: Callable, weight_fn: Callable | None, params: PyTree, group: PyTree
+) -> tuple[jax.Array, jax.Array]:
+    """Mean loss of each of several stacked batches, and how much it counts."""
+
+    def loss(batch: PyTree) -> tuple[jax.Array, jax.Array]:
         value = loss_fn(thawed(params), batch)
         check_scalar(value)
-        return value
+        return value, jnp.asarray(batch_weight(weight_fn, batch), jnp.float32)
 
     return jax.lax.map(loss, group)

@@ -13,9 +13,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from jaxlimit.core.batches import ExampleSum, grouped
 from jaxlimit.core.checks import require_problem
+from jaxlimit.core.cuts import Sampled, mixed
 from jaxlimit.core.placement import placed_batches, placed_groups
 from jaxlimit.core.trees import Prunable, PyTree, combine, is_kernel, partition, unflatten
 from jaxlimit.curvature.products import each
+from jaxlimit.curvature.value_checks import ValueCheck
 from jaxlimit.geometry.magnitude import magnitude_order, num_removed
 from jaxlimit.measuring.metrics import Metrics, require_known, require_numbers, scalars
 
@@ -75,6 +77,7 @@ def sparsity_sweep(
     prunable: Prunable = is_kernel,
     scores: PyTree | None = None,
     chunk_size: int = 8,
+    weight_fn: Callable[[PyTree], jax.Array] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Sweep:
     """Metrics of the one-shot magnitude-pruned network at each sparsity, without any retraining.
@@ -84,18 +87,20 @@ def sparsity_sweep(
     CPU one.
 
     Args:
-        metrics_fn: `metrics_fn(params, batch) -> {name: scalar}`, means over the batch's examples.
+        metrics_fn: `metrics_fn(params, batch) -> {name: scalar}`, means over the batch's examples, or over
+            what `weight_fn` counts, of any precision; their sums are float32 at least.
         params: pytree of parameters.
         batches: `batched(...)`, a list of batches, or any re-iterable of batches.
         sparsities: fractions of the prunable weights to remove, in [0, 1]; sorted on return.
         prunable: as for `hessian`.
         scores: as for `pruning_limit`: another order than that of the magnitudes.
         chunk_size: sparsities of a call, evaluated side by side; on a CPU one after the other.
+        weight_fn: how much a batch counts, as for `hessian`.
         progress: called after each chunk with (sparsities done, sparsities in all).
 
     Raises:
         ValueError: a sparsity outside [0, 1], none at all, or what `hessian` refuses of params; metrics that
-            are no scalars, or finite at no sparsity.
+            are no scalars, no means, or finite at no sparsity.
 
     Examples:
         >>> from jaxlimit import batched
@@ -106,7 +111,7 @@ def sparsity_sweep(
     """
     call = "sparsity_sweep(metrics_fn, params, batches, sparsities)"
     require_problem(call, params, metrics_fn=metrics_fn)
-    network = PrunedNetwork(params, metrics_fn, prunable=prunable, scores=scores)
+    network = PrunedNetwork(params, metrics_fn, prunable=prunable, scores=scores, weight_fn=weight_fn)
     return network.sweep(batches, sparsities, chunk_size=chunk_size, progress=progress)
 
 
@@ -118,6 +123,7 @@ class PrunedNetwork:
         metrics_fn: as for `sparsity_sweep`.
         prunable: as for `sparsity_sweep`.
         scores: as for `sparsity_sweep`.
+        weight_fn: as for `sparsity_sweep`.
 
     Raises:
         ValueError: what `hessian` refuses of params.
@@ -130,9 +136,12 @@ class PrunedNetwork:
         *,
         prunable: Prunable = is_kernel,
         scores: PyTree | None = None,
+        weight_fn: Callable[[PyTree], jax.Array] | None = None,
     ) -> None:
         self.params, self.metrics_fn = params, metrics_fn
-        self.metrics_sum = ExampleSum(_PrunedMetrics(scalars(metrics_fn)))
+        metrics = scalars(metrics_fn)
+        self.metrics_sum = ExampleSum(_PrunedMetrics(metrics), weight_fn)
+        self.check, self.checked = ValueCheck(metrics, weight_fn, "metrics_fn"), None
         self.weights, self.rest = partition(params, prunable)
         self.dim, self.ranks = removal_ranks(self.weights, scores)
 
@@ -146,14 +155,37 @@ class PrunedNetwork:
     ) -> Sweep:
         """As `sparsity_sweep`."""
         grid, counts = removals(self.dim, sparsities)
-        batches = placed_batches(self.metrics_fn, batches, self.params)
+        given, batches = batches, placed_batches(self.metrics_fn, batches, self.params)
         groups, parts = placed_groups(self.metrics_fn, grouped(batches), self.params), []
         for chunk, used in chunks(counts, chunk_size):
-            total, num_examples = self.metrics_sum(groups, self.weights, self.rest, self.ranks, chunk)
-            parts.append(means(total, num_examples, used))
+            passed = Sampled(groups)
+            found = self._means(passed, chunk)
+            if self.checked is not given:
+                self._require_means(passed, groups, chunk, found)
+                self.checked = given
+            parts.append({name: values[:used] for name, values in found.items()})
             if progress is not None:
                 progress(min(len(parts) * chunk_size, len(grid)), len(grid))
         return joined(grid, parts)
+
+    def _means(self, groups: Iterable[PyTree], counts: NDArray[np.int32]) -> dict[str, NDArray[np.float64]]:
+        total, weight = self.metrics_sum(groups, self.weights, self.rest, self.ranks, counts)
+        return means(total, weight, len(counts))
+
+    def _require_means(
+        self,
+        passed: Sampled,
+        groups: Iterable[PyTree],
+        counts: NDArray[np.int32],
+        found: dict[str, NDArray[np.float64]],
+    ) -> None:
+        """Metrics are the same in other batches; of a stream only a few examples are looked at."""
+        params = combine(self.weights, self.rest)
+        self.check.few(params, passed.batches)
+        if isinstance(groups, list):
+            # Rounding may turn the predictions of two examples.
+            least = 2 / passed.num_examples
+            self.check.all(params, passed.batches[0][0], found, self._means(mixed(groups), counts), least)
 
 
 def removal_ranks(weights: PyTree, scores: PyTree | None) -> tuple[int, PyTree]:
@@ -179,9 +211,9 @@ def chunks(counts: NDArray[np.int64], size: int) -> Iterable[tuple[NDArray[np.in
         yield np.pad(chunk, (0, min(size, len(counts)) - len(chunk)), mode="edge"), len(chunk)
 
 
-def means(total: dict[str, jax.Array], num_examples: int, used: int) -> dict[str, NDArray[np.float64]]:
+def means(total: dict[str, jax.Array], weight: float, used: int) -> dict[str, NDArray[np.float64]]:
     """Sums over examples as means, of the first `used` sparsities of a chunk."""
-    return {name: np.asarray(x, np.float64)[:used] / num_examples for name, x in total.items()}
+    return {name: np.asarray(x, np.float64)[:used] / weight for name, x in total.items()}
 
 
 def joined(grid: NDArray[np.float64], parts: list[dict[str, NDArray[np.float64]]]) -> Sweep:

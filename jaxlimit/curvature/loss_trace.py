@@ -1,0 +1,135 @@
+"""What the trace of a loss says about it: in which precision it computes, and whether it has a penalty.
+
+Dependence on the weights is followed through all operations from the weights to the loss. Data or constants
+of low precision do no harm there; what depends on the weights does.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from jaxlimit.core.trees import PyTree
+
+# What a number depends on: marks that add up.
+WEIGHTS, DATA = 1, 2
+
+
+@dataclass
+class LossTrace:
+    """What was found on the way from the weights to the loss.
+
+    Attributes:
+        coarse: the numbers of fewer than 32 bits that stand there.
+        penalty: whether a term of the weights alone is added to what depends on the data.
+    """
+
+    coarse: dict[str, float] = field(default_factory=dict)
+    penalty: bool = False
+
+    @property
+    def epsilon(self) -> float:
+        """Machine epsilon of the coarsest number; 0 where all are float32 or float64."""
+        return max(self.coarse.values(), default=0.0)
+
+
+def trace_loss(loss_fn: Callable[[PyTree, PyTree], Any], weights: PyTree, batch: PyTree) -> LossTrace:
+    """Follows the weights through a loss, as far as derivatives go."""
+    closed = jax.make_jaxpr(loss_fn)(weights, batch)
+    marks = [WEIGHTS] * len(jax.tree.leaves(weights)) + [DATA] * len(jax.tree.leaves(batch))
+    found = LossTrace()
+    _follow(closed.jaxpr, marks, found)
+    return found
+
+
+def _follow(jaxpr: Jaxpr, marks: list[int], found: LossTrace) -> list[int]:
+    """Marks of the results, given those of the arguments."""
+    known = dict(zip(jaxpr.invars, marks, strict=True)) | dict.fromkeys(jaxpr.constvars, 0)
+
+    def mark_of(atom: Any) -> int:
+        return 0 if isinstance(atom, Literal) else known.get(atom, DATA)  # of what has no derivative
+
+    for equation in _needed(jaxpr):
+        given = [mark_of(x) for x in equation.invars]
+        results = _results(equation, given, found)
+        for var, mark in zip(equation.outvars, results, strict=True):
+            if not _is_inexact(var):
+                mark &= ~WEIGHTS
+            elif mark & WEIGHTS and jnp.finfo(var.aval.dtype).bits < 32:
+                found.coarse[str(var.aval.dtype)] = float(jnp.finfo(var.aval.dtype).eps)
+            known[var] = mark
+        _look_at(equation, given, found)
+    return [mark_of(x) for x in jaxpr.outvars]
+
+
+def _look_at(equation: Any, given: list[int], found: LossTrace) -> None:
+    name = equation.primitive.name
+    if name == "reduce_precision" and given[0] & WEIGHTS and equation.params["mantissa_bits"] < 23:
+        bits = equation.params["mantissa_bits"]
+        found.coarse[f"numbers of {bits} binary digits"] = 2.0**-bits
+    if name in ("add", "sub", "add_any") and equation.outvars[0].aval.shape == ():
+        found.penalty |= WEIGHTS in given and any(mark & DATA for mark in given)
+
+
+def _results(equation: Any, given: list[int], found: LossTrace) -> list[int]:
+    together = 0
+    for mark in given:
+        together |= mark
+    results = [0] * len(equation.outvars)
+    inner = [sub for sub in _inner(equation) if len(sub.outvars) == len(results)]
+    if not inner:
+        return [together] * len(results)
+    for sub in inner:
+        marks = given[-len(sub.invars) :] if len(sub.invars) <= len(given) else [together] * len(sub.invars)
+        while True:  # until what a loop carries has the marks of its results
+            new = _follow(sub, marks, found)
+            results = [one | other for one, other in zip(results, new, strict=True)]
+            carried = _carried(equation, len(sub.invars))
+            again = list(marks)
+            for place, mark in zip(carried, new, strict=False):
+                again[place] |= mark
+            if again == marks:
+                break
+            marks = again
+    return results
+
+
+def _carried(equation: Any, num_args: int) -> range:
+    """Which arguments of a loop's body are its first results of the step before."""
+    if equation.primitive.name == "scan":
+        first = equation.params["num_consts"]
+        return range(first, first + equation.params["num_carry"])
+    if equation.primitive.name == "while":
+        return range(num_args - len(equation.outvars), num_args)
+    return range(0)
+
+
+def _inner(equation: Any) -> Iterator[Jaxpr]:
+    """The programs within an operation."""
+    for name, value in equation.params.items():
+        for sub in value if isinstance(value, (tuple, list)) else (value,):
+            if name != "cond_jaxpr" and isinstance(sub, ClosedJaxpr):
+                yield sub.jaxpr
+            elif name != "cond_jaxpr" and isinstance(sub, Jaxpr):
+                yield sub
+
+
+def _needed(jaxpr: Jaxpr) -> list[Any]:
+    """The operations through which derivatives go to the results, in their order."""
+    needed = {x for x in jaxpr.outvars if not isinstance(x, Literal)}
+    found = []
+    for equation in reversed(jaxpr.eqns):
+        differentiable = equation.primitive.name != "stop_gradient" and any(
+            map(_is_inexact, equation.outvars)
+        )
+        if differentiable and needed.intersection(equation.outvars):
+            needed |= {x for x in equation.invars if not isinstance(x, Literal)}
+            found.append(equation)
+    return found[::-1]
+
+
+def _is_inexact(var: Any) -> bool:
+    return jnp.issubdtype(var.aval.dtype, jnp.inexact)

@@ -1,0 +1,133 @@
+"""Whether metrics are the means that they are taken for: the check of a loss, without gradients.
+
+A few examples of a first, a middle and a last batch are compared in fours and in twos, at the parameters and
+at two others nearby: what is no mean is none there either, while a prediction that rounding turns is.
+"""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlimit.core.batches import batch_length, batch_weight, first_of, weighted
+from jaxlimit.core.cuts import samples
+from jaxlimit.core.programs import Program, Traced
+from jaxlimit.core.trees import PyTree, frozen, thawed
+from jaxlimit.curvature.data_checks import not_a_mean
+from jaxlimit.curvature.loss_trace import LossTrace
+from jaxlimit.curvature.mean_checks import LEAST_LOSS, OTHERWISE
+from jaxlimit.curvature.scattered import moved_weights
+
+# Relative difference beyond which values differ, and where some number has fewer than 32 bits.
+TOLERANCE, COARSE_TOLERANCE = 1e-3, 0.04
+COARSE = re.compile(r"\b(b?f16|f8\w*)\[")
+# How far the other parameters are, in units of their root mean square in each array.
+AMOUNTS = (0.0, 0.01, 0.02)
+
+Metrics = Callable[[PyTree, PyTree], Any]
+
+
+class ValueCheck:
+    """Compares metrics in several cuts of the data.
+
+    Args:
+        metrics_fn: `metrics_fn(params, batch) -> pytree of scalars`.
+        weight_fn: how much a batch counts, or None.
+        what: the function's name for the caller.
+    """
+
+    def __init__(self, metrics_fn: Metrics, weight_fn: Callable | None, what: str) -> None:
+        self.metrics_fn = Traced(lambda params, batch: metrics_fn(thawed(params), batch))
+        self.weight_fn, self.what = weight_fn, what
+
+    def few(self, params: PyTree, batches: list[tuple[PyTree, int]]) -> None:
+        """Raises ValueError if a metric of a few examples of these batches is no mean over their parts."""
+        params = frozen(params)
+        for small in samples(batches):
+            size = next((n for n in (2, 1) if self._takes(params, small, n)), None)
+            if size is None:
+                continue
+            compare = Program(partial(self._in_parts, size))
+            near = [compare(_near(params, amount), small) for amount in AMOUNTS]
+            tolerance = self._tolerance(params, small)
+            shares = [jax.tree.map(partial(_share, tolerance), *values) for values in near]
+            for path, *found in _together(shares):
+                if all(share > 0 for share in found):
+                    self._refuse(
+                        path, f"of a few examples and of their parts it differs by {found[0]:.2g} of it"
+                    )
+
+    def all(self, params: PyTree, batch: PyTree, first: PyTree, second: PyTree, least: float) -> None:
+        """Raises ValueError if the means over all data differ in two cuts at every place of their arrays."""
+        tolerance = self._tolerance(frozen(params), batch)
+        for path, one, other in _together([first, second]):
+            difference = np.abs(np.asarray(one) - np.asarray(other))
+            if np.all(difference > tolerance * np.abs(one) + least):
+                values = f"{np.ravel(one)[0]:.6g}, and {np.ravel(other)[0]:.6g} {OTHERWISE}"
+                self._refuse(path, f"its mean is {values}")
+
+    def _refuse(self, path: str, found: str) -> NoReturn:
+        what = f"{self.what}{path}"
+        raise ValueError(not_a_mean(what, found, self.weight_fn, LossTrace()))
+
+    def _takes(self, params: PyTree, small: PyTree, size: int) -> bool:
+        whole = batch_length(jax.eval_shape(first_of, small))
+        if size >= whole or whole % size:
+            return False
+        try:
+            found = [self.metrics_fn.shape(params, _like(small, number)) for number in (whole, size)]
+        except Exception:  # whatever the caller's function raises
+            return False
+        return all(x.shape == () for x in jax.tree.leaves(found))  # else it is refused elsewhere
+
+    def _tolerance(self, params: PyTree, small: PyTree) -> float:
+        jaxpr = jax.make_jaxpr(self.metrics_fn)(params, _like(small, jax.tree.leaves(small)[0].shape[1]))
+        return COARSE_TOLERANCE if COARSE.search(str(jaxpr)) else TOLERANCE
+
+    def _in_parts(self, size: int, params: PyTree, small: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        """Of each small batch the weighted metrics, their sum over parts, and the sum of absolute values."""
+
+        def part(batch: PyTree) -> PyTree:
+            weight = batch_weight(self.weight_fn, batch)
+            return jax.tree.map(partial(weighted, weight), self.metrics_fn(params, batch))
+
+        def compare(batch: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+            parts = jax.lax.map(part, jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), batch))
+            sums = (jax.tree.map(partial(jnp.sum, axis=0), x) for x in (parts, jax.tree.map(jnp.abs, parts)))
+            return part(batch), *sums
+
+        return jax.lax.map(compare, small)
+
+
+def _near(params: PyTree, amount: float) -> PyTree:
+    """Parameters nearby; what is no floating-point number stays."""
+    leaves, structure = jax.tree.flatten(params)
+    moved = [i for i, x in enumerate(leaves) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+    if amount and moved:
+        for i, x in zip(moved, moved_weights([leaves[i] for i in moved], amount), strict=True):
+            leaves[i] = x
+    return structure.unflatten(leaves)
+
+
+def _share(tolerance: float, whole: jax.Array, parts: jax.Array, sizes: jax.Array) -> float:
+    """The relative difference, or 0 where it is rounding."""
+    of_whole = np.asarray(whole, np.float64)
+    difference, size = float(np.sum(np.abs(of_whole - np.asarray(parts)))), float(np.sum(np.asarray(sizes)))
+    if not np.all(np.isfinite(of_whole)) or difference <= tolerance * size + LEAST_LOSS * of_whole.size:
+        return 0.0
+    return difference / size if size > 0 else np.inf
+
+
+def _together(trees: list[PyTree]) -> list[tuple]:
+    """The leaves of several trees side by side, each with its place in them."""
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(trees[0])]
+    return list(zip(paths, *map(jax.tree.leaves, trees), strict=True))
+
+
+def _like(small: PyTree, size: int) -> PyTree:
+    """The shape of a batch of some size."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[2:]), x.dtype), small)
