@@ -417,6 +417,8 @@ def test_modules_that_compute_in_half_precision(dtype):
 
 LOW = jnp.bfloat16
 PRECISE = {
+    "loss": lambda p, b: mean_loss(p, b).astype(jnp.float16),
+    "loss and back": lambda p, b: jax.jit(mean_loss)(p, b).astype(LOW).astype(jnp.float32),
     "data": lambda p, b: mean_loss(p, b | {"x": b["x"].astype(LOW).astype(jnp.float32)}),
     "stopped": lambda p, b: mean_loss(p, b) + 0 * jax.lax.stop_gradient(jnp.mean(p["a"].astype(LOW))),
     "unused": lambda p, b: (mean_loss(p, b), jnp.mean(p["a"].astype(LOW)))[0],
@@ -425,7 +427,8 @@ PRECISE = {
 COARSE = {
     "weights": lambda p, b: mean_loss(jax.tree.map(lambda x: x.astype(LOW).astype(jnp.float32), p), b),
     "activations": lambda p, b: jnp.mean(predict(p, b["x"]).astype(LOW).astype(jnp.float32) ** 2),
-    "loss": lambda p, b: mean_loss(p, b).astype(jnp.float16),
+    "losses": lambda p, b: jnp.mean(losses(p, b).astype(jnp.float16)),
+    "scaled loss": lambda p, b: mean_loss(p, b).astype(LOW) * 2,
     "checkpoint": lambda p, b: jnp.mean(jax.checkpoint(lambda x: x.astype(LOW) ** 2)(predict(p, b["x"]))),
     "scan": lambda p, b: jnp.mean(
         jax.lax.scan(
@@ -445,6 +448,14 @@ COARSE = {
 @pytest.mark.parametrize("where", [*PRECISE, *COARSE])
 def test_low_precision_on_the_way_from_the_weights_is_found(where):
     assert bool(trace_loss((PRECISE | COARSE)[where], W, DATA).coarse) == (where in COARSE)
+
+
+@pytest.mark.parametrize("loss", ["loss", "loss and back"])
+def test_a_loss_that_is_cast_at_the_end_has_its_derivatives(loss):
+    curvature = hessian(PRECISE[loss], W, list(batched(DATA, 16)))
+    expected, value = oracle(mean_loss, DATA)
+    assert curvature.loss == pytest.approx(value, rel=0.01)
+    np.testing.assert_allclose(curvature.dense(), expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_data_of_low_precision_are_fine():

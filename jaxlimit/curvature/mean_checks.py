@@ -91,7 +91,7 @@ def check_loss(
     if not (np.isfinite(first.loss) or np.isfinite(second.loss)):
         raise ValueError(f"the mean loss is {first.loss}. {NOT_FINITE_CAUSES}")
     require_same_weight(None, first_pass.num_examples, second_pass.num_examples)
-    found = differing(first, second)
+    found = differing(first, second, check.tolerance)
     if found and not isinstance(groups, list):
         check.require_same_data(first, check.means(groups, moved))
     if found and not check.is_rounding(groups, moved, first, second):
@@ -115,6 +115,11 @@ class _Check:
             lambda weights, batch: self.product.loss(combine(weights, self.rest), batch), self.weights, batch
         )
         require_precise(self.trace)
+
+    @property
+    def tolerance(self) -> float:
+        """Relative, of losses: they may be cast to few bits at the end."""
+        return max(LOSS_TOLERANCE, 4 * self.trace.epsilon)
 
     def means(self, groups: Iterable[PyTree], moved: PyTree) -> _Means:
         """Of all data in this cut."""
@@ -152,11 +157,11 @@ class _Check:
                 self._sampled_as_they_are(batches, moved)
                 continue
             found = dict(Program(partial(_in_parts, self.product, size))(moved, self.rest, small))
-            if differing_parts(found):
+            if differing_parts(found, self.tolerance):
                 found |= Program(partial(_noise, self.product))(
                     moved, nudged_weights(moved), self.rest, small
                 )
-                found = differing_parts(found)
+                found = differing_parts(found, self.tolerance)
                 if found:
                     self.refuse(found)
 
@@ -164,7 +169,7 @@ class _Check:
         for group, number in batches:
             one = one_batch(group, number)
             first, second = self.means([one], moved), self.means([doubled(one)], moved)
-            found = differing(first, second, copies=2)
+            found = differing(first, second, self.tolerance, copies=2)
             if found and not self.is_rounding([one], moved, first, second, copies=2):
                 self.refuse(found)
 
@@ -198,11 +203,11 @@ class _LossAndGradient:
         return loss_fn(weights, rest, batch), loss, jnp.abs(loss), norm(gradient), gradient
 
 
-def differing(first: _Means, second: _Means, copies: int = 1) -> str:
+def differing(first: _Means, second: _Means, tolerance: float, copies: int = 1) -> str:
     """In which words two cuts differ, if they do; the second may hold every example several times."""
     if differing_weights(first, second, copies):
         return f"weight_fn adds up to {first.weight:.8g}, and to {second.weight / copies:.8g} {OTHERWISE}"
-    allowed = LOSS_TOLERANCE * first.loss_size + LEAST_LOSS
+    allowed = tolerance * first.loss_size + LEAST_LOSS
     for one, other in ((first.loss, second.loss), (first.moved_loss, second.moved_loss)):
         both = np.isfinite([one, other])
         if both[0] != both[1] or (both[0] and abs(one - other) > allowed):
@@ -264,7 +269,7 @@ def _weighted_sums(product: Product, moved: PyTree, rest: PyTree, batch: PyTree)
     return jnp.asarray(weight, jnp.float32), loss, gradient, jnp.abs(loss), norm(gradient)
 
 
-def differing_parts(found: dict[str, jax.Array]) -> str:
+def differing_parts(found: dict[str, jax.Array], tolerance: float) -> str:
     """In which words small batches differ from their parts, if they do."""
     total = {name: float(np.sum(np.asarray(x, np.float64))) for name, x in found.items()}
     weight = total["weight size"]
@@ -272,7 +277,8 @@ def differing_parts(found: dict[str, jax.Array]) -> str:
     for name, smallest in least.items():
         difference, size = total[name], total[f"{name} size"]
         noise = NOISE * total.get(f"{name} noise", 0.0)
-        if not difference <= max(LOSS_TOLERANCE * size + smallest, noise):
+        allowed = tolerance if name == "loss" else GRADIENT_TOLERANCE
+        if not difference <= max(allowed * size + smallest, noise):
             share = difference / max(size, 1e-300)
             return f"of a few examples the {name} and that of their parts differ by {share:.2g} of it"
     return ""
