@@ -305,14 +305,14 @@ def test_weights_go_in_the_order_of_scores(network):
         is_leaf=lambda x: x is None,
     )
     assert sweep.metrics["loss"][0] == pytest.approx(float(loss(by_hand, batches.arrays)), rel=1e-5)
-    # The one-shot limit from the dense matrix: first n at which the quadratic loss exceeds eps.
+    # The one-shot limit from the dense matrix: the last n before the quadratic loss exceeds eps.
     H = curvature(predict, params, batches)
     matrix, gradient, flat = H.dense(), flatten(H.gradient), flatten(weights)
     removed = [np.where(ranks < n, flat, 0) for n in range(flat.size + 1)]
     losses = np.array([c @ matrix @ c / 2 - gradient @ c for c in removed])
     found = pruning_limit(H, jax.random.key(0), loss_tolerance=0.01, which=["one_shot"], scores=scores)
     assert found.one_shot is not None
-    assert found.one_shot.value == pytest.approx(np.argmax(losses > 0.01) / flat.size)
+    assert found.one_shot.value == pytest.approx((np.argmax(losses > 0.01) - 1) / flat.size)
     with pytest.raises(ValueError, match="scores must have the shapes of weights"):
         magnitude_order(weights, {"other": np.ones(3)})
 
