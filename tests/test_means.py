@@ -382,6 +382,17 @@ def test_batches_of_a_fixed_size_are_not_cut(cut):
         hessian(normalised_of_one_size, W, CUTS[cut](DATA, 11))
 
 
+def of_even_size(params, batch):
+    """A sum, whose batches must divide over as many devices, say."""
+    return summed(params, jax.tree.map(lambda x: x.reshape(-1, 11, *x.shape[1:]), batch))
+
+
+@pytest.mark.parametrize("cut", ["list", "stream"])
+def test_a_sum_over_batches_of_certain_sizes_is_refused(cut):
+    with pytest.raises(ValueError, match="not a mean over the batch's examples"):
+        hessian(of_even_size, W, CUTS[cut](DATA, 22))
+
+
 # Precision.
 
 

@@ -72,6 +72,12 @@ def doubled(batch: PyTree) -> PyTree:
     return _rearranged(np.repeat(np.arange(size, dtype=np.int32), 2).reshape(2, size), batch)
 
 
+def halves(batch: PyTree) -> PyTree:
+    """The two halves of a stack of one, whose size is even."""
+    _, size = group_shape(batch)
+    return _rearranged(np.arange(size, dtype=np.int32).reshape(2, -1), batch)
+
+
 class Sampled:
     """Groups that remember how many examples they hold, and a first, a last and some batches between.
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxlimit.core.batches import ExampleSum, batch_length, batch_weight, first_of, weighted
 from jaxlimit.core.checks import NOT_FINITE_CAUSES
-from jaxlimit.core.cuts import Sampled, doubled, mixed, one_batch, samples
+from jaxlimit.core.cuts import Sampled, doubled, group_shape, halves, mixed, one_batch, samples
 from jaxlimit.core.programs import Program
 from jaxlimit.core.trees import PyTree, combine
 from jaxlimit.curvature.data_checks import data_changed, not_a_mean, require_precise, require_same_weight
@@ -168,9 +168,14 @@ class _Check:
     def _sampled_as_they_are(self, batches: list[tuple[PyTree, int]], moved: PyTree) -> None:
         for group, number in batches:
             one = one_batch(group, number)
-            first, second = self.means([one], moved), self.means([doubled(one)], moved)
-            found = differing(first, second, self.tolerance, copies=2)
-            if found and not self.is_rounding([one], moved, first, second, copies=2):
+            half, odd = divmod(group_shape(one)[1], 2)
+            if not odd and takes(self.product, self.weights, self.rest, first_of(one), half):
+                others, copies = halves(one), 1
+            else:
+                others, copies = doubled(one), 2
+            first, second = self.means([one], moved), self.means([others], moved)
+            found = differing(first, second, self.tolerance, copies)
+            if found and not self.is_rounding([one], moved, first, second, copies):
                 self.refuse(found)
 
     def _takes(self, small: PyTree, size: int) -> bool:

@@ -22,8 +22,8 @@ from jaxlimit.curvature.loss_trace import LossTrace
 from jaxlimit.curvature.mean_checks import LEAST_LOSS, OTHERWISE
 from jaxlimit.curvature.scattered import moved_weights
 
-# Relative difference beyond which values differ, and where some number has fewer than 32 bits.
-TOLERANCE, COARSE_TOLERANCE = 1e-3, 0.04
+# Relative difference beyond which values differ: of float32, float16, and what has fewer binary digits.
+TOLERANCE, HALF_TOLERANCE, COARSE_TOLERANCE = 1e-3, 5e-3, 0.04
 COARSE = re.compile(r"\b(b?f16|f8\w*)\[")
 # How far the other parameters are, in units of their root mean square in each array.
 AMOUNTS = (0.0, 0.01, 0.02)
@@ -86,7 +86,10 @@ class ValueCheck:
 
     def _tolerance(self, params: PyTree, small: PyTree) -> float:
         jaxpr = jax.make_jaxpr(self.metrics_fn)(params, _like(small, jax.tree.leaves(small)[0].shape[1]))
-        return COARSE_TOLERANCE if COARSE.search(str(jaxpr)) else TOLERANCE
+        found = {match.group(1) for match in COARSE.finditer(str(jaxpr))}
+        return max(
+            (COARSE_TOLERANCE if name != "f16" else HALF_TOLERANCE for name in found), default=TOLERANCE
+        )
 
     def _in_parts(self, size: int, params: PyTree, small: PyTree) -> tuple[PyTree, PyTree, PyTree]:
         """Of each small batch the weighted metrics, their sum over parts, and the sum of absolute values."""
