@@ -206,7 +206,34 @@ def test_who_is_to_blame_for_a_wide_interval():
 )
 def test_whether_more_probes_can_be_asked_for(num_probes, words):
     noisy = {"width": Estimate.between(0.5, 0.5, 0.5, 1000, probe_error=0.01)}
-    assert words in status_of(findings(limits=noisy, which=["width"], num_probes=num_probes))[1]
+    code, status = status_of(findings(limits=noisy, which=["width"], num_probes=num_probes))
+    assert code is Code.UNDER_RESOLVED  # its interval is sixty times the tolerance wide
+    assert words in status
+    assert status.count("probe error") == 1
+
+
+def test_the_status_is_about_what_was_wanted():
+    """A wide width limit from which cone started, but that nobody sees, and one that rounding made wide."""
+    sure = Estimate.between(0.5, 0.5, 0.5, 1000, probe_error=0.001)
+    wide = Estimate.between(0.5, 0.4, 0.6, 1000, probe_error=0.01, spread=0.1)
+    assert status_of(findings(limits={"width": wide, "cone": sure}, which=["cone"]))[0] is Code.CONVERGED
+    for name in ("one_shot", "readjusted"):
+        code, status = status_of(findings(limits={"width": wide, name: sure}, which=[name]))
+        assert (code, status) == (
+            Code.CONVERGED,
+            f"converged: {name} resolved to the tolerance of 0.001.",
+        )
+    rounded = {"one_shot": Estimate.between(0.5, 0.4, 0.6, 1000)}
+    assert status_of(findings(limits=rounded, which=["one_shot"], exact=True))[0] is Code.IMPRECISE
+    step = {"readjusted": Estimate.between(0.5, 0.5, 0.6, 10)}
+    assert status_of(findings(limits=step, which=["readjusted"], dim=10, exact=True))[0] is Code.EXACT
+
+
+def test_a_limit_that_keeps_one_weight_of_a_hundred_thousand_is_refuted_too():
+    almost = Estimate.between(0.99999, 0.99999, 0.99999, 100_000)
+    code, status = status_of(findings(limits={"cone": almost}, which=["cone"], dim=100_000))
+    assert code is Code.REFUTED
+    assert "cone would let every weight go, but then it rises by 5." in status
 
 
 # What the loss itself says.
@@ -349,7 +376,7 @@ def test_progress_says_what_is_resolved_and_how_far_it_is():
         assert looks[-1].tolerance > 0
         assert looks[-1].lower <= looks[-1].upper
     assert "cone: cone in [" in str(next(x for x in told if x.stage == "cone"))
-    assert limit.code is Code.CONVERGED
+    assert limit.status.startswith("under-resolved: too few random probes.")  # but resolved by its products
     assert not any(x.note for x in told)
 
 

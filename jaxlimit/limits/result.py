@@ -13,7 +13,7 @@ from jaxlimit.limits.cone import cone_point, cone_root
 from jaxlimit.limits.estimate import LIMITS, Estimate
 from jaxlimit.limits.problem import Problem
 from jaxlimit.limits.rises import EVERYTHING
-from jaxlimit.limits.status import Code
+from jaxlimit.limits.status import Code, counted
 from jaxlimit.limits.width import width_limit
 from jaxlimit.spectrum.bracket import SpectralBracket
 from jaxlimit.spectrum.measure import SpectralMeasure
@@ -188,7 +188,7 @@ class PruningLimit:
                 f"{self.rises[name]:>11.4g}"
             )
         lines.append(f"{EVERYTHING:<12}{1:>9.4f}{self.rises[EVERYTHING]:>52.4g}")
-        probes = f", {self.num_probes} probes of {self.num_steps} steps" if self.num_probes else ""
+        probes = f", {counted(self.num_probes, 'probe')} of {self.num_steps} steps" if self.num_probes else ""
         lines += [
             f"transition window of width and cone: +-{self.transition_halfwidth:.4f} (95 % to 5 %)",
             f"{kind}{absolute}; {self.method}{probes}; {self.num_matvecs:,} products; "

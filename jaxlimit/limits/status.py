@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxlimit.limits.dense_source import DENSE_DIM, dense_fits
-from jaxlimit.limits.estimate import Estimate
+from jaxlimit.limits.estimate import LIMITS, Estimate
 from jaxlimit.limits.rises import EVERYTHING
 
 # one_shot is refuted by a rise of the loss that exceeds the tolerance by half. On the network of the README,
@@ -14,6 +14,10 @@ from jaxlimit.limits.rises import EVERYTHING
 MARGIN = 1.5
 # Times machine epsilon and the loss: a rise that is rounding.
 NOISE = 16.0
+# A limit within this of 1 lets every weight go: it is printed as 1.0000.
+EVERY = 5e-5
+# Probe errors beyond so many tolerances are too large: probes are chosen for one, by an estimate of it.
+SLACK = 1.5
 
 
 class Code(enum.StrEnum):
@@ -24,7 +28,7 @@ class Code(enum.StrEnum):
         NOT_SEMIDEFINITE: a matrix that was declared semidefinite has a negative eigenvalue: limits of |H|.
         IMPRECISE: the bounds of a limit cross, or the rounding of the products alone makes its interval wider
             than the tolerance.
-        UNDER_RESOLVED: a limit is wider than the tolerance.
+        UNDER_RESOLVED: a limit is wider than the tolerance, or its probe error is larger.
         OUT_OF_PRODUCTS: a limit is missing, since no products were left for it.
         CONVERGED: every limit is resolved to the tolerance.
         EXACT: every limit is exact but for rounding, from all eigenvalues.
@@ -104,12 +108,15 @@ class Findings:
         return self.semidefinite and self.negative_share == 0
 
     @property
-    def spectral(self) -> dict[str, Estimate]:
-        """Width and cone, where they rest on a resolved spectrum."""
-        if not self.exact and {"width", "cone"}.isdisjoint(self.which):
-            return {}
-        found = {name: self.limits.get(name) for name in ("width", "cone")}
+    def wanted(self) -> dict[str, Estimate]:
+        """The limits that are printed."""
+        found = {name: self.limits.get(name) for name in LIMITS if name in self.which}
         return {name: limit for name, limit in found.items() if limit is not None}
+
+    @property
+    def spectral(self) -> dict[str, Estimate]:
+        """Width and cone, as far as they were wanted."""
+        return {name: limit for name, limit in self.wanted.items() if name in ("width", "cone")}
 
     @property
     def spread(self) -> float:
@@ -119,8 +126,25 @@ class Findings:
     @property
     def left(self) -> dict[str, float]:
         """How wide one_shot and readjusted were left, where that is too wide."""
-        found = {name: self.limits.get(name) for name in ("one_shot", "readjusted")}
-        return {name: x.spread for name, x in found.items() if x is not None and x.spread > self.tolerance}
+        found = {name: x for name, x in self.wanted.items() if name in ("one_shot", "readjusted")}
+        return {name: x.spread for name, x in found.items() if x.spread > self.tolerance}
+
+    @property
+    def rounding_error(self) -> float:
+        """Half the widest interval that no product closes any more: rounding alone leaves it open.
+
+        The limits of a dense matrix are whole numbers of weights, so the last one does not count.
+        """
+        if self.exact:
+            steps = {name: 0.0 if name in self.spectral else 1 / self.dim for name in self.wanted}
+            return max((x.half_bracket - steps[name] for name, x in self.wanted.items()), default=0.0)
+        return max((x.half_bracket for x in self.spectral.values()), default=0.0)
+
+    @property
+    def probe_error(self) -> float:
+        """The larger one of width and cone, where it is too large for the tolerance; else 0."""
+        error = max((limit.probe_error for limit in self.spectral.values()), default=0.0)
+        return error if error > SLACK * self.tolerance else 0.0
 
     @property
     def unsupported(self) -> bool:
@@ -132,6 +156,11 @@ class Findings:
         """What was wanted and could be had with more products."""
         names = [name for name in self.which if self.limits.get(name) is None]
         return [name for name in names if not (name == "readjusted" and self.unsupported)]
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, in the plural where there are several."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def status_of(found: Findings) -> tuple[Code, str]:
@@ -158,17 +187,22 @@ def _verdict(found: Findings) -> tuple[Code, str]:
     if found.spread > found.tolerance or found.left:
         return Code.UNDER_RESOLVED, f"under-resolved: {_how_far(found)}{_limited(found)}"
     # Rounding widens a bracket that no product closes any more. Where bounds lag behind, the spread speaks.
-    wide = max((x.half_bracket for x in found.spectral.values()), default=0.0)
+    wide = found.rounding_error
     if (found.exact or found.definite) and wide > found.tolerance:
         return Code.IMPRECISE, (
             f"imprecise: the rounding of the products ({found.rounding:.1e} of ||H||) leaves the limits "
             f"uncertain by {wide:.4f}, more than the tolerance of {found.tolerance:g}. Use float64 "
             "(jax_enable_x64), or a larger tolerance."
         )
+    if found.probe_error:
+        return Code.UNDER_RESOLVED, "under-resolved: too few random probes."
     if found.missing:
         return Code.OUT_OF_PRODUCTS, f"out of products: {_limited(found)}"
     if found.exact:
         return Code.EXACT, f"converged: exact, from all {found.dim:,} eigenvalues."
+    if not found.spectral:
+        resolved = f"{' and '.join(found.wanted)} resolved to the tolerance of {found.tolerance:g}."
+        return Code.CONVERGED, f"converged: {resolved}"
     if found.definite:
         return Code.CONVERGED, (
             f"converged: bracket {max(wide, found.spread):.4f}, within the tolerance of {found.tolerance:g}."
@@ -193,8 +227,7 @@ def refutation(found: Findings) -> str:
         sentences.append(
             f"at one_shot it rises by {rise:.3g}, where at most {found.loss_tolerance:.3g} is predicted."
         )
-    limits = {name: found.limits.get(name) for name in found.which}
-    every = [name for name, x in limits.items() if x is not None and round(x.value * found.dim) == found.dim]
+    every = [name for name, x in found.wanted.items() if x.value >= 1 - EVERY]
     if every and not without <= most:
         sentences.append(
             f"{' and '.join(every)} would let every weight go, but then it rises by {without:.3g}."
@@ -231,16 +264,17 @@ def _remarks(found: Findings) -> list[str]:
     if found.missing:
         remarks.append(f"Too few products were left for {', '.join(found.missing)}.")
     remarks += [f"{name} was left in an interval of {width:.4f}." for name, width in found.left.items()]
-    probe_error = next((limit.probe_error for limit in found.spectral.values()), 0.0)
-    if probe_error > 1.5 * found.tolerance:
+    if found.probe_error:
         more = (
             "raise max_matvecs, and more probes follow"
             if found.num_probes is None
-            else f"use more than {found.num_probes} probes"
+            else f"use more than {counted(found.num_probes, 'probe')}"
         )
-        remarks.append(f"The probe error {probe_error:.4f} exceeds the tolerance: {more}.")
+        remarks.append(
+            f"The probe error {found.probe_error:.4f} exceeds the tolerance of {found.tolerance:g}: {more}."
+        )
     if found.spectral and not found.exact and not found.definite:
-        remarks.append("The rigorous interval of an indefinite Hessian is much wider than its spread.")
+        remarks.append("The certified interval of an indefinite Hessian is wider than its spread.")
     if found.unsupported:
         remarks.append(
             f"readjusted with |H| needs a dense matrix (at most {DENSE_DIM:,} weights): gauss_newton has an "
