@@ -76,7 +76,7 @@ def tolerance_of(stranger: Stranger, what: str = "product") -> float:
     """What rounding may cost, in units of the whole."""
     if stranger.dtype in strangers.HALF:
         return 0.05
-    if stranger.dtype == "f16_loss" and what == "loss":
+    if stranger.dtype in ("f16_loss", "bf16_kernels") and what == "loss":
         return 2e-3
     return 1e-8 if stranger.dtype == "float64" else 2e-4
 

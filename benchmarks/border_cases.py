@@ -176,7 +176,8 @@ class Truth:
     def loss(self, weights: Array, data: dict[str, Any] | None = None) -> float:
         """The mean loss at other weights."""
         with jax.enable_x64(True):
-            return float(_mean_loss(self.name, weights[self.order], self.biases, data or self.data))
+            arguments = jax.tree.map(jnp.asarray, (weights[self.order], self.biases, data or self.data))
+            return float(_mean_loss(self.name, *arguments))
 
     @property
     def quadratic(self) -> tuple[Array, Array]:

@@ -149,7 +149,10 @@ def test_networks_without_affine_parameters_are_normalised_all_the_same():
     [
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"schedule": "linear"}, "schedule must be one of constant, cosine, steps, got linear"),
-        ({"milestones": (80, 120)}, r"milestones must be one or more shares of the epochs, from 0 to 1, got \(80, 120\)"),
+        (
+            {"milestones": (80, 120)},
+            r"milestones must be one or more shares of the epochs, from 0 to 1, got \(80, 120\)",
+        ),
         ({"warmup_epochs": 200}, "warmup_epochs must be at most epochs = 160, got 200"),
         ({"weight_decay": -1.0}, "weight_decay must be finite and at least 0, got -1.0"),
         ({"learning_rate": np.inf}, "learning_rate must be positive and finite, got inf"),
