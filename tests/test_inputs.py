@@ -325,3 +325,24 @@ def test_prunable_chooses_whole_arrays(prunable, message):
 @pytest.mark.parametrize("keep", [np.bool_(True), jnp.array(True), np.array(True)])
 def test_prunable_may_hold_bools_of_any_library(keep):
     assert jaxlimit.hessian(loss, {"w": W}, cut(), prunable={"w": keep}).dim == 6
+
+
+@pytest.mark.parametrize("more", [lambda z: jnp.argmax(z, -1), lambda z: z > 0, lambda z: jax.random.key(0)])
+def test_outputs_without_derivatives_stand_beside_others(more):
+    def predict(params, batch):
+        outputs = batch[0] @ params["w"]
+        return {"outputs": outputs, "more": more(outputs)}
+
+    def output_loss(found, batch):
+        return jnp.mean(jnp.sum((found["outputs"] - batch[1]) ** 2, -1))
+
+    curvature = jaxlimit.gauss_newton(predict, output_loss, {"w": W}, cut())
+    np.testing.assert_allclose(curvature.dense(), HESSIAN, rtol=1e-5, atol=1e-5)
+
+
+def test_outputs_that_are_classes_have_no_curvature():
+    def right(classes, batch):
+        return jnp.mean(classes == 0)
+
+    with pytest.raises(ValueError, match="predict_fn returns no floating-point array: return logits"):
+        jaxlimit.gauss_newton(lambda p, b: jnp.argmax(b[0] @ p["w"], -1), right, {"w": W}, cut()).dense()

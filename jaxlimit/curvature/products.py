@@ -161,12 +161,24 @@ class GaussNewtonProduct(_Product):
         """J, and the second derivative of the loss of the outputs, as functions of a vector."""
         with jax.default_matmul_precision(self.precision):
             params = combine(weights, rest)
+            fixed = self._fixed_outputs(params, batch)
             outputs, push_forward = linearized(
-                lambda w: self._predict(combine(w, rest), batch), weights, self._predict.jaxpr(params, batch)
+                lambda w: _smooth(self._predict(combine(w, rest), batch)),
+                weights,
+                self._predict.jaxpr(params, batch),
             )
-            gradient = jax.grad(lambda z: self._output_loss(z, batch))
-            traced = self._output_loss.jaxpr(outputs, batch)
+            gradient = jax.grad(lambda z: self._output_loss(combine(z, fixed), batch))
+            traced = self._output_loss.jaxpr(combine(outputs, fixed), batch)
             return push_forward, derivative_of_gradient(gradient, outputs, traced)
+
+    def _fixed_outputs(self, params: PyTree, batch: PyTree) -> PyTree:
+        """Those without derivatives, predicted classes or lengths, say; None for all others."""
+        like = self._predict.shape(params, batch)
+        if not jax.tree.leaves(_smooth(like)):
+            raise ValueError("predict_fn returns no floating-point array: return logits, not classes.")
+        if all(map(_is_smooth, jax.tree.leaves(like))):
+            return jax.tree.map(lambda _: None, like)
+        return jax.tree.map(lambda x: None if _is_smooth(x) else x, self._predict(params, batch))
 
     def apply(self, linear: PyTree, vectors: PyTree) -> PyTree:
         """G V, from what `linearize` returned."""
@@ -176,6 +188,16 @@ class GaussNewtonProduct(_Product):
 
 
 Product = HessianProduct | GaussNewtonProduct
+
+
+def _is_smooth(x: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether it has derivatives."""
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _smooth(outputs: PyTree) -> PyTree:
+    """Outputs with derivatives, and None for the others."""
+    return jax.tree.map(lambda x: x if _is_smooth(x) else None, outputs)
 
 
 def each(fn: Callable[[PyTree], PyTree], vectors: PyTree) -> PyTree:
