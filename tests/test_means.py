@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxlimit import batched, gauss_newton, hessian, loss_statistics, sparsity_sweep
+from jaxlimit import batched, finetuned_sweep, gauss_newton, hessian, loss_statistics, sparsity_sweep
 from jaxlimit.core.batches import ExampleSum, grouped
 from jaxlimit.curvature.loss_trace import trace_loss
 from jaxlimit.curvature.rounding import measured_rounding
@@ -309,6 +309,40 @@ def test_statistics_and_sweeps_refuse_it_too(loss, cut):
 
     with pytest.raises(ValueError, match=r"metrics_fn\['wrong'\] is not a mean over the batch's examples"):
         sparsity_sweep(metrics, W, batches, [0, 0.5])
+
+
+SWEEPS = {
+    "statistics": lambda loss: loss_statistics(loss, W, batched(DATA, 16)),
+    "sweep": lambda loss: sparsity_sweep(lambda *args: {"loss": loss(*args)}, W, batched(DATA, 16), [0, 0.5]),
+    "fine-tuned": lambda loss: finetuned_sweep(loss, W, batched(DATA, 16), [0, 0.5], num_steps=1),
+    "evaluated": lambda loss: finetuned_sweep(
+        mean_loss, W, batched(DATA, 16), [0], num_steps=1, metrics_fn=lambda *args: {"loss": loss(*args)}
+    ),
+}
+
+
+@pytest.mark.parametrize("measured", SWEEPS)
+def test_a_sum_that_is_0_at_the_weights_is_refused_where_values_are_asked(measured):
+    with pytest.raises(ValueError, match="not a mean over the batch's examples"):
+        SWEEPS[measured](drift(jnp.sum))
+
+
+def test_values_that_are_tiny_or_0_at_the_weights():
+    with pytest.raises(ValueError, match="not a mean over the batch's examples"):
+        SWEEPS["statistics"](lambda *args: 1e-9 * summed(*args))
+    found = SWEEPS["sweep"](lambda *args: 1e-9 * drift(jnp.mean)(*args)).metrics["loss"]
+    assert found[0] == 0 < found[1]
+
+
+def test_a_metric_that_is_no_number_somewhere_is_compared_elsewhere():
+    def metrics(params, batch):
+        known = jnp.where(jnp.any(params["a"] != 0), 1.0, jnp.nan)
+        mean = mean_loss(params, batch)
+        mean = mean**2 if len(batch["y"]) > 8 else mean  # a few examples do not give it away
+        return {"loss": 100 * known * mean}
+
+    with pytest.raises(ValueError, match="same examples are cut into other batches"):
+        sparsity_sweep(metrics, W, batched(DATA, 16), [0, 1])
 
 
 def test_a_penalty_is_named_where_one_is_found():

@@ -1,7 +1,8 @@
 """Whether metrics are the means that they are taken for: the check of a loss, without gradients.
 
 A few examples of a first, a middle and a last batch are compared in fours and in twos, at the parameters and
-at two others nearby: what is no mean is none there either, while a prediction that rounding turns is.
+at two others nearby: what is no mean is none there either, while a prediction that rounding turns is. Where a
+metric is 0, as the drift of a network from itself, nothing is said.
 """
 
 import re
@@ -19,14 +20,17 @@ from jaxlimit.core.programs import Program, Traced
 from jaxlimit.core.trees import PyTree, frozen, thawed
 from jaxlimit.curvature.data_checks import not_a_mean
 from jaxlimit.curvature.loss_trace import LossTrace
-from jaxlimit.curvature.mean_checks import LEAST_LOSS, OTHERWISE
+from jaxlimit.curvature.mean_checks import NOISE, OTHERWISE
 from jaxlimit.curvature.scattered import moved_weights
 
 # Relative difference beyond which values differ: of float32, float16, and what has fewer binary digits.
 TOLERANCE, HALF_TOLERANCE, COARSE_TOLERANCE = 1e-3, 5e-3, 0.04
 COARSE = re.compile(r"\b(b?f16|f8\w*)\[")
-# How far the other parameters are, in units of their root mean square in each array.
-AMOUNTS = (0.0, 0.01, 0.02)
+# How far the other parameters are, in units of their root mean square in each array; and how far, in units of
+# the tolerance, those are that differ from the last of them in what is rounding.
+AMOUNTS, NUDGED = (0.0, 0.01, 0.02), 1e-3
+# What is smaller than this share of its size at the other places is 0.
+ZERO = 1e-4
 
 Metrics = Callable[[PyTree, PyTree], Any]
 
@@ -52,22 +56,28 @@ class ValueCheck:
             if size is None:
                 continue
             compare = Program(partial(self._in_parts, size))
-            near = [compare(_near(params, amount), small) for amount in AMOUNTS]
             tolerance = self._tolerance(params, small)
-            shares = [jax.tree.map(partial(_share, tolerance), *values) for values in near]
+            places = [_near(params, amount) for amount in AMOUNTS]
+            near = [compare(place, small) for place in places]
+            nudged, _, _ = compare(_near(places[-1], NUDGED * tolerance), small)
+            noise = jax.tree.map(_noise, near[-1][0], nudged)
+            largest = jax.tree.map(lambda *sizes: max(map(_sum, sizes)), *(sizes for *_, sizes in near))
+            shares = [jax.tree.map(partial(_share, tolerance), *x, noise, largest) for x in near]
             for path, *found in _together(shares):
-                if all(share > 0 for share in found):
+                known = [share for share in found if not np.isnan(share)]
+                if len(known) > 1 and min(known) > 0:
                     self._refuse(
-                        path, f"of a few examples and of their parts it differs by {found[0]:.2g} of it"
+                        path, f"of a few examples and of their parts it differs by {known[0]:.2g} of it"
                     )
 
     def all(self, params: PyTree, batch: PyTree, first: PyTree, second: PyTree, least: float) -> None:
         """Raises ValueError if the means over all data differ in two cuts at every place of their arrays."""
         tolerance = self._tolerance(frozen(params), batch)
         for path, one, other in _together([first, second]):
-            difference = np.abs(np.asarray(one) - np.asarray(other))
-            if np.all(difference > tolerance * np.abs(one) + least):
-                values = f"{np.ravel(one)[0]:.6g}, and {np.ravel(other)[0]:.6g} {OTHERWISE}"
+            known = np.isfinite(one) & np.isfinite(other)
+            one, other = np.asarray(one)[known], np.asarray(other)[known]
+            if known.any() and np.all(np.abs(one - other) > tolerance * np.abs(one) + least):
+                values = f"{one[0]:.6g}, and {other[0]:.6g} {OTHERWISE}"
                 self._refuse(path, f"its mean is {values}")
 
     def _refuse(self, path: str, found: str) -> NoReturn:
@@ -116,11 +126,24 @@ def _near(params: PyTree, amount: float) -> PyTree:
     return structure.unflatten(leaves)
 
 
-def _share(tolerance: float, whole: jax.Array, parts: jax.Array, sizes: jax.Array) -> float:
-    """The relative difference, or 0 where it is rounding."""
-    of_whole = np.asarray(whole, np.float64)
-    difference, size = float(np.sum(np.abs(of_whole - np.asarray(parts)))), float(np.sum(np.asarray(sizes)))
-    if not np.all(np.isfinite(of_whole)) or difference <= tolerance * size + LEAST_LOSS * of_whole.size:
+def _sum(values: jax.Array) -> float:
+    return float(np.sum(np.abs(np.asarray(values, np.float64))))
+
+
+def _noise(whole: jax.Array, nudged: jax.Array) -> float:
+    """Differences that are rounding."""
+    return NOISE * _sum(np.asarray(whole, np.float64) - np.asarray(nudged))
+
+
+def _share(
+    tolerance: float, whole: jax.Array, parts: jax.Array, sizes: jax.Array, noise: float, largest: float
+) -> float:
+    """The relative difference; 0 where it is rounding, NaN where nothing is said, as by a loss that is 0."""
+    of_whole, size = np.asarray(whole, np.float64), _sum(sizes)
+    if not np.all(np.isfinite(of_whole)) or max(size, _sum(of_whole)) < ZERO * largest:
+        return np.nan
+    difference = _sum(of_whole - np.asarray(parts))
+    if difference <= max(tolerance * size, noise):
         return 0.0
     return difference / size if size > 0 else np.inf
 

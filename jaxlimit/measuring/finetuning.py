@@ -142,7 +142,14 @@ class FinetunedNetwork:
         self._groups = list(sampled)
         ValueCheck(loss_fn, weight_fn, "loss_fn").few(combine(self._weights, self._rest), sampled.batches)
         self._eval_groups = self._groups if eval_batches is None else grouped(eval_batches)
-        self._metrics_sum = None if metrics_fn is None else ExampleSum(_tuned(scalars(metrics_fn)), weight_fn)
+        self._metrics_sum = None
+        if metrics_fn is not None:
+            self._metrics_sum = ExampleSum(_tuned(scalars(metrics_fn)), weight_fn)
+            evaluated = Sampled(self._eval_groups)
+            for _ in evaluated:
+                pass
+            check = ValueCheck(scalars(metrics_fn), weight_fn, "metrics_fn")
+            check.few(combine(self._weights, self._rest), evaluated.batches)
         self._num_passes, self._learning_rate = num_steps + 1, learning_rate
         loss = Traced(loss_fn)
         self._start = Program(partial(_start, loss))
