@@ -377,6 +377,7 @@ def test_a_network_whose_gradient_is_rounding_is_no_fault():
         (lambda b: jnp.sum(b["mask"]) / 0, "finite number of at least 0"),
         (lambda b: 0 * jnp.sum(b["mask"]), "weight_fn is 0 for every batch"),
         (lambda b: b["mask"], "weight_fn must return a scalar"),
+        (lambda b: None, "weight_fn must return a scalar for a batch; got a NoneType"),
         (lambda b: jnp.mean(b["mask"]), "not a mean over what weight_fn counts.*weight"),
         (lambda b: len(b["mask"]), "not a mean over what weight_fn counts"),
     ],
@@ -388,6 +389,22 @@ def test_unusable_weights(weight_fn, message):
     if "counts" not in message:
         with pytest.raises(ValueError, match=message):
             loss_statistics(masked, W, batched(arrays, 16), weight_fn=weight_fn)
+
+
+@pytest.mark.parametrize(
+    ("weight_fn", "message"),
+    [(2.0, "got a float"), (np.ones(3), "got an array"), (lambda p, b: 1.0, r"the signature \(p, b\)")],
+)
+def test_what_is_no_function_of_a_batch_is_no_weight(weight_fn, message):
+    batches, asked = batched(DATA, 16), "weight_fn must be a function of a batch.*" + message
+    for call in (
+        lambda: hessian(mean_loss, W, batches, weight_fn=weight_fn),
+        lambda: loss_statistics(mean_loss, W, batches, weight_fn=weight_fn),
+        lambda: sparsity_sweep(mean_loss, W, batches, [0], weight_fn=weight_fn),
+        lambda: finetuned_sweep(mean_loss, W, batches, [0], weight_fn=weight_fn),
+    ):
+        with pytest.raises(ValueError, match=asked):
+            call()
 
 
 # Batches that must keep their size.

@@ -273,7 +273,10 @@ def batch_weight(weight_fn: Callable[[PyTree], Any] | None, batch: PyTree) -> An
     """How much a batch counts: its number of examples, or a float32 or float64 scalar, NaN if unusable."""
     if weight_fn is None:
         return batch_length(batch)
-    weight = jnp.asarray(weight_fn(batch))
+    weight = weight_fn(batch)
+    if not hasattr(weight, "dtype") and not isinstance(weight, (int, float)):
+        raise ValueError(f"weight_fn must return a scalar for a batch; got a {type(weight).__name__}.")
+    weight = jnp.asarray(weight)
     if weight.shape != ():
         raise ValueError(f"weight_fn must return a scalar for a batch; got shape {weight.shape}.")
     weight = weight.astype(sum_dtype(weight.dtype))

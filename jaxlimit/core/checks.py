@@ -126,6 +126,30 @@ def require_problem(call: str, params: Any, **functions: Any) -> None:
         raise ValueError(f"params must be a pytree of arrays, got {_kind(params)}: call {call}.")
 
 
+def require_weight_fn(weight_fn: Any) -> None:
+    """Raises ValueError unless it is None or a function of a batch.
+
+    Examples:
+        >>> require_weight_fn(2.0)
+        Traceback (most recent call last):
+        ...
+        ValueError: weight_fn must be a function of a batch, weight_fn(batch) -> scalar, got a float.
+    """
+    if weight_fn is None:
+        return
+    asked = "weight_fn must be a function of a batch, weight_fn(batch) -> scalar, got"
+    if not callable(weight_fn):
+        raise ValueError(f"{asked} {_kind(weight_fn)}.")
+    try:
+        signature = inspect.signature(weight_fn)
+    except (TypeError, ValueError):  # of builtins there may be none
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise ValueError(f"{asked} one with the signature {signature}.") from error
+
+
 def _require_two_arguments(name: str, function: Callable) -> None:
     try:
         signature = inspect.signature(function)

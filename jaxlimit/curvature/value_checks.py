@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from jaxlimit.core.batches import batch_length, batch_weight, first_of, weighted
 from jaxlimit.core.cuts import samples
@@ -126,7 +127,7 @@ def _near(params: PyTree, amount: float) -> PyTree:
     return structure.unflatten(leaves)
 
 
-def _sum(values: jax.Array) -> float:
+def _sum(values: ArrayLike) -> float:
     return float(np.sum(np.abs(np.asarray(values, np.float64))))
 
 

@@ -26,7 +26,7 @@ from jaxlimit.core.batches import (
     grouped,
     weighted,
 )
-from jaxlimit.core.checks import require_count, require_problem
+from jaxlimit.core.checks import require_count, require_problem, require_weight_fn
 from jaxlimit.core.cuts import Sampled
 from jaxlimit.core.programs import Program, Traced
 from jaxlimit.core.sharding import example_sharding, sum_of_parts
@@ -135,6 +135,7 @@ class FinetunedNetwork:
     ) -> None:
         functions = {"loss_fn": loss_fn} | ({} if metrics_fn is None else {"metrics_fn": metrics_fn})
         require_problem("finetuned_sweep(loss_fn, params, batches, sparsities)", params, **functions)
+        require_weight_fn(weight_fn)
         require_count("num_steps", num_steps)
         self._weights, self._rest = partition(params, prunable)
         self._dim, self._ranks = removal_ranks(self._weights, scores)

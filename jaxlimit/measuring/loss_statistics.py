@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxlimit.core.batches import batch_weight, check_scalar, grouped, sum_of_weights
-from jaxlimit.core.checks import NOT_FINITE_CAUSES, require_problem
+from jaxlimit.core.checks import NOT_FINITE_CAUSES, require_problem, require_weight_fn
 from jaxlimit.core.cuts import Sampled, mixed
 from jaxlimit.core.programs import Program, Traced
 from jaxlimit.core.trees import PyTree, frozen, thawed
@@ -66,6 +66,7 @@ def loss_statistics(
         3.40 1.55
     """
     require_problem("loss_statistics(loss_fn, params, batches)", params, loss_fn=loss_fn)
+    require_weight_fn(weight_fn)
     params, groups = frozen(params), grouped(batches)
     losses_of = Program(partial(batch_losses, Traced(loss_fn), weight_fn))
     passed = Sampled(groups)

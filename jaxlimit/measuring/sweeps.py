@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jaxlimit.core.batches import ExampleSum, grouped
-from jaxlimit.core.checks import require_problem
+from jaxlimit.core.checks import require_problem, require_weight_fn
 from jaxlimit.core.cuts import Sampled, mixed
 from jaxlimit.core.placement import placed_batches, placed_groups
 from jaxlimit.core.trees import Prunable, PyTree, combine, is_kernel, partition, unflatten
@@ -138,6 +138,7 @@ class PrunedNetwork:
         scores: PyTree | None = None,
         weight_fn: Callable[[PyTree], jax.Array] | None = None,
     ) -> None:
+        require_weight_fn(weight_fn)
         self.params, self.metrics_fn = params, metrics_fn
         metrics = scalars(metrics_fn)
         self.metrics_sum = ExampleSum(_PrunedMetrics(metrics), weight_fn)
