@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxlimit.core.trees import PyTree
+from jaxlimit.curvature.rounding import require_symmetric
 
 
 def dense_matrix(
@@ -18,6 +19,7 @@ def dense_matrix(
 
     Raises:
         FloatingPointError: a product is not finite.
+        ValueError: the products are not those of one symmetric matrix, by more than a part in a thousand.
 
     Examples:
         >>> dense_matrix(lambda v: 3 * v, np.ones(2)).tolist()
@@ -35,6 +37,7 @@ def dense_matrix(
             raise FloatingPointError(
                 "a product with the curvature is not finite: look for overflow in the loss."
             )
+    require_symmetric(matrix)
     return (matrix + matrix.T) / 2
 
 

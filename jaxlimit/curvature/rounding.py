@@ -13,6 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import NDArray
 
 from jaxlimit.core.programs import Program
 from jaxlimit.core.trees import PyTree
@@ -42,8 +43,9 @@ def measured_rounding(matvec: Callable[[PyTree], PyTree], weights: PyTree) -> fl
         raise ValueError(
             f"products with the curvature are not linear: off by {linear / scale:.1g} of the largest, "
             "and limits need 0.001. Likely causes: matrix products in TF32 or bfloat16 "
-            '(precision="default", or a precision that the network sets itself), or a cast of activations to '
-            "fewer than 32 bits."
+            '(precision="default", or a precision that the network sets itself), a cast of activations to '
+            "fewer than 32 bits, or a stream of batches that changes from pass to pass (shuffling, random "
+            "augmentation)."
         )
     if symmetric > HOPELESS * scale:
         raise ValueError(
@@ -53,6 +55,27 @@ def measured_rounding(matvec: Callable[[PyTree], PyTree], weights: PyTree) -> fl
             'matrix products in TF32 or bfloat16 (precision="default").'
         )
     return max(epsilon, linear / scale / np.sqrt(3))  # the errors of three products
+
+
+def require_symmetric(matrix: NDArray[np.float64]) -> None:
+    """Raises ValueError where products, row by row, are not those of one symmetric matrix.
+
+    The root mean square of the singular values of the antisymmetric part is what a product with a random
+    vector is off by. It is compared with ||H||, from below by two steps of the power iteration.
+    """
+    dim = len(matrix)
+    vector = matrix[np.argmax(np.sum(matrix**2, axis=1))]
+    for _ in range(2):
+        size = np.linalg.norm(vector)
+        vector = matrix @ (vector / size) if size > 0 else vector
+    scale, wrong = np.linalg.norm(vector), np.linalg.norm(matrix - matrix.T) / (2 * np.sqrt(dim))
+    if wrong > HOPELESS * scale:
+        raise ValueError(
+            "products with the curvature are not those of one symmetric matrix: off by "
+            f"{wrong / scale:.1g} of the largest, and limits need 0.001. Likely causes: a stream of batches "
+            "that changes from pass to pass (shuffling, random augmentation), or a custom gradient that is "
+            "not the gradient of the function."
+        )
 
 
 @Program

@@ -64,7 +64,7 @@ def pruning_limit(
     `basis_bytes` allow.
 
     Args:
-        curvature: from `hessian` (predicts) or `gauss_newton` (fast, certified, optimistic).
+        curvature: from `hessian` (predicts) or `gauss_newton` (fast, tight, optimistic).
         key: of the random probes; a dense solution uses none.
         loss_tolerance: eps, the rise of the loss that is allowed, in units of the loss; positive. The paper
             takes `loss_statistics(...).batch_std`.
