@@ -28,6 +28,7 @@ from jaxlimit.core.batches import (
 )
 from jaxlimit.core.checks import require_count, require_problem, require_weight_fn
 from jaxlimit.core.cuts import Sampled
+from jaxlimit.core.placement import placed_batches
 from jaxlimit.core.programs import Program, Traced
 from jaxlimit.core.sharding import example_sharding, sum_of_parts
 from jaxlimit.core.trees import Prunable, PyTree, combine, is_kernel, partition
@@ -139,7 +140,7 @@ class FinetunedNetwork:
         require_count("num_steps", num_steps)
         self._weights, self._rest = partition(params, prunable)
         self._dim, self._ranks = removal_ranks(self._weights, scores)
-        sampled = Sampled(list(grouped(batches)))
+        sampled = Sampled(list(grouped(placed_batches(loss_fn, batches, params))))
         self._groups = list(sampled)
         ValueCheck(loss_fn, weight_fn, "loss_fn").few(combine(self._weights, self._rest), sampled.batches)
         self._eval_groups = self._groups if eval_batches is None else grouped(eval_batches)
