@@ -207,7 +207,8 @@ def test_who_is_to_blame_for_a_wide_interval():
 def test_whether_more_probes_can_be_asked_for(num_probes, words):
     noisy = {"width": Estimate.between(0.5, 0.5, 0.5, 1000, probe_error=0.01)}
     code, status = status_of(findings(limits=noisy, which=["width"], num_probes=num_probes))
-    assert code is Code.UNDER_RESOLVED  # its interval is sixty times the tolerance wide
+    assert code is Code.FEW_PROBES  # its interval is sixty times the tolerance wide
+    assert not code.converged
     assert words in status
     assert status.count("probe error") == 1
 
@@ -376,7 +377,7 @@ def test_progress_says_what_is_resolved_and_how_far_it_is():
         assert looks[-1].tolerance > 0
         assert looks[-1].lower <= looks[-1].upper
     assert "cone: cone in [" in str(next(x for x in told if x.stage == "cone"))
-    assert limit.status.startswith("under-resolved: too few random probes.")  # but resolved by its products
+    assert limit.code is Code.FEW_PROBES  # and resolved by its products
     assert not any(x.note for x in told)
 
 

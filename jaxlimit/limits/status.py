@@ -28,8 +28,9 @@ class Code(enum.StrEnum):
         NOT_SEMIDEFINITE: a matrix that was declared semidefinite has a negative eigenvalue: limits of |H|.
         IMPRECISE: the bounds of a limit cross, or the rounding of the products alone makes its interval wider
             than the tolerance.
-        UNDER_RESOLVED: a limit is wider than the tolerance, or its probe error is larger.
+        UNDER_RESOLVED: a limit is wider than the tolerance.
         OUT_OF_PRODUCTS: a limit is missing, since no products were left for it.
+        FEW_PROBES: the probe error of width or cone is larger than the tolerance, all else is resolved to it.
         CONVERGED: every limit is resolved to the tolerance.
         EXACT: every limit is exact but for rounding, from all eigenvalues.
     """
@@ -39,6 +40,7 @@ class Code(enum.StrEnum):
     IMPRECISE = "imprecise"
     UNDER_RESOLVED = "under_resolved"
     OUT_OF_PRODUCTS = "out_of_products"
+    FEW_PROBES = "few_probes"
     CONVERGED = "converged"
     EXACT = "exact"
 
@@ -194,10 +196,10 @@ def _verdict(found: Findings) -> tuple[Code, str]:
             f"uncertain by {wide:.4f}, more than the tolerance of {found.tolerance:g}. Use float64 "
             "(jax_enable_x64), or a larger tolerance."
         )
-    if found.probe_error:
-        return Code.UNDER_RESOLVED, "under-resolved: too few random probes."
     if found.missing:
         return Code.OUT_OF_PRODUCTS, f"out of products: {_limited(found)}"
+    if found.probe_error:
+        return Code.FEW_PROBES, "too few probes: all else is resolved to the tolerance."
     if found.exact:
         return Code.EXACT, f"converged: exact, from all {found.dim:,} eigenvalues."
     if not found.spectral:
