@@ -232,6 +232,8 @@ def quadratic_network(dim=300, seed=0, kind="hessian"):
         ({"which": ["widht"]}, r"which must name limits among one_shot, .*, got \['widht'\]"),
         ({"which": "width"}, "which must name limits among"),
         ({"which": []}, "which must name limits among"),
+        ({"which": None}, "which must name limits among .*, got None"),
+        ({"which": iter(["width"])}, "which must name limits among"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

@@ -1,6 +1,6 @@
 """Arguments of `pruning_limit` that cannot be meant."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -34,8 +34,8 @@ def check_arguments(
         raise ValueError(f"num_probes must lie between 1 and max_matvecs = {max_matvecs}, got {num_probes}.")
     if basis_bytes is not None and basis_bytes < 0:
         raise ValueError(f"basis_bytes must be at least 0, got {basis_bytes}.")
-    unknown = [name for name in which if name not in LIMITS]
-    if isinstance(which, str) or unknown or not which:
+    listed = isinstance(which, Collection) and not isinstance(which, str)
+    if not listed or not which or any(name not in LIMITS for name in which):
         raise ValueError(f"which must name limits among {', '.join(LIMITS)}, got {which!r}.")
 
 
