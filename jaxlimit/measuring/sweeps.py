@@ -142,7 +142,7 @@ class PrunedNetwork:
         self.params, self.metrics_fn = params, metrics_fn
         metrics = scalars(metrics_fn)
         self.metrics_sum = ExampleSum(_PrunedMetrics(metrics), weight_fn)
-        self.check, self.checked = ValueCheck(metrics, weight_fn, "metrics_fn"), None
+        self._check, self._checked = ValueCheck(metrics, weight_fn, "metrics_fn"), []
         self.weights, self.rest = partition(params, prunable)
         self.dim, self.ranks = removal_ranks(self.weights, scores)
 
@@ -161,9 +161,9 @@ class PrunedNetwork:
         for chunk, used in chunks(counts, chunk_size):
             passed = Sampled(groups)
             found = self._means(passed, chunk)
-            if self.checked is not given:
+            if not any(known is given for known in self._checked):
                 self._require_means(passed, groups, chunk, found)
-                self.checked = given
+                self._checked.append(given)
             parts.append({name: values[:used] for name, values in found.items()})
             if progress is not None:
                 progress(min(len(parts) * chunk_size, len(grid)), len(grid))
@@ -182,11 +182,11 @@ class PrunedNetwork:
     ) -> None:
         """Metrics are the same in other batches; of a stream only a few examples are looked at."""
         params = combine(self.weights, self.rest)
-        self.check.few(params, passed.batches)
+        self._check.few(params, passed.batches)
         if isinstance(groups, list):
             # Rounding may turn the predictions of two examples.
             least = 2 / passed.num_examples
-            self.check.all(params, passed.batches[0][0], found, self._means(mixed(groups), counts), least)
+            self._check.all(params, passed.batches[0][0], found, self._means(mixed(groups), counts), least)
 
 
 def removal_ranks(weights: PyTree, scores: PyTree | None) -> tuple[int, PyTree]:
