@@ -108,7 +108,10 @@ class Program:
         if key not in self._calls:
             self._calls[key] = self._compile(args, leaves, structure)
         call, consts, result = self._calls[key]
-        return result.unflatten(call(*consts, *leaves))
+        values = call(*consts, *leaves)
+        if _parts_of_one_processor(leaves):
+            jax.block_until_ready(values)
+        return result.unflatten(values)
 
     def lower(self, *args: PyTree) -> jax.stages.Lowered:
         """What is compiled for these arguments: a function of the arrays closed over, then of all leaves."""
@@ -179,6 +182,13 @@ def _without_consts(jaxpr: ClosedJaxpr) -> Callable[..., list]:
 def _copy(x: Any) -> jax.Array:
     """An array of the host, which may change it, on the device."""
     return jax.device_put(np.array(x))
+
+
+def _parts_of_one_processor(leaves: list) -> bool:
+    """Whether devices share a CPU: waiting for each other in two programs at once they may wait for ever."""
+    return jax.default_backend() == "cpu" and any(
+        isinstance(x, jax.Array) and len(x.sharding.device_set) > 1 for x in leaves
+    )
 
 
 def _looked_into() -> bool:
