@@ -89,7 +89,7 @@ def _results(equation: Any, given: list[int], found: LossTrace, last: bool) -> l
         while True:  # until what a loop carries has the marks of its results
             new = _follow(sub, marks, found, last and equation.primitive.name in ("jit", "pjit"))
             results = [one | other for one, other in zip(results, new, strict=True)]
-            carried = _carried(equation, len(sub.invars))
+            carried = _carried(equation, sub)
             again = list(marks)
             for place, mark in zip(carried, new, strict=False):
                 again[place] |= mark
@@ -110,13 +110,18 @@ def _last_casts(jaxpr: Jaxpr) -> set[Any]:
     return found & computed
 
 
-def _carried(equation: Any, num_args: int) -> range:
+def _carried(equation: Any, body: Jaxpr) -> range:
     """Which arguments of a loop's body are its first results of the step before."""
-    if equation.primitive.name == "scan":
-        first = equation.params["num_consts"]
-        return range(first, first + equation.params["num_carry"])
     if equation.primitive.name == "while":
-        return range(num_args - len(equation.outvars), num_args)
+        return range(len(body.invars) - len(equation.outvars), len(body.invars))
+    if equation.primitive.name == "scan":  # what is stacked has one axis fewer within
+        sides: list[tuple[list[Any], list[Any]]] = [
+            (equation.invars, body.invars),
+            (equation.outvars, body.outvars),
+        ]
+        stacked = [sum(x.aval.ndim != y.aval.ndim for x, y in zip(*side, strict=True)) for side in sides]
+        end = len(body.invars) - stacked[0]
+        return range(end - len(body.outvars) + stacked[1], end)
     return range(0)
 
 
