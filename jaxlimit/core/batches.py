@@ -111,6 +111,11 @@ def batch_length(batch: PyTree) -> int:
     return lengths.pop()
 
 
+def examples_like(batch: PyTree, size: int) -> PyTree:
+    """The shapes and dtypes of a batch of so many examples like these."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), batch)
+
+
 def grouped(batches: Iterable[PyTree]) -> Iterable[PyTree]:
     """Stacks equal-shaped batches so that one compiled scan can run over each group.
 

@@ -140,28 +140,29 @@ def require_weight_fn(weight_fn: Any) -> None:
     asked = "weight_fn must be a function of a batch, weight_fn(batch) -> scalar, got"
     if not callable(weight_fn):
         raise ValueError(f"{asked} {_kind(weight_fn)}.")
-    try:
-        signature = inspect.signature(weight_fn)
-    except (TypeError, ValueError):  # of builtins there may be none
-        return
-    try:
-        signature.bind(None)
-    except TypeError as error:
-        raise ValueError(f"{asked} one with the signature {signature}.") from error
+    if signature := _unfit(weight_fn, None):
+        raise ValueError(f"{asked} one with the signature {signature}.")
 
 
 def _require_two_arguments(name: str, function: Callable) -> None:
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # of builtins there may be none
-        return
-    try:
-        signature.bind(None, None)
-    except TypeError as error:
+    if signature := _unfit(function, None, None):
         raise ValueError(
             f"{name} is called with two arguments, parameters (or outputs) and a batch, but its signature is "
             f"{signature}: wrap it, as in lambda params, batch: {name}(params, *batch)."
-        ) from error
+        )
+
+
+def _unfit(function: Callable, *args: Any) -> inspect.Signature | None:
+    """The signature of a function that cannot be called with so many arguments."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of builtins there may be none
+        return None
+    try:
+        signature.bind(*args)
+    except TypeError:
+        return signature
+    return None
 
 
 def _require_no_module(name: str, value: Any) -> None:

@@ -1,11 +1,13 @@
 """What a traced function says itself of where its arrays lie on a mesh."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, primitives
+from jax.extend.core import ClosedJaxpr, JaxprEqn
+from jax.extend.core import primitives as core_primitives
 
+from jaxlimit.core.jaxprs import primitives, rewritten
 from jaxlimit.core.sharding import ExampleSharding, is_explicit
 
 # Names of operations: one that says where an array should lie, and those that divide arrays themselves.
@@ -21,7 +23,7 @@ def places_itself(fn: Callable, sharding: ExampleSharding | None, *args: Any) ->
     Raises:
         ValueError: it does so by shard_map, which asks for arrays that are divided already.
     """
-    found = set(_primitives(jax.make_jaxpr(fn)(*args).jaxpr))
+    found = primitives(jax.make_jaxpr(fn)(*args).jaxpr)
     if sharding is not None and "shard_map" in found and is_explicit(sharding.mesh):
         raise ValueError(
             "the loss calls shard_map on a mesh with explicit axes, over which the examples are divided: "
@@ -33,33 +35,9 @@ def places_itself(fn: Callable, sharding: ExampleSharding | None, *args: Any) ->
 
 def unconstrained(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
     """The same function without `with_sharding_constraint`, which says nothing on a part of the arrays."""
-    stated = CONSTRAINT in _primitives(jaxpr.jaxpr)
-    return ClosedJaxpr(_without(jaxpr.jaxpr), jaxpr.consts) if stated else jaxpr
+    return rewritten(jaxpr, _copied)
 
 
-def _without(jaxpr: Jaxpr) -> Jaxpr:
-    eqns = []
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == CONSTRAINT:
-            eqns.append(eqn.replace(primitive=primitives.copy_p, params={}))
-        else:
-            eqns.append(eqn.replace(params=jax.tree.map(_without_in, eqn.params, is_leaf=_is_jaxpr)))
-    return jaxpr.replace(eqns=eqns)
-
-
-def _without_in(value: Any) -> Any:
-    if isinstance(value, ClosedJaxpr):
-        return unconstrained(value)
-    return _without(value) if isinstance(value, Jaxpr) else value
-
-
-def _is_jaxpr(value: Any) -> bool:
-    return isinstance(value, (Jaxpr, ClosedJaxpr))
-
-
-def _primitives(jaxpr: Jaxpr) -> Iterator[str]:
-    for eqn in jaxpr.eqns:
-        yield eqn.primitive.name
-        for value in jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr):
-            if _is_jaxpr(value):
-                yield from _primitives(getattr(value, "jaxpr", value))
+def _copied(eqn: JaxprEqn) -> JaxprEqn | None:
+    stated = eqn.primitive.name == CONSTRAINT
+    return eqn.replace(primitive=core_primitives.copy_p, params={}) if stated else None

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.extend.core import ClosedJaxpr, JaxprEqn
+
+from jaxlimit.core.jaxprs import primitives, rewritten
 
 # Patches that leave the cache cost more than the loop, and take memory: such a convolution stays. Measured by
 # benchmarks/products.py. Those in groups are so slow that they never do.
@@ -29,7 +31,7 @@ Rule = Callable[..., Callable[..., jax.Array] | None]
 
 def quick_in_loops(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
     """The same function with other convolutions and pools, on a CPU; elsewhere as it is."""
-    return _closed(jaxpr) if jax.default_backend() == "cpu" else jaxpr
+    return rewritten(jaxpr, _instead) if jax.default_backend() == "cpu" else jaxpr
 
 
 def convolves(jaxpr: ClosedJaxpr) -> bool:
@@ -37,55 +39,15 @@ def convolves(jaxpr: ClosedJaxpr) -> bool:
     return jax.default_backend() == "cpu" and "conv_general_dilated" in primitives(jaxpr.jaxpr)
 
 
-def primitives(jaxpr: Jaxpr) -> set[str]:
-    """Names of the operations, also of what is called."""
-    found = {eqn.primitive.name for eqn in jaxpr.eqns}
-    return found.union(*(primitives(inner) for eqn in jaxpr.eqns for inner in _inner(eqn.params)))
-
-
-def _inner(params: dict[str, Any]) -> list[Jaxpr]:
-    """What an equation calls."""
-    values = [x for value in params.values() for x in (value if isinstance(value, tuple) else (value,))]
-    return [
-        x.jaxpr if isinstance(x, ClosedJaxpr) else x for x in values if isinstance(x, ClosedJaxpr | Jaxpr)
-    ]
-
-
 # Equations are replaced by calls; all else in a jaxpr, and in those that it calls, stays as it is.
 
 
-def _closed(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
-    inner = _open(jaxpr.jaxpr)
-    return jaxpr if inner is jaxpr.jaxpr else ClosedJaxpr(inner, jaxpr.consts)
-
-
-def _open(jaxpr: Jaxpr) -> Jaxpr:
-    eqns = list(map(_equation, jaxpr.eqns))
-    same = all(new is old for new, old in zip(eqns, jaxpr.eqns, strict=True))
-    return jaxpr if same else jaxpr.replace(eqns=eqns)
-
-
-def _equation(eqn: JaxprEqn) -> JaxprEqn:
+def _instead(eqn: JaxprEqn) -> JaxprEqn | None:
     name, avals = eqn.primitive.name, [x.aval for x in eqn.invars]
     if name in _RULES:
-        instead = _RULES[name](*avals, **eqn.params) if all(map(_plain, avals)) else None
-        return eqn if instead is None else _call(instead, eqn)
-    if name.startswith("custom_"):  # brings its own derivative
-        return eqn
-    params = {key: _parameter(value) for key, value in eqn.params.items()}
-    same = all(params[key] is value for key, value in eqn.params.items())
-    return eqn if same else eqn.replace(params=params)
-
-
-def _parameter(value: Any) -> Any:
-    if isinstance(value, ClosedJaxpr):
-        return _closed(value)
-    if isinstance(value, Jaxpr):
-        return _open(value)
-    if isinstance(value, tuple) and any(isinstance(x, ClosedJaxpr | Jaxpr) for x in value):
-        parts = tuple(map(_parameter, value))
-        return value if all(new is old for new, old in zip(parts, value, strict=True)) else parts
-    return value
+        call = _RULES[name](*avals, **eqn.params) if all(map(_plain, avals)) else None
+        return eqn if call is None else _call(call, eqn)
+    return eqn if name.startswith("custom_") else None  # it brings its own derivative
 
 
 def _plain(aval: Any) -> bool:

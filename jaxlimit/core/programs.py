@@ -108,10 +108,7 @@ class Program:
         if key not in self._calls:
             self._calls[key] = self._compile(args, leaves, structure)
         call, consts, result = self._calls[key]
-        values = call(*consts, *leaves)
-        if _parts_of_one_processor(leaves):
-            jax.block_until_ready(values)
-        return result.unflatten(values)
+        return result.unflatten(call(*consts, *leaves))
 
     def lower(self, *args: PyTree) -> jax.stages.Lowered:
         """What is compiled for these arguments: a function of the arrays closed over, then of all leaves."""
@@ -131,7 +128,10 @@ class Program:
     def _compile(self, args: tuple[PyTree, ...], leaves: list, structure: Any) -> tuple[Callable, list, Any]:
         lowered, trace = self._lower(args, leaves, structure)
         consts = trace.jaxpr.consts
-        return _shared_program(lowered, trace.jaxpr, [*consts, *leaves]), consts, trace.structure
+        call = _shared_program(lowered, trace.jaxpr, [*consts, *leaves])
+        if _parts_of_one_processor([*consts, *leaves]):
+            return lambda *args: jax.block_until_ready(call(*args)), consts, trace.structure
+        return call, consts, trace.structure
 
 
 def _shared_program(lowered: jax.stages.Lowered, jaxpr: ClosedJaxpr, args: list) -> Callable:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
-from jaxlimit.core.convolutions import primitives
+from jaxlimit.core.jaxprs import primitives
 from jaxlimit.core.trees import PyTree
 
 Linear = Callable[[PyTree], PyTree]

@@ -4,14 +4,15 @@ Dependence on the weights is followed through all operations from the weights to
 of low precision do no harm there; what depends on the weights does.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import Jaxpr, Literal
 
+from jaxlimit.core.jaxprs import called
 from jaxlimit.core.trees import PyTree
 
 # What a number depends on: marks that add up.
@@ -81,7 +82,7 @@ def _results(equation: Any, given: list[int], found: LossTrace, last: bool) -> l
     for mark in given:
         together |= mark
     results = [0] * len(equation.outvars)
-    inner = [sub for sub in _inner(equation) if len(sub.outvars) == len(results)]
+    inner = [sub for sub in called(equation, but="cond_jaxpr") if len(sub.outvars) == len(results)]
     if not inner:
         return [together] * len(results)
     for sub in inner:
@@ -123,16 +124,6 @@ def _carried(equation: Any, body: Jaxpr) -> range:
         end = len(body.invars) - stacked[0]
         return range(end - len(body.outvars) + stacked[1], end)
     return range(0)
-
-
-def _inner(equation: Any) -> Iterator[Jaxpr]:
-    """The programs within an operation."""
-    for name, value in equation.params.items():
-        for sub in value if isinstance(value, (tuple, list)) else (value,):
-            if name != "cond_jaxpr" and isinstance(sub, ClosedJaxpr):
-                yield sub.jaxpr
-            elif name != "cond_jaxpr" and isinstance(sub, Jaxpr):
-                yield sub
 
 
 def _needed(jaxpr: Jaxpr) -> list[Any]:

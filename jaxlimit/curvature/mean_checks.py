@@ -17,7 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlimit.core.batches import ExampleSum, batch_length, batch_weight, first_of, weighted
+from jaxlimit.core.batches import (
+    ExampleSum,
+    batch_length,
+    batch_weight,
+    examples_like,
+    first_of,
+    weighted,
+)
 from jaxlimit.core.checks import NOT_FINITE_CAUSES
 from jaxlimit.core.cuts import Sampled, doubled, group_shape, halves, mixed, one_batch, samples
 from jaxlimit.core.programs import Program
@@ -190,9 +197,8 @@ class _Check:
 
 def takes(product: Product, weights: PyTree, rest: PyTree, arrays: PyTree, size: int) -> bool:
     """Whether a loss can be traced for batches of `size` examples like these: some are of one size only."""
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), arrays)
     try:
-        jax.eval_shape(Loss(product), weights, rest, batch)
+        jax.eval_shape(Loss(product), weights, rest, examples_like(arrays, size))
     except Exception:  # whatever the caller's function raises
         return False
     return True

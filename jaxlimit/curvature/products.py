@@ -19,11 +19,13 @@ from jaxlimit.core.batches import (
     batch_length,
     batch_weight,
     check_scalar,
+    examples_like,
     first_of,
     running_sum,
     weighted,
 )
-from jaxlimit.core.convolutions import convolves, primitives, quick_in_loops
+from jaxlimit.core.convolutions import convolves, quick_in_loops
+from jaxlimit.core.jaxprs import primitives
 from jaxlimit.core.loops import apart, each_of, scan
 from jaxlimit.core.programs import Program, Traced
 from jaxlimit.core.sharding import ExampleSharding, example_sharding, on_parts, sum_of_parts
@@ -339,7 +341,7 @@ def suitable_batch_size(product: Product, weights: PyTree, rest: PyTree, arrays:
     batch_bytes, least = _batch_bytes(), 1
     if jax.default_backend() in BATCH_BYTES:
         batch_bytes, least = max(batch_bytes, WEIGHT_COPIES * num_bytes(weights)), LEAST_EXAMPLES
-        if product.has_loops(weights, rest, _examples_like(arrays, 2)):
+        if product.has_loops(weights, rest, examples_like(arrays, 2)):
             batch_bytes *= LOOP_FACTOR
     wanted = _in_loops(
         product, weights, rest, arrays, min(max(batch_bytes // per_example, least), num_examples)
@@ -353,7 +355,7 @@ def _in_loops(product: Product, weights: PyTree, rest: PyTree, like: PyTree, wan
     """As many examples at once as wanted, or fewer whose convolutions a loop does not make slow."""
     size = wanted
     while size >= LEAST_EXAMPLES:
-        if not product.convolves(weights, rest, _examples_like(like, size)):
+        if not product.convolves(weights, rest, examples_like(like, size)):
             return size
         size //= 2
     return wanted
@@ -380,8 +382,4 @@ def _one_batch(group: PyTree) -> PyTree:
 
 def _linear_bytes(product: Product, weights: PyTree, rest: PyTree, like: PyTree, size: int) -> int:
     """Memory of `size` linearised examples like these."""
-    return num_bytes(product.linearize.shape(weights, rest, _examples_like(like, size)))
-
-
-def _examples_like(like: PyTree, size: int) -> PyTree:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), like)
+    return num_bytes(product.linearize.shape(weights, rest, examples_like(like, size)))

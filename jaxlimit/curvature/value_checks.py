@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jaxlimit.core.batches import batch_length, batch_weight, first_of, weighted
+from jaxlimit.core.batches import batch_length, batch_weight, examples_like, first_of, weighted
 from jaxlimit.core.cuts import samples
 from jaxlimit.core.programs import Program, Traced
 from jaxlimit.core.trees import PyTree, frozen, thawed
@@ -86,17 +86,18 @@ class ValueCheck:
         raise ValueError(not_a_mean(what, found, self.weight_fn, LossTrace()))
 
     def _takes(self, params: PyTree, small: PyTree, size: int) -> bool:
-        whole = batch_length(jax.eval_shape(first_of, small))
+        batch = jax.eval_shape(first_of, small)
+        whole = batch_length(batch)
         if size >= whole or whole % size:
             return False
         try:
-            found = [self.metrics_fn.shape(params, _like(small, number)) for number in (whole, size)]
+            found = [self.metrics_fn.shape(params, examples_like(batch, number)) for number in (whole, size)]
         except Exception:  # whatever the caller's function raises
             return False
         return all(x.shape == () for x in jax.tree.leaves(found))  # else it is refused elsewhere
 
     def _tolerance(self, params: PyTree, small: PyTree) -> float:
-        jaxpr = jax.make_jaxpr(self.metrics_fn)(params, _like(small, jax.tree.leaves(small)[0].shape[1]))
+        jaxpr = jax.make_jaxpr(self.metrics_fn)(params, jax.eval_shape(first_of, small))
         found = {match.group(1) for match in COARSE.finditer(str(jaxpr))}
         return max(
             (COARSE_TOLERANCE if name != "f16" else HALF_TOLERANCE for name in found), default=TOLERANCE
@@ -153,8 +154,3 @@ def _together(trees: list[PyTree]) -> list[tuple]:
     """The leaves of several trees side by side, each with its place in them."""
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(trees[0])]
     return list(zip(paths, *map(jax.tree.leaves, trees), strict=True))
-
-
-def _like(small: PyTree, size: int) -> PyTree:
-    """The shape of a batch of some size."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[2:]), x.dtype), small)

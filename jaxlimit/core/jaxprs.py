@@ -1,0 +1,56 @@
+"""Walks through what was traced: into every program that an operation calls, and with operations replaced."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+# What stands in place of an equation; None where it stays, but for the programs that it calls.
+Rule = Callable[[JaxprEqn], JaxprEqn | None]
+
+
+def called(eqn: JaxprEqn, but: str = "") -> list[Jaxpr]:
+    """The programs that an equation calls, without the parameter of a name."""
+    given = [value for name, value in eqn.params.items() if name != but]
+    values = [x for value in given for x in (value if isinstance(value, (tuple, list)) else (value,))]
+    return [
+        x.jaxpr if isinstance(x, ClosedJaxpr) else x for x in values if isinstance(x, ClosedJaxpr | Jaxpr)
+    ]
+
+
+def primitives(jaxpr: Jaxpr) -> set[str]:
+    """Names of the operations, also of what is called."""
+    found = {eqn.primitive.name for eqn in jaxpr.eqns}
+    return found.union(*(primitives(inner) for eqn in jaxpr.eqns for inner in called(eqn)))
+
+
+def rewritten(jaxpr: ClosedJaxpr, rule: Rule) -> ClosedJaxpr:
+    """The program with its equations replaced, also in what is called; itself where all of them stay."""
+    inner = _rewritten(jaxpr.jaxpr, rule)
+    return jaxpr if inner is jaxpr.jaxpr else ClosedJaxpr(inner, jaxpr.consts)
+
+
+def _rewritten(jaxpr: Jaxpr, rule: Rule) -> Jaxpr:
+    eqns = [_equation(eqn, rule) for eqn in jaxpr.eqns]
+    same = all(new is old for new, old in zip(eqns, jaxpr.eqns, strict=True))
+    return jaxpr if same else jaxpr.replace(eqns=eqns)
+
+
+def _equation(eqn: JaxprEqn, rule: Rule) -> JaxprEqn:
+    instead = rule(eqn)
+    if instead is not None:
+        return instead
+    params = {key: _parameter(value, rule) for key, value in eqn.params.items()}
+    same = all(params[key] is value for key, value in eqn.params.items())
+    return eqn if same else eqn.replace(params=params)
+
+
+def _parameter(value: Any, rule: Rule) -> Any:
+    if isinstance(value, ClosedJaxpr):
+        return rewritten(value, rule)
+    if isinstance(value, Jaxpr):
+        return _rewritten(value, rule)
+    if isinstance(value, tuple) and any(isinstance(x, ClosedJaxpr | Jaxpr) for x in value):
+        parts = tuple(_parameter(x, rule) for x in value)
+        return value if all(new is old for new, old in zip(parts, value, strict=True)) else parts
+    return value
