@@ -10,8 +10,10 @@ from jaxlimit.limits.budget import Progress
 from jaxlimit.limits.estimate import Estimate
 from jaxlimit.limits.pruning_limit import pruning_limit
 from jaxlimit.limits.result import PruningLimit
+from jaxlimit.measuring.certificates import Certificate, certify
 from jaxlimit.measuring.finetuning import finetuned_sweep
 from jaxlimit.measuring.loss_statistics import LossStatistics, loss_statistics
+from jaxlimit.measuring.risks import paired
 from jaxlimit.measuring.sweeps import Sweep, sparsity_sweep
 from jaxlimit.reference.paper_code import reference_limit
 from jaxlimit.spectrum.lanczos import tridiagonalize
@@ -22,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Batches",
+    "Certificate",
     "Curvature",
     "Estimate",
     "LossStatistics",
@@ -32,6 +35,7 @@ __all__ = [
     "Tridiagonal",
     "apply_mask",
     "batched",
+    "certify",
     "finetuned_sweep",
     "gauss_newton",
     "geometry",
@@ -39,6 +43,7 @@ __all__ = [
     "is_kernel",
     "loss_statistics",
     "magnitude_mask",
+    "paired",
     "pruning_limit",
     "reference_limit",
     "removed_norm",
