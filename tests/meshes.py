@@ -29,14 +29,21 @@ def loss_with(inside):
 loss = loss_with(lambda z: z)
 
 
+def squares(weights, batch):
+    """The loss of each example."""
+    return jnp.mean(jnp.tanh(batch @ weights) ** 2, axis=1)
+
+
 def measured(loss, weights, batches):
     """What does not depend on where the data lie."""
     sweep = jaxlimit.sparsity_sweep(lambda w, x: {"loss": loss(w, x)}, weights, batches, SPARSITIES)
     statistics = jaxlimit.loss_statistics(loss, weights, batches)
     curvature = jaxlimit.hessian(loss, weights, batches)
+    certificate = jaxlimit.certify(squares, [(0.5, weights)], batches, bound=0.9)
     return {
         "mean": [statistics.mean, statistics.batch_std],
         "sweep": sweep.metrics["loss"].tolist(),
+        "risk": list(certificate.means),
         "product": np.ravel(curvature.matvec(weights)).tolist(),
         "gradient": np.ravel(curvature.gradient).tolist(),
     }
@@ -54,6 +61,7 @@ def truth(weights, parts):
         ]
         return {
             "mean": [float(loss(w, data)), float(np.std([loss(w, part) for part in parts]))],
+            "risk": [float(np.mean(np.tanh(data @ w) ** 2))],
             "sweep": [float(loss(x.reshape(w.shape), data)) for x in pruned],
             "product": (matrix @ w.ravel()).tolist(),
             "gradient": np.ravel(jax.grad(loss)(w, data)).tolist(),

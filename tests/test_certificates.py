@@ -8,8 +8,10 @@ import itertools
 import json
 import math
 import re
+from pathlib import Path
 
 import digits
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -165,7 +167,7 @@ def test_the_upper_bound_is_where_the_test_turns(method):
             assert hoeffding_bentkus(risks.mean(), 400, upper * (1 + 1e-6)) <= level
             assert hoeffding_bentkus(risks.mean(), 400, upper * (1 - 1e-6)) > level
         else:
-            game = p_values._Game(risks, 0.12)
+            game = p_values.BettingGame(risks, 0.12)
             assert game.reaches(np.linspace(upper, 0.3, 99), level).all()
             assert not game.reaches(np.linspace(1e-6, upper - 1e-5, 99), level).any()
             assert game.reaches(upper, np.linspace(level, 0.99, 99)).all()
@@ -176,16 +178,19 @@ def test_the_upper_bound_is_where_the_test_turns(method):
 def test_upper_bounds_cover_the_true_risk(kind):
     """The bound lies below the true risk as often as the true risk is rejected, by the test above."""
     true, bound = {"errors": (0.05, 0.1), "beta": (0.1, 0.14), "paired": (0.5, 0.53)}[kind]
-    risks = draws(kind, true, (400, 300), np.random.default_rng(6))
-    wrong = {name: [] for name in METHODS if kind == "errors" or name != "binomial"}
-    for name in wrong:
-        for row in risks:
-            if name == "betting":  # upper bound below the true risk: it is rejected
-                wrong[name].append(p_values._Game(row, bound).reaches(true, 0.2).item())
-            elif METHODS[name].p_value(row, bound) <= 0.2:
-                wrong[name].append(METHODS[name].upper_bound(row, bound, 0.2) < true)
-        assert at_most(np.sum(wrong[name]) / len(risks), 0.2, len(risks))
-    assert any(wrong["betting"])
+    risks = draws(kind, true, (REPETITIONS, 300), np.random.default_rng(6))
+    wrong = p_values.BettingGame(risks, bound).reaches(true, 0.2)
+    assert at_most(wrong.mean(), 0.2)
+    assert wrong.any()
+    for row in risks[np.flatnonzero(wrong)[:3]]:
+        assert METHODS["betting"].upper_bound(row, bound, 0.2) <= true
+    for row in risks[np.flatnonzero(~wrong)[:3]]:
+        assert METHODS["betting"].upper_bound(row, bound, 0.2) >= true
+    for name in ("binomial", "hoeffding_bentkus") if kind == "errors" else ("hoeffding_bentkus",):
+        method = METHODS[name]
+        certain = [row for row in risks[:400] if method.p_value(row, bound) <= 0.2]
+        low = sum(method.upper_bound(row, bound, 0.2) < true for row in certain)
+        assert at_most(low / 400, 0.2, 400)
 
 
 def test_betting_finds_as_much_as_the_exact_test_and_more_than_hoeffding_bentkus():
@@ -357,6 +362,18 @@ def test_however_the_examples_are_cut():
     assert found[0].sparsity == 0.5
 
 
+def test_a_convolution_is_evaluated_too():
+    images = np.random.default_rng(10).uniform(0, 1, (20, 1, 8, 8)).astype(np.float32)
+
+    def metric(kernel, x):
+        return jnp.mean(jax.lax.conv(x, kernel, (1, 1), "SAME"), axis=(1, 2, 3)) / 9
+
+    kernel = jnp.ones((1, 1, 3, 3))
+    found = certified([(0.5, kernel)], metric, batched(images, 8), bound=0.9)
+    assert found.num_examples == 20
+    assert found.mean == pytest.approx(float(np.mean(metric(kernel, images))), rel=1e-5)
+
+
 def test_all_networks_share_one_program():
     traced = []
 
@@ -468,3 +485,35 @@ def test_a_trained_network_pruned_by_magnitude():
     np.testing.assert_allclose(certificate.p_values, expected[: len(certificate.means)])
     assert certificate.sparsity == (0.0, 0.5, 0.8, 0.97)[int(np.argmax(expected > 0.05)) - 1]
     assert certificate.sparsity < 0.97
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "certify.md").read_text()
+
+
+def test_the_example_of_the_documentation_runs(capsys):
+    """After two epochs it prints the same words about other numbers."""
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    assert "epochs=60" in code
+    exec(compile(code.replace("epochs=60", "epochs=2"), "certify.md", "exec"), {})
+    found = capsys.readouterr().out
+    (shown,) = re.findall(r"```text\n(.*?)```", PAGE, flags=re.DOTALL)
+    for line in ("exact binomial test; risks within [0, 1]", "betting test; risks within [-1, 1]"):
+        assert line in found.splitlines()
+        assert line in shown.splitlines()
+    assert found.count("of at most 0.08 on new data (confidence 0.95, 359 examples)") == 1
+    assert len(re.findall("^Certified: ", found, flags=re.MULTILINE)) == 2
+
+
+def test_the_worked_numbers_of_the_documentation():
+    """10,000 images, 200 and 250 errors, of which 150 are those of the dense network, too."""
+    errors, rise = np.zeros(10_000), np.full(10_000, 0.5)
+    errors[:250], rise[:100], rise[100:150] = 1, 1, 0
+    cells = re.findall(r"\| does it err .*?\? \| (.*?) \| (.*?) \| (.*?) \|", PAGE)
+    for (p_value, upper, needed), (risks, bound, method) in zip(
+        cells, ((errors, 0.03, METHODS["binomial"]), (rise, 0.505, METHODS["betting"])), strict=True
+    ):
+        shown = float(upper.split()[0]) / 100
+        assert float(p_value) == pytest.approx(method.p_value(risks, bound), rel=0.05)
+        found = method.upper_bound(risks, bound, 0.05)
+        assert shown == pytest.approx(found if bound < 0.5 else 2 * found - 1, rel=0.01)
+        assert float(needed.replace(",", "")) == pytest.approx(method.needed(risks, bound, 0.05), rel=0.02)

@@ -106,6 +106,7 @@ PAGES = {
     "real_runs": "runs",
     **{path.stem: "methods" for path in RESULTS.glob("methods_*.md")},
     "basis": "large",
+    "certificates": "certify",
     "minilm": "transformer",
     "minilm_allocation": "transformer",
     "char_lm": "transformer",

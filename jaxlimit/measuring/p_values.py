@@ -103,32 +103,43 @@ def betting(risks: Risks, bound: float) -> float:
         >>> betting(risks, 0.045) < 0.05 < hoeffding_bentkus(risks.mean(), len(risks), 0.045)
         True
     """
-    game = _Game(risks, bound)
-    levels = np.geomspace(SMALLEST, 1, POINTS)
+    game, p_value = BettingGame(risks, bound), 1.0
+    levels = np.geomspace(SMALLEST, p_value, POINTS)  # the level 1 rejects everything
     for _ in range(2):
-        rejected = game.reaches(bound, levels)
-        if not rejected.any():
-            return 1.0
-        first = int(np.argmax(rejected))
-        levels = np.geomspace(levels[max(first - 1, 0)], levels[first], POINTS)
-    return float(levels[int(np.argmax(game.reaches(bound, levels)))])
+        first = _first_to_stay(game.reaches(bound, levels))
+        p_value = float(levels[first])
+        levels = np.geomspace(levels[max(first - 1, 0)], p_value, POINTS)
+    return p_value
 
 
-class _Game:
-    """Bets on risks in an order that has nothing to do with them. The bound shapes the bets only."""
+def _first_to_stay(rejected: NDArray[np.bool_]) -> int:
+    """Where the last run of rejections begins; the last place of all if it is none."""
+    accepted = np.flatnonzero(~rejected[:-1])
+    return int(accepted[-1]) + 1 if accepted.size else 0
+
+
+class BettingGame:
+    """Bets on risks in an order that has nothing to do with them. The bound shapes the bets only.
+
+    Args:
+        risks: (n,), or (k, n) of k data sets at once.
+        bound: a.
+    """
 
     def __init__(self, risks: Risks, bound: float) -> None:
-        order = np.random.default_rng(0).permutation(len(risks))
-        size = -(-len(risks) // MAX_BETS)
-        starts = np.arange(0, len(risks), size)
-        self._risks = np.add.reduceat(risks[order], starts) / np.diff(starts, append=len(risks))
-        self._scales = 1 / (np.sqrt(2 * np.pi) * _spread_to_come(self._risks, bound))
+        n = risks.shape[-1]
+        order = np.random.default_rng(0).permutation(n)
+        starts = np.arange(0, n, -(-n // MAX_BETS))
+        sums = np.add.reduceat(risks[..., order], starts, axis=-1)
+        risks = sums / np.diff(starts, append=n)
+        self._risks = risks.T
+        self._scales = 1 / (np.sqrt(2 * np.pi) * _spread_to_come(risks, bound).T)
 
     def reaches(self, means: float | Risks, levels: float | Risks) -> NDArray[np.bool_]:
-        """Whether bets against each of these means reach the target from these levels."""
-        means, share = np.broadcast_arrays(means, REACHED * np.asarray(levels))
+        """Whether bets against each of these means reach the target from these levels; (k,) of k data."""
+        means, share, _ = np.broadcast_arrays(means, REACHED * np.asarray(levels), self._risks[0])
         most, rest = 1 / (1 - means), 1 / means
-        for risk, scale in zip(self._risks.tolist(), self._scales.tolist(), strict=True):
+        for risk, scale in zip(self._risks, self._scales, strict=True):
             u = ndtri(share)
             stake = np.minimum(np.exp(-u * u / 2) * scale, np.minimum(share * most, (1 - share) * rest))
             after = np.maximum(share + stake * (means - risk), 0)
@@ -138,13 +149,13 @@ class _Game:
 
 def _spread_to_come(risks: Risks, bound: float) -> Risks:
     """Before each risk, the standard deviation of the sum of the risks to come, as those before show it."""
-    n = len(risks)
+    n = risks.shape[-1]
     prior = PRIOR_SQUARES / (bound * (1 - bound))  # in examples
     seen = np.arange(n)
-    sums = np.concatenate([[0.0], np.cumsum(risks)])
-    deviations = risks - (prior * bound + sums[1:]) / (prior + seen + 1)
-    squares = PRIOR_SQUARES + np.concatenate([[0.0], np.cumsum(deviations**2)[:-1]])
-    return np.sqrt(squares / (prior + seen) * (n - seen))
+    means = (prior * bound + np.cumsum(risks, axis=-1)) / (prior + seen + 1)
+    squares = (risks - means) ** 2
+    before = PRIOR_SQUARES + np.cumsum(squares, axis=-1) - squares
+    return np.sqrt(before / (prior + seen) * (n - seen))
 
 
 def _binomial_upper_bound(risks: Risks, _: float, level: float) -> float:
@@ -163,10 +174,10 @@ def _hoeffding_bentkus_upper_bound(risks: Risks, bound: float, level: float) -> 
 
 
 def _betting_upper_bound(risks: Risks, bound: float, level: float) -> float:
-    game, lower, upper = _Game(risks, bound), 0.0, bound
+    game, lower, upper = BettingGame(risks, bound), 0.0, bound
     for _ in range(3):
         means = np.linspace(lower, upper, POINTS)[1:]
-        first = int(np.argmax(game.reaches(means, level)))
+        first = _first_to_stay(game.reaches(means, level))
         lower, upper = lower if first == 0 else means[first - 1], means[first]
     return float(upper)
 
