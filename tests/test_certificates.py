@@ -415,9 +415,17 @@ REFUSALS = {
     "a dictionary": ({"metric": lambda t, x: {"error": x < t}}, "got shape dict"),
     "complex": ({"metric": lambda t, x: (x < t) + 0j}, "which is not real"),
     "NaN": ({"metric": lambda t, x: jnp.where(x == 7, jnp.nan, 0.0)}, "not finite for example 7"),
+    "tokens": (
+        {"metric": lambda t, x: jnp.ones((len(x), 7))},
+        r"shape \(100, 7\): sum up what belongs to one",
+    ),
+    "a network that diverged": ({"networks": [(0.5, jnp.float32(np.nan))]}, "the network at 0.5 has a NaN"),
     "outside": ({"metric": lambda t, x: jnp.where(x == 999, 2.0, 0.0)}, r"2 for example 999, .*\(1 of 1,000"),
     "below": ({"metric": lambda t, x: -1.0 * (x < t)}, r"-1 for example 0, .*differences of two errors"),
-    "neighbours": ({"metric": lambda t, x: jnp.abs(x - x.mean()) / 1000}, "is not a mean over the batch's"),
+    "neighbours": (
+        {"metric": lambda t, x: jnp.abs(x - x.mean()) / 1000},
+        "other values in other batches: .* batch norm in train",
+    ),
     "between": ({"metric": lambda t, x: x / 1000, "method": "binomial"}, "betting takes any risks"),
     "not rising": ({"networks": [(0.9, 1.0), (0.5, 1.0)]}, "rising sparsity, but 0.5 comes after 0.9"),
     "twice": ({"networks": [(0.5, 1.0), (0.5, 2.0)]}, "rising sparsity"),
@@ -435,6 +443,7 @@ REFUSALS = {
     "bounds reversed": ({"bounds": (1, 0)}, "bounds must be two numbers, of which the second is larger"),
     "bounds missing": ({"bounds": 1}, "bounds must be two numbers, lowest and highest"),
     "method": ({"method": "t-test"}, "method must be one of binomial, hoeffding_bentkus, betting"),
+    "methods": ({"method": ["betting"]}, "method must be one of"),
     "no function": ({"metric": 0.5}, "metric_fn must be a function"),
     "no batches": ({"batches": []}, "batches is empty"),
     "one batch": ({"batches": EXAMPLES}, "pass batched"),
@@ -454,6 +463,11 @@ def test_arguments_are_looked_at_before_anything_is_evaluated():
     for options in ("not rising", "bound outside", "method"):
         with pytest.raises(ValueError, match="must"):
             certified(**{"metric": metric} | REFUSALS[options][0])
+
+
+def test_pairs_with_a_network_that_diverged_are_refused():
+    with pytest.raises(ValueError, match=r"dense_params has a NaN in \['w'\]: its training or pruning"):
+        paired(wrong, {"w": jnp.array([1.0, jnp.nan])})
 
 
 def test_data_that_change_between_networks_are_refused():

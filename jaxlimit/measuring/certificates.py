@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from jaxlimit.core.checks import require_problem, require_range
 from jaxlimit.core.trees import PyTree
 from jaxlimit.measuring.p_values import METHODS
-from jaxlimit.measuring.risks import ExampleRisks, Metric
+from jaxlimit.measuring.risks import ExampleRisks, Metric, require_no_nan
 
 CALL = "certify(metric_fn, [(sparsity, params), ...], batches, bound=...)"
 
@@ -84,7 +84,7 @@ class Certificate:
         found = "nothing" if self.sparsity is None else f"sparsity {self.sparsity:.4f}"
         lines = [
             f"Certified: {found}, for a risk of at most {self.bound:.4g} on new data "
-            f"(confidence {self.confidence:.4g}, {self.num_examples:,} examples)",
+            f"(confidence {self.confidence:.10g}, {self.num_examples:,} examples)",
             f"{'sparsity':>10}{'observed risk':>16}{'p-value':>12}",
         ]
         for s, mean, p in zip(self.sparsities, self.means, self.p_values, strict=True):
@@ -134,7 +134,8 @@ def certify(
     Raises:
         ValueError: no networks, or not in rising sparsity; a bound or a confidence out of range; values that
             are not one for each example, not finite, outside `bounds`, or dependent on the rest of their
-            batch; a number of examples that changes; a method that is unknown, or does not fit the values.
+            batch; NaN in a network; a number of examples that changes; a method that is unknown, or does not
+            fit the values.
 
     Examples:
         >>> from jaxlimit import batched
@@ -156,7 +157,7 @@ def certify(
     bound, confidence = _number("bound", bound), _number("confidence", confidence)
     require_range("bound", bound, lower < bound < upper, f"between the bounds, {lower:g} and {upper:g}")
     require_range("confidence", confidence, 0 < confidence < 1, "between 0 and 1, as .95")
-    if method is not None and method not in METHODS:
+    if method is not None and method not in tuple(METHODS):
         raise ValueError(f"method must be one of {', '.join(METHODS)}, or None; got {method!r}.")
     risks_of = ExampleRisks(metric_fn, batches, (lower, upper))
     unit_bound, level = (bound - lower) / (upper - lower), 1 - confidence
@@ -164,7 +165,9 @@ def certify(
     rows, held, refused, tests = [], None, None, METHODS["betting"]
     for sparsity, params in _rising(networks):
         require_problem(CALL, params, metric_fn=metric_fn)
+        require_no_nan(f"the network at {sparsity:g}", params)
         risks = risks_of(params)
+        del params  # so that the next one takes its place
         tests = METHODS[method or _default_method(risks_of.dtype, lower, upper)]
         if tests is METHODS["binomial"]:
             _require_two_values(risks, lower, upper)

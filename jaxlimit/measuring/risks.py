@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,12 @@ from jaxlimit.core.batches import batch_length, first_of, grouped
 from jaxlimit.core.checks import NOT_FINITE_CAUSES, require_problem
 from jaxlimit.core.convolutions import convolves
 from jaxlimit.core.cuts import Sampled
+from jaxlimit.core.leaves import is_array
 from jaxlimit.core.loops import apart, each_of
 from jaxlimit.core.placement import placed_batches, placed_groups
 from jaxlimit.core.programs import Program, Traced
 from jaxlimit.core.sharding import example_sharding, to_host
-from jaxlimit.core.trees import PyTree, frozen, thawed
+from jaxlimit.core.trees import PyTree, as_array, frozen, thawed
 from jaxlimit.curvature.value_checks import ValueCheck
 
 Metric = Callable[[PyTree, PyTree], jax.Array]
@@ -36,7 +37,9 @@ def per_example(values: Any, batch: PyTree) -> jax.Array:
     asked = "metric_fn must return one number for each example, shape"
     expected, shape = (batch_length(batch),), getattr(values, "shape", type(values).__name__)
     if shape != expected:
-        remedy = "return the values before their mean is taken" if shape == () else "make it a vector"
+        remedy = "return the values before their mean is taken"
+        if isinstance(shape, tuple) and shape:
+            remedy = "sum up what belongs to one example in one number, as the mean over the other axes"
         raise ValueError(f"{asked} {expected} for this batch; got shape {shape}: {remedy}.")
     if jnp.issubdtype(values.dtype, jnp.complexfloating):
         raise ValueError(f"{asked} {expected} for this batch; got {values.dtype}, which is not real.")
@@ -60,6 +63,7 @@ def paired(metric_fn: Metric, dense_params: PyTree) -> Metric:
         [0.0, -1.0, 0.0]
     """
     require_problem("paired(metric_fn, dense_params)", dense_params, metric_fn=metric_fn)
+    require_no_nan("dense_params", dense_params)
 
     def difference(params: PyTree, batch: PyTree) -> jax.Array:
         values = [per_example(metric_fn(p, batch), batch) for p in (params, dense_params)]
@@ -67,6 +71,37 @@ def paired(metric_fn: Metric, dense_params: PyTree) -> Metric:
         return pruned - dense
 
     return difference
+
+
+def require_no_nan(name: str, params: PyTree) -> None:
+    """Raises ValueError if one of the arrays holds a NaN: the class of a NaN would be class 0.
+
+    Examples:
+        >>> require_no_nan("dense_params", {"w": np.array([0.0, np.nan])})
+        Traceback (most recent call last):
+        ...
+        ValueError: dense_params has a NaN in ['w']: its training or pruning has diverged.
+    """
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact) and bool(_has_nan(as_array(leaf))):
+            where = jax.tree_util.keystr(path)
+            raise ValueError(f"{name} has a NaN in {where}: its training or pruning has diverged.")
+
+
+@jax.jit
+def _has_nan(x: jax.Array) -> jax.Array:
+    return jnp.isnan(x).any()
+
+
+class _OwnValues(ValueCheck):
+    """Whether the average over some examples is that over their parts, in the words of `certify`."""
+
+    def _refuse(self, path: str, found: str) -> NoReturn:
+        raise ValueError(
+            "metric_fn gives examples other values in other batches: risks depend on each other. Likely "
+            "causes: batch norm in train mode (use evaluation mode), a mean over the batch in the metric, "
+            "broadcasting (N,) against (N, 1), or examples that are compared with each other."
+        )
 
 
 class ExampleRisks:
@@ -104,7 +139,7 @@ class ExampleRisks:
         values = np.concatenate(found)
         self._require_in_bounds(values)
         if self.num_examples == 0:
-            ValueCheck(self._mean, None, "the average of what metric_fn returns").few(params, passed.batches)
+            _OwnValues(self._mean, None, "metric_fn").few(params, passed.batches)
         elif self.num_examples != len(values):
             raise ValueError(
                 f"the data changed between two networks: {self.num_examples:,} examples for the first, "
