@@ -141,10 +141,11 @@ class FinetunedNetwork:
         require_count("num_steps", num_steps)
         self._weights, self._rest = partition(params, prunable)
         self._dim, self._ranks = removal_ranks(self._weights, scores)
-        sampled = Sampled(list(grouped(placed_batches(loss_fn, batches, params))))
-        self._groups = list(sampled)
-        if not self._groups:
+        groups = list(grouped(placed_batches(loss_fn, batches, params)))
+        if not groups:
             raise ValueError("batches hold no examples.")
+        sampled = Sampled(groups)
+        self._groups = list(sampled)
         whole, loss = combine(self._weights, self._rest), Traced(loss_fn)
         check_scalar(loss.shape(whole, jax.eval_shape(first_of, self._groups[0])))
         check = ValueCheck(loss_fn, weight_fn, "loss_fn")
