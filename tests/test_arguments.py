@@ -34,6 +34,14 @@ def loss(params, batch):
     return jnp.mean(jnp.sum((x @ params["w"] - y) ** 2, -1))
 
 
+def predict(params, batch):
+    return batch[0] @ params["w"]
+
+
+def output_loss(outputs, batch):
+    return jnp.mean(jnp.sum((outputs - batch[1]) ** 2, -1))
+
+
 def metrics(params, batch):
     return {"loss": loss(params, batch)}
 
@@ -77,6 +85,22 @@ CALLS = {
         lambda _: jaxlimit.hessian(lambda params, x, y: 0.0, PARAMS, BATCHES),
         r"its signature is \(params, x, y\): wrap it",
     ),
+    "functions exchanged": (
+        lambda _: jaxlimit.gauss_newton(output_loss, predict, PARAMS, BATCHES),
+        r"predict_fn and loss_fn look exchanged: .*Call gauss_newton\(predict_fn, loss_fn, params, batches\)",
+    ),
+    "functions of a stream exchanged": (
+        lambda _: jaxlimit.gauss_newton(output_loss, lambda w, b: b[0] @ w, W, lambda: iter(BATCHES)),
+        "predict_fn and loss_fn look exchanged",
+    ),
+    "outputs as a loss": (
+        lambda _: jaxlimit.hessian(predict, PARAMS, BATCHES),
+        r"scalar.*got shape \(4, 2\)",
+    ),
+    "outputs as a loss to tune": (
+        lambda _: jaxlimit.finetuned_sweep(predict, PARAMS, BATCHES, [0.5]),
+        r"scalar.*got shape \(4, 2\)",
+    ),
     "a key as curvature": (
         lambda c: jaxlimit.pruning_limit(KEY, c, loss_tolerance=0.1),
         "curvature must be a Curvature, which hessian or gauss_newton makes; got an array",
@@ -110,6 +134,14 @@ def test_arguments_in_foreign_places_are_refused(name, curvature):
     call, message = CALLS[name]
     with pytest.raises(ValueError, match=message):
         call(curvature)
+
+
+def test_an_error_in_functions_in_their_places_stays_theirs():
+    def broken(params, batch):
+        raise RuntimeError("of its author")
+
+    with pytest.raises(RuntimeError, match="of its author"):
+        jaxlimit.gauss_newton(broken, output_loss, PARAMS, BATCHES)
 
 
 def test_a_limit_is_no_curvature(curvature):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -216,6 +217,22 @@ def test_ctrl_c_and_going_on_gives_the_same_bits(finished, tmp_path, capsys, aft
     assert numbers(folder) == numbers(finished[0])
     for name in ("curves.csv", "weights.safetensors"):
         assert (folder / name).read_bytes() == (finished[0] / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to one process")
+def test_ctrl_c_ends_an_experiment_while_it_trains(tmp_path):
+    process = command(["experiment", "training", "digits", "--out", str(tmp_path / "run")])
+    while not (tmp_path / "run" / "config.json").exists():
+        time.sleep(0.01)
+    time.sleep(1)
+    began = time.perf_counter()
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert time.perf_counter() - began < 2
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert f"jaxlimit experiment training digits --out {tmp_path / 'run'}" in stderr
 
 
 def test_every_finished_stage_is_loaded(finished, tmp_path, capsys):

@@ -144,6 +144,11 @@ def test_a_loss_that_is_no_scalar_is_refused():
         finetuned_sweep(lambda w, b: b[0] @ w, *typed(np.float32), GRID)
 
 
+def test_a_stream_without_batches_is_refused():
+    with pytest.raises(ValueError, match="batches hold no examples"):
+        finetuned_sweep(loss, typed(np.float32)[0], lambda: iter(()), GRID)
+
+
 def test_sparsities_side_by_side_are_those_one_after_the_other(monkeypatch):
     """As on a device that is no CPU: in chunks, the last one filled up."""
     one_by_one = finetuned_sweep(loss, *typed(np.float32), [0.2, 0.5, 0.9], num_steps=9)

@@ -19,6 +19,7 @@ from flax import nnx
 
 from jaxlimit import batched, finetuned_sweep, gauss_newton, hessian, loss_statistics, sparsity_sweep
 from jaxlimit.core.batches import ExampleSum, grouped
+from jaxlimit.core.widening import coarse_numbers, widened
 from jaxlimit.curvature.loss_trace import trace_loss
 from jaxlimit.curvature.rounding import measured_rounding
 from jaxlimit.models import from_nnx
@@ -341,8 +342,12 @@ def test_a_metric_that_is_no_number_somewhere_is_compared_elsewhere():
         mean = mean**2 if len(batch["y"]) > 8 else mean  # a few examples do not give it away
         return {"loss": 100 * known * mean}
 
-    with pytest.raises(ValueError, match="same examples are cut into other batches"):
-        sparsity_sweep(metrics, W, batched(DATA, 16), [0, 1])
+    for call in (
+        lambda: sparsity_sweep(metrics, W, batched(DATA, 16), [0, 1]),
+        lambda: finetuned_sweep(lambda *args: metrics(*args)["loss"], W, batched(DATA, 16), [0], num_steps=1),
+    ):
+        with pytest.raises(ValueError, match="same examples are cut into other batches"):
+            call()
 
 
 def test_a_penalty_is_named_where_one_is_found():
@@ -438,10 +443,35 @@ def of_even_size(params, batch):
     return summed(params, jax.tree.map(lambda x: x.reshape(-1, 11, *x.shape[1:]), batch))
 
 
+def certain_metrics(params, batch):
+    return {"loss": of_even_size(params, batch)}
+
+
+CERTAIN = {
+    "hessian": lambda batches: hessian(of_even_size, W, batches),
+    "statistics": lambda batches: loss_statistics(of_even_size, W, batches),
+    "sweep": lambda batches: sparsity_sweep(certain_metrics, W, batches, [0]),
+    "fine-tuned": lambda batches: finetuned_sweep(of_even_size, W, batches, [0], num_steps=1),
+    "evaluated": lambda batches: finetuned_sweep(
+        mean_loss, W, batches, [0], num_steps=1, metrics_fn=certain_metrics
+    ),
+}
+
+
 @pytest.mark.parametrize("cut", ["list", "stream"])
-def test_a_sum_over_batches_of_certain_sizes_is_refused(cut):
+@pytest.mark.parametrize("asked", CERTAIN)
+def test_a_sum_over_batches_of_certain_sizes_is_refused(asked, cut):
     with pytest.raises(ValueError, match="not a mean over the batch's examples"):
-        hessian(of_even_size, W, CUTS[cut](DATA, 22))
+        CERTAIN[asked](CUTS[cut](DATA, 22))
+
+
+@cuts
+def test_values_of_batches_of_a_fixed_size_are_not_refused(cut):
+    expected = oracle(mean_loss, DATA)[1]
+    sweep = sparsity_sweep(lambda *args: {"loss": of_one_size(*args)}, W, CUTS[cut](DATA, 11), [0])
+    assert sweep.metrics["loss"][0] == pytest.approx(expected, rel=1e-5)
+    tuned = finetuned_sweep(of_one_size, W, CUTS[cut](DATA, 11), [0], num_steps=1, learning_rate=1e-9)
+    assert tuned.metrics["loss"][0] == pytest.approx(expected, rel=1e-5)
 
 
 # Precision.
@@ -510,6 +540,57 @@ COARSE = {
 @pytest.mark.parametrize("where", [*PRECISE, *COARSE])
 def test_low_precision_on_the_way_from_the_weights_is_found(where):
     assert bool(trace_loss((PRECISE | COARSE)[where], W, DATA).coarse) == (where in COARSE)
+
+
+@pytest.mark.parametrize("where", [*PRECISE, *COARSE])
+def test_what_is_computed_in_few_bits_is_computed_in_float32(where, monkeypatch):
+    """The oracle is the same loss, written in float32."""
+    loss = (PRECISE | COARSE)[where]
+    traced = jax.make_jaxpr(loss)(W, DATA)
+    wide = widened(traced)
+    monkeypatch.setattr(sys.modules[__name__], "LOW", jnp.float32)
+    expected = mean_loss(W, DATA) if where in ("loss", "losses", "rounded") else loss(W, DATA)
+    assert coarse_numbers(traced.jaxpr)
+    assert coarse_numbers(wide.jaxpr) == set()
+    assert float(
+        jax.core.eval_jaxpr(wide.jaxpr, wide.consts, *jax.tree.leaves((W, DATA)))[0]
+    ) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_what_reads_single_bits_stays_in_few_bits():
+    def loss(x):
+        bits = jax.lax.bitcast_convert_type(x.astype(LOW), jnp.uint16)
+        return jnp.sum(jax.lax.bitcast_convert_type(bits, LOW) * 3)
+
+    x = jnp.asarray([1.001, 2.0])
+    wide = widened(jax.make_jaxpr(loss)(x))
+    assert coarse_numbers(wide.jaxpr) == {"bfloat16"}
+    assert float(jax.core.eval_jaxpr(wide.jaxpr, wide.consts, x)[0]) == 9  # 1.001 is 1 in bfloat16
+
+
+@pytest.mark.parametrize("measured", ["statistics", "sweep", "fine-tuned", "evaluated"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_small_fault_of_form_is_not_taken_for_rounding(measured, dtype):
+    """(N, 1) against (N,) with labels near 4: another mean by half a part in a hundred."""
+
+    def low(params, batch):
+        x = predict(jax.tree.map(lambda w: w.astype(dtype), params), batch["x"].astype(dtype))
+        return x, 4 + batch["y"].astype(dtype)
+
+    def wrong(params, batch):
+        x, y = low(params, batch)
+        return jnp.mean((x[:, :1] - y) ** 2)
+
+    def right(params, batch):
+        x, y = low(params, batch)
+        return jnp.mean((x[:, 0] - y) ** 2)
+
+    errors = (predict(W, X)[:, 0, None] - 4 - Y) ** 2
+    apart = abs(float(np.mean(errors) / np.mean(np.diagonal(errors))) - 1)
+    assert 1e-3 < apart < 0.02
+    with pytest.raises(ValueError, match="not a mean over the batch's examples"):
+        SWEEPS[measured](wrong)
+    SWEEPS[measured](right)
 
 
 @pytest.mark.parametrize("loss", ["loss", "loss and back"])

@@ -1,13 +1,19 @@
 """Ctrl-C reaches a run, wherever Python is."""
 
 import gc
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from jaxlimit import batched, finetuned_sweep, sparsity_sweep
 from jaxlimit.core.interrupt import Interrupt
 
 
@@ -77,6 +83,63 @@ def test_a_command_is_left_at_once_whatever_it_is_at():
     _, stderr = process.communicate(timeout=60)
     assert time.perf_counter() - began < 2
     assert (process.returncode, stderr) == (130, "told\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to one process")
+def test_ctrl_c_while_the_command_is_imported_is_quiet(tmp_path):
+    """A package that is never done with its imports stands for jaxlimit."""
+    package = tmp_path / "jaxlimit" / "__init__.py"
+    package.parent.mkdir()
+    package.write_text("import time\nprint(flush=True)\ntime.sleep(60)\n")
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import jaxlimit_command; jaxlimit_command.main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == ""
+    assert process.returncode == 130
+
+
+def slow_loss(params, batch):
+    x, y = batch
+    return jnp.mean((jnp.tanh(x @ params["a"]) @ params["b"] - y) ** 2)
+
+
+SLOW = {"a": np.full((200, 100), 0.01, np.float32), "b": np.full((100, 1), 0.01, np.float32)}
+SWEEPS = {
+    "sparsity_sweep": lambda data, **given: sparsity_sweep(
+        lambda params, batch: {"loss": slow_loss(params, batch)}, SLOW, data, np.arange(401) / 400, **given
+    ),
+    "finetuned_sweep": lambda data, **given: finetuned_sweep(slow_loss, SLOW, data, [0.5, 0.9], **given),
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to one process")
+@pytest.mark.parametrize("name", SWEEPS)
+def test_sweeps_hear_ctrl_c_while_a_program_computes(name):
+    """It comes from another thread, in the midst of a call; the sweep would take many more seconds."""
+    rng, pressed = np.random.default_rng(0), []
+    data = batched((rng.random((12_000, 200), np.float32), rng.random((12_000, 1), np.float32)), 500)
+
+    def press():
+        pressed.append(time.perf_counter())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    timer = threading.Timer(0.1, press)
+
+    def progress(done, total):
+        if done and not timer.ident:
+            timer.start()
+
+    with pytest.raises(KeyboardInterrupt):
+        SWEEPS[name](data, progress=progress)
+    assert time.perf_counter() - pressed[0] < 2
 
 
 def test_nothing_is_interrupted_any_more_when_all_is_done():

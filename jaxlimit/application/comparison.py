@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,9 @@ OPTIMISTIC = (
 )
 # Key of the width limit on the first half of the examples, where not all of them are used.
 HALF = "width_of_half_the_examples"
-# Characters a line of the text.
-WIDTH = 98
-COLUMNS = ("", "predicted", "interval", "measured", "difference", "test accuracy there")
+# Characters a line of the text, and the table's, for a terminal of 80 columns.
+WIDTH = 79
+COLUMNS = ("", "predicted", "interval", "true rise", "measured", "differs by", "test accuracy")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Comparison:
     Attributes:
         curvature, limit: what was predicted.
         predicted, lower, upper: the estimate.
+        rise: of the training loss there, the network pruned and nothing readjusted; None if it is not finite.
         measured_by: "loss" (of the pruned network) or "finetuned" (after fine-tuning on the mask).
         measured: the threshold, None where it was not measured.
         difference: predicted - measured.
@@ -42,6 +44,7 @@ class Comparison:
     predicted: float
     lower: float
     upper: float
+    rise: float | None
     measured_by: str
     measured: float | None
     difference: float | None
@@ -68,8 +71,9 @@ def compare(document: Mapping[str, Any], columns: Mapping[str, NDArray[np.float6
             measured = document["measured"].get(by, {}).get("value")
             difference = None if measured is None else value - measured
             accuracy = value_below(columns, f"{prefix}test_accuracy", value)
-            interval = found[name]["lower"], found[name]["upper"]
-            rows.append(Comparison(curvature, name, value, *interval, by, measured, difference, accuracy))
+            predicted = value, found[name]["lower"], found[name]["upper"]
+            rise = found.get("rises", {}).get(name)
+            rows.append(Comparison(curvature, name, *predicted, rise, by, measured, difference, accuracy))
     return rows
 
 
@@ -83,24 +87,26 @@ def value_below(columns: Mapping[str, NDArray[np.float64]], name: str, sparsity:
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     """A row of the comparison, as strings."""
 
-    def shown(value: float | None, form: str) -> str:
-        return "not measured" if value is None else format(value, form)
+    def shown(name: str, form: str) -> str:
+        value = row.get(name)
+        return "-" if value is None else format(value, form)
 
-    by = {"loss": "pruned", "finetuned": "fine-tuned"}[row["measured_by"]]
     return (
         row["limit"],
         format(row["predicted"], ".4f"),
         f"[{row['lower']:.4f}, {row['upper']:.4f}]",
-        shown(row["measured"], ".4f") + (f" {by}" if row["measured"] is not None else ""),
-        shown(row["difference"], "+.4f"),
-        shown(row["test_accuracy"], ".2%"),
+        shown("rise", ".3g"),
+        shown("measured", ".4f"),
+        shown("difference", "+.4f"),
+        shown("test_accuracy", ".2%"),
     )
 
 
 def comparison_table(document: Mapping[str, Any]) -> str:
     """The table of predicted against measured, for a terminal."""
     groups = table_groups(document)
-    lines = [COLUMNS, *(row for _, rows in groups for row in rows)]
+    header = list(zip(*(["", "", *name.split()][-2:] for name in COLUMNS), strict=True))
+    lines = [*header, *(row for _, rows in groups for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
     widths[0] += 2
 
@@ -110,12 +116,13 @@ def comparison_table(document: Mapping[str, Any]) -> str:
             [first, *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]
         )
 
-    header = text(COLUMNS)
-    parts = [headline(document), "", header, "-" * len(header)]
+    rule = "-" * len(text(header[0]))
+    parts = [headline(document).replace(" (", "\n("), "", *map(text, header), rule]
     for title, rows in groups:
         parts += [title, *(text(row) for row in rows)]
-    paragraphs = [textwrap.fill(note, WIDTH, subsequent_indent="  ") for note in notes(document)]
-    return "\n".join([*parts, "-" * len(header), *paragraphs])
+    fill = partial(textwrap.fill, width=WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    paragraphs = [fill(note) for note in notes(document)]
+    return "\n".join([*parts, rule, *paragraphs])
 
 
 def table_groups(document: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, ...]]]]:
@@ -139,10 +146,13 @@ def headline(document: Mapping[str, Any]) -> str:
 def notes(document: Mapping[str, Any]) -> list[str]:
     """What the reader of the table must know, by paragraph."""
     measured = document["measured"]
+    tuned = "for the others the same after fine-tuning the weights that are left"
     notes = [
-        "pruned: largest sparsity at which the training loss of the pruned network stays within the "
-        "tolerance; fine-tuned: the same after fine-tuning the weights that are left. "
+        "true rise: of the training loss at the predicted sparsity, pruned and nothing readjusted.",
+        "measured: for one_shot the largest sparsity at which the training loss of the pruned network stays "
+        f"within the tolerance; {tuned if 'finetuned' in measured else 'the others were not measured'}. "
         f"Measured to {_resolution(measured):g} of sparsity.",
+        "test accuracy: at the predicted sparsity, pruned or fine-tuned in the same way.",
     ]
     network = document["network"]
     dense = f"Test accuracy unpruned {network['test_accuracy']:.2%}"

@@ -1,6 +1,6 @@
 """The same examples in other batches: what is a mean over examples does not depend on how they are cut."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -66,42 +66,44 @@ def _end_and_beginning(one: PyTree, next_one: PyTree) -> PyTree:
     return _rearranged(rows[None], one, next_one)
 
 
-def doubled(batch: PyTree) -> PyTree:
-    """Two batches in which each example of a stack of one stands twice."""
-    _, size = group_shape(batch)
-    return _rearranged(np.repeat(np.arange(size, dtype=np.int32), 2).reshape(2, size), batch)
+def cut_otherwise(batch: PyTree, takes: Callable[[int], bool]) -> tuple[PyTree, int]:
+    """The examples of a stack of one in two other batches, and how often each of them stands there.
 
-
-def halves(batch: PyTree) -> PyTree:
-    """The two halves of a stack of one, whose size is even."""
+    These are its halves, if `takes` of that size; else each holds half of the examples twice.
+    """
     _, size = group_shape(batch)
-    return _rearranged(np.arange(size, dtype=np.int32).reshape(2, -1), batch)
+    sharding = example_sharding(batch, axis=1)
+    half, odd = divmod(size, 2)
+    if not odd and half % (1 if sharding is None else sharding.num_shards) == 0 and takes(half):
+        return _rearranged(np.arange(size, dtype=np.int32).reshape(2, -1), batch), 1
+    return _rearranged(np.repeat(np.arange(size, dtype=np.int32), 2).reshape(2, size), batch), 2
 
 
 class Sampled:
     """Groups that remember how many examples they hold, and a first, a last and some batches between.
 
     Attributes:
+        groups: themselves.
         num_examples: of the last pass.
         batches: of the last pass, as a group and the number of the batch in it.
     """
 
     def __init__(self, groups: Iterable[PyTree]) -> None:
-        self._groups = groups
+        self.groups = groups
         self.num_examples: int = 0
         self.batches: list[tuple[PyTree, int]] = []
 
     def __iter__(self) -> Iterator[PyTree]:
         self.num_examples, kept, group = 0, [], None
-        for count, group in enumerate(self._groups):
+        for count, group in enumerate(self.groups):
             self.num_examples += group_length(group)
             if count & (count - 1) == 0:  # 0 and the powers of two
                 # The first and a later one; more of small batches.
                 kept = [*kept, group] if group_shape(group)[1] < SAMPLED else [*kept[:1], group]
             yield group
-        if isinstance(self._groups, list):
-            every = [(group, number) for group in self._groups for number in range(group_shape(group)[0])]
-            largest = max((group_shape(group)[1] for group in self._groups), default=1)
+        if isinstance(self.groups, list):
+            every = [(group, number) for group in self.groups for number in range(group_shape(group)[0])]
+            largest = max((group_shape(group)[1] for group in self.groups), default=1)
             self.batches = [every[i] for i in np.unique(_spread(len(every), max(3, SAMPLED // largest)))]
         elif group is not None:
             kept = kept if group is kept[-1] else [*kept, group]

@@ -18,6 +18,18 @@ def called(eqn: JaxprEqn, but: str = "") -> list[Jaxpr]:
     ]
 
 
+def carried(eqn: JaxprEqn, body: Jaxpr) -> range:
+    """Which arguments of a loop's body are its first results of the step before."""
+    if eqn.primitive.name == "while":
+        return range(len(body.invars) - len(eqn.outvars), len(body.invars))
+    if eqn.primitive.name == "scan":  # what is stacked has one axis fewer within
+        sides: list[tuple[list[Any], list[Any]]] = [(eqn.invars, body.invars), (eqn.outvars, body.outvars)]
+        stacked = [sum(x.aval.ndim != y.aval.ndim for x, y in zip(*side, strict=True)) for side in sides]
+        end = len(body.invars) - stacked[0]
+        return range(end - len(body.outvars) + stacked[1], end)
+    return range(0)
+
+
 def primitives(jaxpr: Jaxpr) -> set[str]:
     """Names of the operations, also of what is called."""
     found = {eqn.primitive.name for eqn in jaxpr.eqns}

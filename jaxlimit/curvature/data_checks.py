@@ -1,15 +1,61 @@
 """What a curvature takes for granted of its weights and its data, in which words it is asked for."""
 
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlimit.core.trees import PyTree
+from jaxlimit.core.batches import first_of, grouped
+from jaxlimit.core.trees import PyTree, frozen, thawed
 from jaxlimit.curvature.loss_trace import LossTrace
 
 MODES = "Curvature needs the same function every time: fix the order and use evaluation mode."
+
+
+@contextlib.contextmanager
+def order_explained(
+    call: str, predict_fn: Callable, loss_fn: Callable, params: PyTree, batches: Iterable[PyTree]
+) -> Iterator[None]:
+    """A block that works with two functions: of what fails because they are exchanged, that is said.
+
+    Args:
+        call: how the function is called that was given them, with its arguments in order.
+        predict_fn: `predict_fn(params, batch) -> outputs`.
+        loss_fn: `loss_fn(outputs, batch) -> scalar`.
+        params: the parameters.
+        batches: the batches.
+
+    Raises:
+        ValueError: the two make no scalar as they stand, but do in the other order.
+    """
+    try:
+        yield
+    except Exception as error:
+        orders = (predict_fn, loss_fn), (loss_fn, predict_fn)
+        as_given, exchanged = (_makes_a_scalar(*order, params, batches) for order in orders)
+        if as_given or not exchanged:
+            raise
+        raise ValueError(
+            "predict_fn and loss_fn look exchanged: the second function of parameters and a batch, then the "
+            "first of what it returns and the batch, make a scalar loss, but not so in the order given. Call "
+            f"{call}."
+        ) from error
+
+
+def _makes_a_scalar(predict_fn: Callable, loss_fn: Callable, params: PyTree, batches: Iterable) -> bool:
+    def loss(params: PyTree, batch: PyTree) -> Any:
+        params = thawed(params)
+        return loss_fn(predict_fn(params, batch), batch)
+
+    try:
+        batch = jax.eval_shape(first_of, next(iter(grouped(batches))))
+        found = jax.eval_shape(loss, frozen(params), batch)
+    except Exception:  # whatever functions in a foreign place raise
+        return False
+    return getattr(found, "shape", None) == ()
 
 
 def require_single_precision(weights: PyTree) -> None:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Literal
 
-from jaxlimit.core.jaxprs import called
+from jaxlimit.core.jaxprs import called, carried
 from jaxlimit.core.trees import PyTree
 
 # What a number depends on: marks that add up.
@@ -90,9 +90,9 @@ def _results(equation: Any, given: list[int], found: LossTrace, last: bool) -> l
         while True:  # until what a loop carries has the marks of its results
             new = _follow(sub, marks, found, last and equation.primitive.name in ("jit", "pjit"))
             results = [one | other for one, other in zip(results, new, strict=True)]
-            carried = _carried(equation, sub)
+            places = carried(equation, sub)
             again = list(marks)
-            for place, mark in zip(carried, new, strict=False):
+            for place, mark in zip(places, new, strict=False):
                 again[place] |= mark
             if again == marks:
                 break
@@ -109,21 +109,6 @@ def _last_casts(jaxpr: Jaxpr) -> set[Any]:
             found.add(equation.invars[0])
     computed = {v for e in jaxpr.eqns if e.primitive.name in CASTS for v in e.outvars}
     return found & computed
-
-
-def _carried(equation: Any, body: Jaxpr) -> range:
-    """Which arguments of a loop's body are its first results of the step before."""
-    if equation.primitive.name == "while":
-        return range(len(body.invars) - len(equation.outvars), len(body.invars))
-    if equation.primitive.name == "scan":  # what is stacked has one axis fewer within
-        sides: list[tuple[list[Any], list[Any]]] = [
-            (equation.invars, body.invars),
-            (equation.outvars, body.outvars),
-        ]
-        stacked = [sum(x.aval.ndim != y.aval.ndim for x, y in zip(*side, strict=True)) for side in sides]
-        end = len(body.invars) - stacked[0]
-        return range(end - len(body.outvars) + stacked[1], end)
-    return range(0)
 
 
 def _needed(jaxpr: Jaxpr) -> list[Any]:

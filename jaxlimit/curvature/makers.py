@@ -11,7 +11,7 @@ from jaxlimit.core.checks import require_problem, require_weight_fn
 from jaxlimit.core.memory import device_memory
 from jaxlimit.core.placement import placed_batches, placed_groups
 from jaxlimit.core.trees import Prunable, PyTree, is_kernel, partition
-from jaxlimit.curvature.data_checks import require_single_precision
+from jaxlimit.curvature.data_checks import order_explained, require_single_precision
 from jaxlimit.curvature.mean_checks import check_loss, takes
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.curvature.products import (
@@ -114,7 +114,8 @@ def gauss_newton(
     call = "gauss_newton(predict_fn, loss_fn, params, batches)"
     require_problem(call, params, predict_fn=predict_fn, loss_fn=loss_fn)
     product = GaussNewtonProduct(predict_fn, loss_fn, precision, weight_fn)
-    return _curvature(product, params, batches, prunable, linear_bytes, positive_semidefinite=True)
+    with order_explained(call, predict_fn, loss_fn, params, batches):
+        return _curvature(product, params, batches, prunable, linear_bytes, positive_semidefinite=True)
 
 
 def _curvature(

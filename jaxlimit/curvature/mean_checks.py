@@ -26,7 +26,7 @@ from jaxlimit.core.batches import (
     weighted,
 )
 from jaxlimit.core.checks import NOT_FINITE_CAUSES
-from jaxlimit.core.cuts import Sampled, doubled, group_shape, halves, mixed, one_batch, samples
+from jaxlimit.core.cuts import Sampled, cut_otherwise, mixed, one_batch, samples
 from jaxlimit.core.programs import Program
 from jaxlimit.core.trees import PyTree, combine
 from jaxlimit.curvature.data_checks import data_changed, not_a_mean, require_precise, require_same_weight
@@ -175,11 +175,8 @@ class _Check:
     def _sampled_as_they_are(self, batches: list[tuple[PyTree, int]], moved: PyTree) -> None:
         for group, number in batches:
             one = one_batch(group, number)
-            half, odd = divmod(group_shape(one)[1], 2)
-            if not odd and takes(self.product, self.weights, self.rest, first_of(one), half):
-                others, copies = halves(one), 1
-            else:
-                others, copies = doubled(one), 2
+            takes_size = partial(takes, self.product, self.weights, self.rest, first_of(one))
+            others, copies = cut_otherwise(one, takes_size)
             first, second = self.means([one], moved), self.means([others], moved)
             found = differing(first, second, self.tolerance, copies)
             if found and not self.is_rounding([one], moved, first, second, copies):

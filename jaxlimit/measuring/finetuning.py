@@ -32,6 +32,7 @@ from jaxlimit.core.placement import placed_batches
 from jaxlimit.core.programs import Program, Traced
 from jaxlimit.core.sharding import example_sharding, sum_of_parts
 from jaxlimit.core.trees import Prunable, PyTree, combine, is_kernel, partition
+from jaxlimit.curvature.mean_checks import LEAST_LOSS
 from jaxlimit.curvature.products import each
 from jaxlimit.curvature.value_checks import ValueCheck
 from jaxlimit.measuring.metrics import Metrics, scalars
@@ -140,9 +141,16 @@ class FinetunedNetwork:
         require_count("num_steps", num_steps)
         self._weights, self._rest = partition(params, prunable)
         self._dim, self._ranks = removal_ranks(self._weights, scores)
-        sampled = Sampled(list(grouped(placed_batches(loss_fn, batches, params))))
+        groups = list(grouped(placed_batches(loss_fn, batches, params)))
+        if not groups:
+            raise ValueError("batches hold no examples.")
+        sampled = Sampled(groups)
         self._groups = list(sampled)
-        ValueCheck(loss_fn, weight_fn, "loss_fn").few(combine(self._weights, self._rest), sampled.batches)
+        whole, loss = combine(self._weights, self._rest), Traced(loss_fn)
+        check_scalar(loss.shape(whole, jax.eval_shape(first_of, self._groups[0])))
+        check = ValueCheck(loss_fn, weight_fn, "loss_fn")
+        check.few(whole, sampled.batches)
+        check.in_memory(whole, self._groups, LEAST_LOSS)
         self._eval_groups = self._groups if eval_batches is None else grouped(eval_batches)
         self._metrics_sum = None
         if metrics_fn is not None:
@@ -151,9 +159,8 @@ class FinetunedNetwork:
             for _ in evaluated:
                 pass
             check = ValueCheck(scalars(metrics_fn), weight_fn, "metrics_fn")
-            check.few(combine(self._weights, self._rest), evaluated.batches)
+            check.metrics(whole, evaluated)
         self._num_passes, self._learning_rate = num_steps + 1, learning_rate
-        loss = Traced(loss_fn)
         self._start = Program(partial(_start, loss))
         self.advance = Program(partial(_advance, loss, weight_fn), donate_first=True)
         self._pace = _Pace()
@@ -240,7 +247,6 @@ def _start(
 ) -> _State:
     current = jax.vmap(lambda count: pruned(weights, ranks, count))(counts)
     loss = loss_fn.shape(combine(weights, rest), first_of(groups[0]))
-    check_scalar(loss)
     best_loss = jnp.full(counts.shape, jnp.inf, jnp.promote_types(loss.dtype, jnp.float32))
     optimizer = optax.adam(0.0).init(current)
     return _State(current, optimizer, current, best_loss, _no_batch(current, best_loss))

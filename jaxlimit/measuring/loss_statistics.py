@@ -76,13 +76,15 @@ def loss_statistics(
     if not np.all(usable):
         bad = int(np.argmin(usable))
         raise ValueError(f"the loss is not finite in batch {bad}. {NOT_FINITE_CAUSES}")
-    mean = float(np.average(values[counted], weights=weights[counted]))
-    check = ValueCheck(loss_fn, weight_fn, "loss_fn")
+    mean = _mean(values, weights)
+    check = ValueCheck(loss_fn, weight_fn, "loss_fn", on_parts=False)
     check.few(params, passed.batches)
     if isinstance(groups, list):
-        others, other_weights = _losses(losses_of, params, mixed(groups))
-        other = np.sum(np.where(other_weights > 0, others * other_weights, 0)) / np.sum(other_weights)
-        check.all(params, passed.batches[0][0], mean, other, LEAST_LOSS)
+        one = mean
+        if check.is_coarse(params, groups[0]):
+            losses_of = Program(partial(batch_losses, check.metrics_fn, weight_fn))
+            one = _mean(*_losses(losses_of, params, groups))
+        check.all(params, groups[0], one, _mean(*_losses(losses_of, params, mixed(groups))), LEAST_LOSS)
     # The paper counts every batch once.
     spread = values - np.mean(values) if weight_fn is None else values[counted] - mean
     variance = np.average(spread**2, weights=None if weight_fn is None else weights[counted])
@@ -99,6 +101,10 @@ def _losses(
     losses, weights = ([np.asarray(x, np.float64) for x in side] for side in zip(*found, strict=True))
     sum_of_weights(weights)
     return np.concatenate(losses), np.concatenate(weights)
+
+
+def _mean(values: NDArray[np.float64], weights: NDArray[np.float64]) -> float:
+    return float(np.sum(np.where(weights > 0, values * weights, 0)) / np.sum(weights))
 
 
 def batch_losses(

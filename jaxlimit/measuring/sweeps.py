@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from jaxlimit.core.batches import ExampleSum, grouped
 from jaxlimit.core.checks import require_problem, require_weight_fn
-from jaxlimit.core.cuts import Sampled, mixed
+from jaxlimit.core.cuts import Sampled
 from jaxlimit.core.placement import placed_batches, placed_groups
 from jaxlimit.core.trees import Prunable, PyTree, combine, is_kernel, partition, unflatten
 from jaxlimit.curvature.products import each
@@ -162,7 +162,7 @@ class PrunedNetwork:
             passed = Sampled(groups)
             found = self._means(passed, chunk)
             if not any(known is given for known in self._checked):
-                self._require_means(passed, groups, chunk, found)
+                self._check.metrics(combine(self.weights, self.rest), passed)
                 self._checked.append(given)
             parts.append({name: values[:used] for name, values in found.items()})
             if progress is not None:
@@ -172,21 +172,6 @@ class PrunedNetwork:
     def _means(self, groups: Iterable[PyTree], counts: NDArray[np.int32]) -> dict[str, NDArray[np.float64]]:
         total, weight = self.metrics_sum(groups, self.weights, self.rest, self.ranks, counts)
         return means(total, weight, len(counts))
-
-    def _require_means(
-        self,
-        passed: Sampled,
-        groups: Iterable[PyTree],
-        counts: NDArray[np.int32],
-        found: dict[str, NDArray[np.float64]],
-    ) -> None:
-        """Metrics are the same in other batches; of a stream only a few examples are looked at."""
-        params = combine(self.weights, self.rest)
-        self._check.few(params, passed.batches)
-        if isinstance(groups, list):
-            # Rounding may turn the predictions of two examples.
-            least = 2 / passed.num_examples
-            self._check.all(params, passed.batches[0][0], found, self._means(mixed(groups), counts), least)
 
 
 def removal_ranks(weights: PyTree, scores: PyTree | None) -> tuple[int, PyTree]:
