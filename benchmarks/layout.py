@@ -35,6 +35,7 @@ FOLDERS = (
     "training",
     "reference",
     "limits",
+    "pruning",
     "baselines",
     "plots",
     "application",

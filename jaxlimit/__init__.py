@@ -15,6 +15,10 @@ from jaxlimit.measuring.finetuning import finetuned_sweep
 from jaxlimit.measuring.loss_statistics import LossStatistics, loss_statistics
 from jaxlimit.measuring.risks import paired
 from jaxlimit.measuring.sweeps import Sweep, sparsity_sweep
+from jaxlimit.pruning.attained import attained_limit
+from jaxlimit.pruning.prune import prune
+from jaxlimit.pruning.result import Attained, Pruned, Readjusting
+from jaxlimit.pruning.trust_region import Settings
 from jaxlimit.reference.paper_code import reference_limit
 from jaxlimit.spectrum.lanczos import tridiagonalize
 from jaxlimit.spectrum.measure import SpectralMeasure, spectral_measure
@@ -23,17 +27,22 @@ from jaxlimit.spectrum.tridiagonal import Tridiagonal
 __version__ = "0.1.0"
 
 __all__ = [
+    "Attained",
     "Batches",
     "Certificate",
     "Curvature",
     "Estimate",
     "LossStatistics",
     "Progress",
+    "Pruned",
     "PruningLimit",
+    "Readjusting",
+    "Settings",
     "SpectralMeasure",
     "Sweep",
     "Tridiagonal",
     "apply_mask",
+    "attained_limit",
     "batched",
     "certify",
     "finetuned_sweep",
@@ -44,6 +53,7 @@ __all__ = [
     "loss_statistics",
     "magnitude_mask",
     "paired",
+    "prune",
     "pruning_limit",
     "reference_limit",
     "removed_norm",

@@ -1,0 +1,230 @@
+"""The sparsest network within a loss tolerance that a walk to rising sparsities finds.
+
+Whether a network with these zeros exists is settled by building one. No quadratic model needs to be right.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxlimit.core.checks import require_positive, require_range
+from jaxlimit.core.memory import advice_on_memory
+from jaxlimit.core.storage import Checkpoint
+from jaxlimit.core.trees import Prunable, PyTree, is_kernel
+from jaxlimit.pruning.prune import network, path, settled
+from jaxlimit.pruning.readjustable import Readjustable, readjustable
+from jaxlimit.pruning.result import Attained, Ending, Readjusting
+from jaxlimit.pruning.trust_region import DEFAULT, Point, Settings
+
+# Steps that a network has to come within the tolerance: benchmarks/pruning.py.
+MAX_STEPS = 8
+# Enough for a walk to .98 and three bisections, with MAX_STEPS at each of these.
+MAX_PRODUCTS = 400.0
+
+
+class _State(NamedTuple):
+    """A pytree, which is stored after every step.
+
+    Attributes:
+        point: the network that is being readjusted.
+        num_removed: of its weights; that of `best` where the next one is not begun.
+        num_steps: it had.
+        best: the sparsest network within the tolerance.
+        best_removed: of its weights.
+        failed: fewest weights removed of those that did not come within it; D + 1 where none is known.
+        tried: (n, 2) sparsity and loss of the networks that were built.
+    """
+
+    point: Point
+    num_removed: int
+    num_steps: int
+    best: Point
+    best_removed: int
+    failed: int
+    tried: NDArray[np.float64]
+
+
+@advice_on_memory()
+def attained_limit(
+    predict_fn: Callable[[PyTree, PyTree], PyTree],
+    loss_fn: Callable[[PyTree, PyTree], jax.Array],
+    params: PyTree,
+    batches: Iterable[PyTree],
+    *,
+    loss_tolerance: float,
+    tolerance: float = 0.005,
+    prunable: Prunable = is_kernel,
+    trainable: Prunable | None = None,
+    scores: PyTree | None = None,
+    weight_fn: Callable[[PyTree], jax.Array] | None = None,
+    max_products: float = MAX_PRODUCTS,
+    max_steps: int = MAX_STEPS,
+    unpruned: bool = True,
+    settings: Settings = DEFAULT,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: Callable[[Readjusting], None] | None = None,
+) -> Attained:
+    r"""The sparsest network that was found within the loss tolerance: a lower bound of what is possible.
+
+    Networks are built one from the other at rising sparsities, as in `prune`, until one does not come down
+    to L* + eps within `max_steps` steps; the sparsity between it and the best one is bisected. A network is
+    given up as soon as steps like its last one would not suffice.
+
+    Cost: about 4.5 products with all the data for each step, as `prune` counts them; again as many for the
+    network without pruning. Memory: as for `prune`, and the best network.
+
+    Args:
+        predict_fn: as for `prune`.
+        loss_fn: as for `prune`.
+        params: as for `prune`.
+        batches: as for `prune`.
+        loss_tolerance: eps, the rise of the loss that is allowed; positive.
+        tolerance: the search ends where a network that failed is so close, in units of sparsity.
+        prunable: as for `prune`.
+        trainable: as for `prune`.
+        scores: as for `prune`.
+        weight_fn: as for `prune`.
+        max_products: budget of the search, counted as in `prune`.
+        max_steps: steps that a network has.
+        unpruned: whether the network without pruning is given as many products, too.
+        settings: as for `prune`.
+        checkpoint: as for `prune`.
+        progress: called with a `Readjusting` after every step.
+
+    Returns:
+        The sparsity, the network, and all that were tried.
+
+    Raises:
+        ValueError: as for `prune`; a tolerance that is not positive.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from jaxlimit import batched
+        >>> def predict(w, x): return x @ w
+        >>> def loss(outputs, x): return jnp.mean((outputs - 10.0) ** 2)
+        >>> weights, data = jnp.arange(1.0, 5.0)[:, None], batched(jnp.ones((4, 4)), 4)
+        >>> found = attained_limit(predict, loss, weights, data, loss_tolerance=0.1)
+        >>> found.sparsity, [sparsity for sparsity, _ in found.tried]
+        (0.75, [0.25, 0.5, 0.75, 1.0])
+    """
+    require_positive("loss_tolerance", loss_tolerance)
+    require_range("tolerance", tolerance, 0 < tolerance < 1, "must lie between 0 and 1")
+    require_range("max_products", max_products, max_products > 0, "must be positive")
+    problem = readjustable(
+        predict_fn,
+        loss_fn,
+        params,
+        batches,
+        prunable=prunable,
+        trainable=trainable,
+        scores=scores,
+        weight_fn=weight_fn,
+        settings=settings,
+    )
+    goal = problem.curvature.loss + loss_tolerance
+    identity = {
+        **problem.identity(),
+        "loss_tolerance": float(loss_tolerance),
+        "tolerance": float(tolerance),
+        "max_steps": max_steps,
+    }
+    with Checkpoint(checkpoint, {} if checkpoint is None else identity) as store:
+
+        def tell(stage: str, removed: int, point: Point, most: float) -> None:
+            if progress is not None:
+                sparsity, to = removed / problem.dim, goal if stage == "search" else np.inf
+                progress(Readjusting(stage, sparsity, point.loss, to, point.num_products, most))
+
+        start = problem.start
+        first = _State(start, 0, 0, start, 0, problem.dim + 1, np.zeros((0, 2)))
+        state = store.load_tree("search", first, same_shapes=False) or first
+        while (target := _target(state, problem.dim, tolerance)) is not None:
+            if state.point.num_products >= max_products:
+                break
+            state = _next(problem, state, target, goal, max_steps)
+            store.save_tree("search", state)
+            tell("search", int(state.num_removed), state.point, max_products)
+        spent = float(state.point.num_products)
+        free = None
+        if unpruned:
+            free = store.load_tree("unpruned", start) or start
+            every = problem.mask(start.weights, 0)
+            while free.num_products < spent and (free.number == 0 or not settled(free)):
+                free = problem.step(free, every)
+                store.save_tree("unpruned", free)
+                tell("unpruned", 0, free, spent)
+    return _result(problem, state, target, free, loss_tolerance, tolerance, spent)
+
+
+def _target(state: _State, dim: int, tolerance: float) -> int | None:
+    """How many weights go next: on the path while no network failed, else between; None at the end."""
+    if state.num_steps > 0:  # not done with this one
+        return int(state.num_removed)
+    best, failed = int(state.best_removed), int(state.failed)
+    if failed - best <= max(1, tolerance * dim):
+        return None
+    return path(dim, dim, best)[0] if failed > dim else (best + failed) // 2
+
+
+def _next(problem: Readjustable, state: _State, target: int, goal: float, max_steps: int) -> _State:
+    """A step of the network at the target, which is begun, or found within the tolerance or beyond it."""
+    mask = problem.mask(state.best.weights, target)
+    if state.num_steps == 0:
+        used = state.point.number, state.point.num_products
+        point, num_steps = problem.cut(state.best._replace(number=used[0], num_products=used[1]), mask), 0
+    else:
+        point, num_steps = state.point, int(state.num_steps)
+    if num_steps or point.loss > goal:
+        point, num_steps = problem.step(point, mask), num_steps + 1
+    loss = point.loss
+    if loss <= goal and problem.settings.gradient_share < 1:
+        loss = problem.mean_loss(point.weights)
+    # Steps lower the loss by less and less, so one like the last for each that is left is more than can be.
+    hopeless = not loss - goal <= point.fall * (max_steps - num_steps)
+    if loss > goal and not hopeless:
+        return state._replace(point=point, num_removed=target, num_steps=num_steps)
+    tried = np.concatenate([state.tried, [[target / problem.dim, loss]]])
+    done = state._replace(point=point, num_removed=target, num_steps=0, tried=tried)
+    if loss <= goal:
+        return done._replace(best=point, best_removed=target)
+    return done._replace(failed=target)
+
+
+def _result(
+    problem: Readjustable,
+    state: _State,
+    target: int | None,
+    free: Point | None,
+    loss_tolerance: float,
+    tolerance: float,
+    spent: float,
+) -> Attained:
+    best, failed = int(state.best_removed), int(state.failed)
+    if target is None:
+        code = Ending.BRACKETED
+        status = f"bracketed: at {failed / problem.dim:.4f} the loss did not come within the tolerance."
+        if failed > problem.dim:
+            status = "bracketed: every weight can go."
+    else:
+        code = Ending.OUT_OF_PRODUCTS
+        status = (
+            "out of products: the budget ended the search, not the network. Raise max_products, and the same "
+            "checkpoint goes on."
+        )
+    mask = problem.mask(state.best.weights, best)
+    return Attained(
+        sparsity=best / problem.dim,
+        pruned=network(problem, state.best, mask, code, status),
+        tried=tuple((float(s), float(loss)) for s, loss in state.tried),
+        loss_tolerance=float(loss_tolerance),
+        tolerance=float(tolerance),
+        dense_loss=problem.curvature.loss,
+        unpruned_loss=None if free is None else problem.mean_loss(free.weights),
+        num_products=spent,
+        code=code,
+        status=status,
+    )

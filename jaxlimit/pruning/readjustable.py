@@ -1,0 +1,141 @@
+"""What `prune` and `attained_limit` work on: a network, what may be pruned of it, and what may move."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlimit.core.storage import about, ordered_sum
+from jaxlimit.core.trees import Prunable, PyTree, combine, flatten, is_kernel, partition
+from jaxlimit.curvature.makers import gauss_newton
+from jaxlimit.curvature.operator import Curvature
+from jaxlimit.geometry.magnitude import magnitude_order
+from jaxlimit.limits.problem import SAME_LOSS
+from jaxlimit.pruning.trust_region import Point, Settings, at, cut, first_point, step
+
+# What devices may differ by in the first damping, relative to it.
+SAME_DAMPING = 1e-2
+
+
+@dataclass(frozen=True, eq=False)
+class Readjustable:
+    """A network whose weights are pruned and readjusted.
+
+    Attributes:
+        curvature: Gauss-Newton of all parameters that move, at the trained ones.
+        chosen: pytree of bools like these: which may be pruned.
+        scores: the order in which weights go, like the prunable ones; None: by magnitude, chosen anew from
+            the readjusted weights at every sparsity.
+        settings: how steps are made.
+    """
+
+    curvature: Curvature
+    chosen: PyTree
+    scores: PyTree | None
+    settings: Settings
+
+    @cached_property
+    def start(self) -> Point:
+        """At the trained weights."""
+        return first_point(self.curvature, self.settings)
+
+    @cached_property
+    def dim(self) -> int:
+        """Number of weights that may be pruned."""
+        return sum(x.size for x in jax.tree.leaves(self.prunable(self.curvature.weights)))
+
+    def prunable(self, weights: PyTree) -> PyTree:
+        """Those of all that move."""
+        return jax.tree.map(lambda chosen, x: x if chosen else None, self.chosen, weights)
+
+    def mask(self, weights: PyTree, num_removed: int) -> PyTree:
+        """Of the prunable ones: the first to go are False."""
+        return magnitude_order(self.prunable(weights), self.scores).mask(num_removed)
+
+    def require_mask(self, mask: PyTree) -> PyTree:
+        """A mask of the prunable weights, as arrays of bools; a ValueError if it is none."""
+        like = self.prunable(self.curvature.weights)
+        expected, got = (jax.tree.map(np.shape, tree) for tree in (like, mask))
+        if expected != got or any(np.asarray(x).dtype != bool for x in jax.tree.leaves(mask)):
+            raise ValueError(
+                "mask must hold bools in the shapes of the prunable weights, as "
+                f"magnitude_mask(curvature.weights, s) does: expected {expected}, got {got}."
+            )
+        return jax.tree.map(jnp.asarray, mask)
+
+    def whole_mask(self, mask: PyTree) -> PyTree:
+        """Of all that move; what may not be pruned is kept."""
+        return jax.tree.map(
+            lambda keep, x: np.ones(x.shape, bool) if keep is None and x is not None else keep,
+            mask,
+            self.curvature.weights,
+            is_leaf=lambda x: x is None,
+        )
+
+    def cut(self, point: Point, mask: PyTree) -> Point:
+        """The point without the weights that go, and its loss."""
+        return cut(self.curvature, point, self.whole_mask(mask), self.settings)
+
+    def step(self, point: Point, mask: PyTree) -> Point:
+        """The next point with this mask."""
+        return step(self.curvature, point, self.whole_mask(mask), self.settings)
+
+    def mean_loss(self, weights: PyTree) -> float:
+        """On all data."""
+        return at(self.curvature, weights).mean_loss(weights)
+
+    def params(self, weights: PyTree) -> PyTree:
+        """The whole tree."""
+        return combine(weights, self.curvature.rest)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells one network with its data from another, as JSON values."""
+        flat, curvature = flatten(self.curvature.weights), self.curvature
+        order = None if self.scores is None else ordered_sum(flatten(self.scores))
+        return {
+            "dim": self.dim,
+            "num_examples": curvature.num_examples,
+            "loss": about(curvature.loss, SAME_LOSS * abs(curvature.loss) + 1e-6),
+            "weights": ordered_sum(flat),
+            "scores": order,
+            "damping": about(self.start.damping, SAME_DAMPING * self.start.damping),
+            **vars(self.settings),
+        }
+
+
+def readjustable(
+    predict_fn: Callable[[PyTree, PyTree], PyTree],
+    loss_fn: Callable[[PyTree, PyTree], jax.Array],
+    params: PyTree,
+    batches: Iterable[PyTree],
+    *,
+    prunable: Prunable = is_kernel,
+    trainable: Prunable | None = None,
+    scores: PyTree | None = None,
+    weight_fn: Callable[[PyTree], jax.Array] | None = None,
+    settings: Settings,
+) -> Readjustable:
+    """Checks the problem as `gauss_newton` does. Args: as for `prune`."""
+    pruned, _ = partition(params, prunable)
+    paths = _paths(pruned)
+    moving = paths if trainable is None else paths | _paths(partition(params, trainable)[0])
+    curvature = gauss_newton(
+        predict_fn,
+        loss_fn,
+        params,
+        batches,
+        prunable=lambda path, _: path in moving,
+        weight_fn=weight_fn,
+    )
+    chosen = jax.tree_util.tree_map_with_path(lambda path, _: path in paths, curvature.weights)
+    if scores is not None:
+        magnitude_order(pruned, scores)  # refuses those that do not match
+    return Readjustable(curvature, chosen, scores, settings)
+
+
+def _paths(tree: PyTree) -> set[tuple]:
+    return {path for path, _ in jax.tree_util.tree_leaves_with_path(tree)}

@@ -1,0 +1,145 @@
+"""What `prune` and `attained_limit` return: networks, what they cost, and how the work ended."""
+
+import enum
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxlimit.core.trees import PyTree
+
+
+class Ending(enum.StrEnum):
+    """How a pruned network, or the search for one, ended.
+
+    Attributes:
+        SETTLED: a further step lowers the loss by little.
+        BRACKETED: the sparsest network within the tolerance and the next one beyond it are close together.
+        OUT_OF_PRODUCTS: the budget was spent before.
+    """
+
+    SETTLED = "settled"
+    BRACKETED = "bracketed"
+    OUT_OF_PRODUCTS = "out_of_products"
+
+
+class Readjusting(NamedTuple):
+    """What `prune` and `attained_limit` tell about their work, after every step.
+
+    Attributes:
+        stage: "path", "search", or "unpruned".
+        sparsity: of the network that is being readjusted.
+        loss: its loss.
+        goal: what the loss has to come down to; infinite where there is no goal.
+        num_products: so far.
+        max_products: at most.
+    """
+
+    stage: str
+    sparsity: float
+    loss: float
+    goal: float
+    num_products: float
+    max_products: float
+
+    def __str__(self) -> str:
+        """In words, for a progress line."""
+        goal = f" of {self.goal:.4g}" if np.isfinite(self.goal) else ""
+        return f"{self.stage}: sparsity {self.sparsity:.4f}, loss {self.loss:.4g}{goal}"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Pruned:
+    """A pruned network whose kept weights were readjusted.
+
+    Attributes:
+        params: the whole tree, zero where pruned.
+        mask: pytree of bools like the prunable weights, None for all other parameters; False where pruned.
+        sparsity: share of the prunable weights that is pruned.
+        loss: mean loss on all data, measured.
+        dense_loss: that of the network before it was pruned, on the same data.
+        num_products: what it cost, in Gauss-Newton products with all the data: a gradient counts as one, a
+            loss as a third, a product with a share of the data as that share.
+        num_steps: steps of the trust region.
+        code: how it ended, for programs.
+        status: the same in a sentence.
+    """
+
+    params: PyTree
+    mask: PyTree
+    sparsity: float
+    loss: float
+    dense_loss: float
+    num_products: float
+    num_steps: int
+    code: Ending
+    status: str
+
+    @property
+    def kept_share(self) -> dict[str, float]:
+        """Share of the weights that is kept in each array of the mask, by its name."""
+        leaves = jax.tree_util.tree_leaves_with_path(self.mask)
+        return {jax.tree_util.keystr(path): float(np.mean(np.asarray(x))) for path, x in leaves}
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the network, as JSON values."""
+        numbers = {name: value for name, value in vars(self).items() if name not in ("params", "mask")}
+        return {**numbers, "kept_share": self.kept_share}
+
+    def __repr__(self) -> str:
+        return (
+            f"Pruned network of sparsity {self.sparsity:.4f}: loss {self.loss:.4g}, "
+            f"{self.dense_loss:.4g} before\n"
+            f"{self.num_steps} steps, {self.num_products:.1f} products with all the data\n"
+            f"status: {self.status}"
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Attained:
+    """The sparsest network that was built here whose loss is within the tolerance.
+
+    Attributes:
+        sparsity: of that network: a lower bound of what is possible, whatever a theory says.
+        pruned: the network itself.
+        tried: (sparsity, loss) of every network that was built, in the order in which they were.
+        loss_tolerance: eps, in units of the loss.
+        tolerance: how close the sparsity of a network that failed was to come, in units of sparsity.
+        dense_loss: of the network before it was pruned, on the same data.
+        unpruned_loss: what the same number of products does to the network without pruning it; None if that
+            was not asked for. Where it is far below `dense_loss`, a part of what was attained is training.
+        num_products: of the search, counted as in `Pruned`.
+        code: how the search ended, for programs.
+        status: the same in sentences.
+    """
+
+    sparsity: float
+    pruned: Pruned
+    tried: tuple[tuple[float, float], ...]
+    loss_tolerance: float
+    tolerance: float
+    dense_loss: float
+    unpruned_loss: float | None
+    num_products: float
+    code: Ending
+    status: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the network, as JSON values."""
+        numbers = {name: value for name, value in vars(self).items() if name != "pruned"}
+        return {**numbers, "pruned": self.pruned.to_json()}
+
+    def __repr__(self) -> str:
+        lines = [
+            f"Attained sparsity {self.sparsity:.4f} for a loss increase of {self.loss_tolerance:.4g}",
+            f"loss {self.pruned.loss:.4g}, {self.dense_loss:.4g} before"
+            + (
+                ""
+                if self.unpruned_loss is None
+                else f", {self.unpruned_loss:.4g} without pruning and the same number of products"
+            ),
+            f"{len(self.tried)} networks, {self.num_products:.1f} products with all the data",
+            f"status: {self.status}",
+        ]
+        return "\n".join(lines)

@@ -1,0 +1,157 @@
+r"""A step towards the lowest loss with the mask held: Gauss-Newton, trusted as far as the real loss agrees.
+
+    (G_KK + mu I) x = -g_K,    rho = (L(w) - L(w + x)) / (predicted decrease)
+
+The step is taken if the real loss falls. Where the quadratic was right (rho > 3/4) the damping mu falls to a
+third, where it was not (rho < 1/4) it grows fourfold: the rule of Levenberg and Marquardt, with the factors
+of Nocedal and Wright (Numerical Optimization, 2006, algorithm 4.1) for a radius. There is no learning rate,
+no schedule and no random order.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlimit.core.checks import require_count, require_range
+from jaxlimit.core.trees import PyTree
+from jaxlimit.curvature.operator import Curvature
+from jaxlimit.pruning.conjugate_gradients import inner, kept, solve
+from jaxlimit.pruning.windows import window
+
+TRUSTED, DISTRUSTED = 0.75, 0.25
+SHRINK, GROW = 3.0, 4.0
+# The first damping, as a share of the curvature along the gradient: .003 on the published 784-40-20-10.
+FIRST_DAMPING = 1e-3
+# A step that raises the loss is solved again with more damping, so often at most.
+TRIES = 4
+# What a gradient and a loss cost, in Gauss-Newton products: benchmarks/pruning.py.
+GRADIENT, LOSS = 1.0, 1 / 3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a step is made.
+
+    Attributes:
+        step_products: products of a step, at most.
+        curvature_share: share of the data that the curvature is taken from; every step takes the next part.
+        gradient_share: share of the data that gradient and loss are taken from, likewise.
+
+    Raises:
+        ValueError: no product, or a share outside (0, 1].
+    """
+
+    step_products: int = 20
+    curvature_share: float = 0.1
+    gradient_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_count("step_products", self.step_products)
+        for name in ("curvature_share", "gradient_share"):
+            share = getattr(self, name)
+            require_range(name, share, 0 < share <= 1, "must lie in (0, 1]")
+
+
+DEFAULT = Settings()
+
+
+class Point(NamedTuple):
+    """Where the search is: all that the next step depends on, as a pytree.
+
+    Attributes:
+        weights: all parameters that move.
+        loss: there, on the data of the last step or cut.
+        fall: by how much the last step lowered it.
+        damping: mu.
+        number: steps so far.
+        num_products: what they cost, in products with all the data.
+    """
+
+    weights: PyTree
+    loss: float
+    fall: float
+    damping: float
+    number: int
+    num_products: float
+
+
+class _Data(NamedTuple):
+    """The curvature at some weights, of the parts of the data that a step takes, and how large these are."""
+
+    seen: Curvature  # for gradient and loss
+    curved: Curvature
+    seen_share: float
+    curved_share: float
+
+
+def _data(curvature: Curvature, point: Point, settings: Settings) -> _Data:
+    here = at(curvature, point.weights)
+    seen = window(here, settings.gradient_share, point.number)
+    curved = window(here, settings.curvature_share, point.number)
+    return _Data(seen, curved, *(x.total_weight / curvature.total_weight for x in (seen, curved)))
+
+
+def first_point(curvature: Curvature, settings: Settings) -> Point:
+    """At the weights of the curvature, with a damping that is a share of the curvature along the gradient."""
+    first = Point(curvature.weights, curvature.loss, 0.0, 1.0, 0, 0.0)
+    data = _data(curvature, first, settings)
+    gradient = data.seen.gradient
+    length = inner(gradient, gradient)
+    along = inner(gradient, data.curved.matvec(gradient)) / length if length > 0 else 1.0
+    cost = GRADIENT * data.seen_share + data.curved_share
+    return first._replace(damping=FIRST_DAMPING * along, num_products=cost)
+
+
+def cut(curvature: Curvature, point: Point, mask: PyTree, settings: Settings) -> Point:
+    """The point without the weights whose mask is False, and its loss. Cost: a loss."""
+    point = point._replace(weights=kept(mask, point.weights), fall=0.0)
+    data = _data(curvature, point, settings)
+    loss = data.seen.mean_loss(point.weights)
+    return point._replace(loss=loss, num_products=point.num_products + LOSS * data.seen_share)
+
+
+def step(curvature: Curvature, point: Point, mask: PyTree, settings: Settings) -> Point:
+    """The next point on the kept coordinates, of a loss that is not higher on the data of this step.
+
+    Cost: a gradient and a loss, and up to `TRIES` times `step_products` products and a loss.
+
+    Args:
+        curvature: Gauss-Newton, of the parameters that move.
+        point: with weights that are zero where the mask is False.
+        mask: pytree like these, False where weights are pruned.
+        settings: how to make it.
+    """
+    data, cost, start = _data(curvature, point, settings), 0.0, point.loss
+    if settings.gradient_share < 1:  # what is known was seen on other data
+        start, cost = data.seen.mean_loss(point.weights), LOSS * data.seen_share
+    gradient, damping = data.seen.gradient, point.damping
+    weights, loss = point.weights, start
+    cost += GRADIENT * data.seen_share
+    for _ in range(TRIES):
+        found = solve(data.curved.matvec, gradient, mask, damping, settings.step_products)
+        trial = _moved(point.weights, found.step)
+        reached = data.seen.mean_loss(trial)
+        cost += found.num_products * data.curved_share + LOSS * data.seen_share
+        damping = _next_damping(damping, start - reached, found.decrease)
+        if reached <= start:
+            weights, loss = trial, reached
+            break
+    return Point(weights, loss, start - loss, damping, point.number + 1, point.num_products + cost)
+
+
+def at(curvature: Curvature, weights: PyTree) -> Curvature:
+    """The same curvature at other weights."""
+    return replace(curvature, weights=weights, loss=float("nan"))
+
+
+def _next_damping(damping: float, fall: float, predicted: float) -> float:
+    if fall > TRUSTED * predicted:
+        return damping / SHRINK
+    return damping if fall >= DISTRUSTED * predicted else damping * GROW  # also where the fall is NaN
+
+
+@jax.jit
+def _moved(weights: PyTree, step: PyTree) -> PyTree:
+    return jax.tree.map(jnp.add, weights, step)

@@ -1,0 +1,73 @@
+"""A part of the data: every step takes the next one, in the order of the data, so that nothing is random."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+
+from jaxlimit.core.batches import ExampleSum, batch_length, group_length
+from jaxlimit.core.trees import PyTree
+from jaxlimit.curvature.operator import Curvature
+
+
+def window(curvature: Curvature, share: float, number: int) -> Curvature:
+    """The curvature of a share of the data, in whole batches, at least one.
+
+    Args:
+        curvature: of all the data.
+        share: in (0, 1]; with 1 the curvature is returned as it is.
+        number: which window; they follow each other through the data and begin anew at their end.
+    """
+    if share == 1:
+        return curvature
+    groups = curvature.groups
+    part = _part(groups, share, number) if isinstance(groups, list) else _Strided(groups, share, number)
+    num_examples, total_weight = _counted(curvature, part)
+    return replace(curvature, groups=part, num_examples=num_examples, total_weight=total_weight)
+
+
+def _part(groups: list[PyTree], share: float, number: int) -> list[PyTree]:
+    """Consecutive batches of each group that is large enough; always as many: nothing compiles anew."""
+    counts = [round(share * batch_length(group)) for group in groups]
+    if not any(counts):
+        counts[max(range(len(groups)), key=lambda i: group_length(groups[i]))] = 1
+    found = []
+    for group, count in zip(groups, counts, strict=True):
+        if count:
+            start = number % (batch_length(group) // count) * count
+            found.append(jax.tree.map(lambda x, a=start, b=start + count: x[a:b], group))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Strided:
+    """Every so many batches of a stream, which is not kept."""
+
+    groups: Iterable[PyTree]
+    share: float
+    number: int
+
+    def __iter__(self) -> Iterator[PyTree]:
+        stride = max(1, round(1 / self.share))
+        found = itertools.islice(self.groups, self.number % stride, None, stride)
+        first = next(found, None)
+        # In a stream of few batches the window may lie beyond the end.
+        yield from itertools.islice(self.groups, 1) if first is None else itertools.chain([first], found)
+
+
+def _counted(curvature: Curvature, groups: Iterable[PyTree]) -> tuple[int, float]:
+    """Number of examples, and what their weights add up to."""
+    if curvature.product.weight_fn is None and isinstance(groups, list):
+        num_examples = sum(map(group_length, groups))
+        return num_examples, num_examples
+    lengths: list[int] = []
+
+    def counted() -> Iterator[PyTree]:
+        for group in groups:
+            lengths.append(group_length(group))
+            yield group
+
+    _, total_weight = ExampleSum(lambda batch: jnp.zeros(()), curvature.product.weight_fn)(counted())
+    return sum(lengths), total_weight
