@@ -29,7 +29,7 @@ def test_where_data_and_kernels_lie_does_not_matter():
     )
     assert done.returncode == 0, done.stderr
     cases = json.loads(done.stdout)
-    assert len(cases) == 17
+    assert len(cases) == 19
     for case, values in cases.items():
         for name, value in values["found"].items():
             np.testing.assert_allclose(

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -83,27 +82,6 @@ def test_a_command_is_left_at_once_whatever_it_is_at():
     _, stderr = process.communicate(timeout=60)
     assert time.perf_counter() - began < 2
     assert (process.returncode, stderr) == (130, "told\n")
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to one process")
-def test_ctrl_c_while_the_command_is_imported_is_quiet(tmp_path):
-    """A package that is never done with its imports stands for jaxlimit."""
-    package = tmp_path / "jaxlimit" / "__init__.py"
-    package.parent.mkdir()
-    package.write_text("import time\nprint(flush=True)\ntime.sleep(60)\n")
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import jaxlimit_command; jaxlimit_command.main()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[1],
-    )
-    assert process.stdout is not None
-    process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60)[1] == ""
-    assert process.returncode == 130
 
 
 def slow_loss(params, batch):

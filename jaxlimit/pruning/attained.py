@@ -22,8 +22,8 @@ from jaxlimit.pruning.trust_region import DEFAULT, Point, Settings
 
 # Steps that a network has to come within the tolerance: benchmarks/pruning.py.
 MAX_STEPS = 8
-# Enough for a walk to .98 and three bisections, with MAX_STEPS at each of these.
-MAX_PRODUCTS = 400.0
+# Enough for a walk to .98 and three bisections, also where a step takes 21 products.
+MAX_PRODUCTS = 1000.0
 
 
 class _State(NamedTuple):
@@ -141,7 +141,7 @@ def attained_limit(
 
         start = problem.start
         first = _State(start, 0, 0, start, 0, problem.dim + 1, np.zeros((0, 2)))
-        state = store.load_tree("search", first, same_shapes=False) or first
+        state = problem.stored(store, "search", first)
         while (target := _target(state, problem.dim, tolerance)) is not None:
             if state.point.num_products >= max_products:
                 break
@@ -151,9 +151,9 @@ def attained_limit(
         spent = float(state.point.num_products)
         free = None
         if unpruned:
-            free = store.load_tree("unpruned", start) or start
+            free = problem.stored(store, "unpruned", start)
             every = problem.mask(start.weights, 0)
-            while free.num_products < spent and (free.number == 0 or not settled(free)):
+            while free.num_products < spent and (free.number == 0 or not settled(problem, free)):
                 free = problem.step(free, every)
                 store.save_tree("unpruned", free)
                 tell("unpruned", 0, free, spent)

@@ -19,10 +19,11 @@ from jaxlimit.pruning.trust_region import DEFAULT, Point, Settings
 
 # Each stage keeps this share of the weights of the one before: benchmarks/pruning.py.
 KEPT = 0.8
-# The last stage ends where two steps running lower the loss by less than this share of it.
+# The last stage ends where two steps running lower the loss by less than this share of it, or of the loss
+# that the network had before it was pruned.
 SETTLED = 1e-3
-# Enough for the loss to settle on most networks: benchmarks/pruning.py.
-MAX_PRODUCTS = 100.0
+# Enough for the loss to settle, also where the data are one batch, so that a step takes 21 products.
+MAX_PRODUCTS = 400.0
 
 
 class _State(NamedTuple):
@@ -131,7 +132,7 @@ def prune(
     }
     with Checkpoint(checkpoint, {} if checkpoint is None else identity) as store:
         state = _State(problem.start, problem.mask(problem.start.weights, 0), 0, False)
-        state = store.load_tree("path", state) or state
+        state = problem.stored(store, "path", state)
         while not state.settled and (state.stage < len(counts) or state.point.num_products < max_products):
             state = _next(problem, state, counts, mask)
             store.save_tree("path", state)
@@ -155,9 +156,9 @@ def path(dim: int, last: int, first: int = 0) -> list[int]:
     return [*counts, last]
 
 
-def settled(point: Point) -> bool:
+def settled(problem: Readjustable, point: Point) -> bool:
     """Whether the last step lowered the loss by little."""
-    return not point.fall > SETTLED * abs(point.loss)
+    return not point.fall > SETTLED * max(abs(point.loss), abs(problem.curvature.loss))
 
 
 def network(problem: Readjustable, point: Point, mask: PyTree, code: Ending, status: str) -> Pruned:
@@ -188,7 +189,7 @@ def _next(problem: Readjustable, state: _State, counts: list[int], fixed: PyTree
     point, mask, stage = state.point, state.mask, int(state.stage)
     if stage == len(counts):
         point = problem.step(point, mask)
-        return _State(point, mask, stage, settled(point) and settled(state.point))
+        return _State(point, mask, stage, settled(problem, point) and settled(problem, state.point))
     mask = problem.mask(point.weights, counts[stage]) if fixed is None else fixed
     point, stage = problem.cut(point, mask), stage + 1
     if stage < len(counts) and point.loss <= problem.curvature.loss:
@@ -197,7 +198,10 @@ def _next(problem: Readjustable, state: _State, counts: list[int], fixed: PyTree
 
 
 def _result(problem: Readjustable, state: _State) -> Pruned:
-    if state.settled:
+    if not np.isfinite(state.point.loss):
+        code = Ending.NOT_FINITE
+        status = f"not finite: the loss is {float(state.point.loss)}. Prune less, or look for overflow in it."
+    elif state.settled:
         code, status = Ending.SETTLED, "settled: a further step lowers the loss by less than a thousandth."
     else:
         code = Ending.OUT_OF_PRODUCTS

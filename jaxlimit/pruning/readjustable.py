@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlimit.core.storage import about, ordered_sum
+from jaxlimit.core.sharding import place, sharding_like
+from jaxlimit.core.storage import Checkpoint, about, ordered_sum
 from jaxlimit.core.trees import Prunable, PyTree, combine, flatten, is_kernel, partition
 from jaxlimit.curvature.makers import gauss_newton
 from jaxlimit.curvature.operator import Curvature
@@ -91,6 +92,17 @@ class Readjustable:
     def params(self, weights: PyTree) -> PyTree:
         """The whole tree."""
         return combine(weights, self.curvature.rest)
+
+    def stored(self, store: Checkpoint, name: str, first: PyTree) -> PyTree:
+        """What a checkpoint holds of a tree like `first`, on its devices; `first` if it holds nothing."""
+        found = store.load_tree(name, first, same_shapes=False)
+        if found is None:
+            return first
+
+        def placed(like: PyTree, x: PyTree) -> PyTree:
+            return place(x, sharding_like(like)) if isinstance(like, jax.Array) else x
+
+        return jax.tree.map(placed, first, found)
 
     def identity(self) -> dict[str, Any]:
         """What tells one network with its data from another, as JSON values."""

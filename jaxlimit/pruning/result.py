@@ -17,11 +17,13 @@ class Ending(enum.StrEnum):
         SETTLED: a further step lowers the loss by little.
         BRACKETED: the sparsest network within the tolerance and the next one beyond it are close together.
         OUT_OF_PRODUCTS: the budget was spent before.
+        NOT_FINITE: the loss of the pruned network is infinite or NaN, and no step mends that.
     """
 
     SETTLED = "settled"
     BRACKETED = "bracketed"
     OUT_OF_PRODUCTS = "out_of_products"
+    NOT_FINITE = "not_finite"
 
 
 class Readjusting(NamedTuple):
@@ -84,7 +86,7 @@ class Pruned:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the network, as JSON values."""
-        numbers = {name: value for name, value in vars(self).items() if name not in ("params", "mask")}
+        numbers = {name: _json(value) for name, value in vars(self).items() if name not in ("params", "mask")}
         return {**numbers, "kept_share": self.kept_share}
 
     def __repr__(self) -> str:
@@ -127,7 +129,7 @@ class Attained:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the network, as JSON values."""
-        numbers = {name: value for name, value in vars(self).items() if name != "pruned"}
+        numbers = {name: _json(value) for name, value in vars(self).items() if name != "pruned"}
         return {**numbers, "pruned": self.pruned.to_json()}
 
     def __repr__(self) -> str:
@@ -143,3 +145,10 @@ class Attained:
             f"status: {self.status}",
         ]
         return "\n".join(lines)
+
+
+def _json(value: Any) -> Any:
+    """With None for numbers that JSON does not have."""
+    if isinstance(value, tuple):
+        return [_json(x) for x in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -99,7 +99,7 @@ def first_point(curvature: Curvature, settings: Settings) -> Point:
     data = _data(curvature, first, settings)
     gradient = data.seen.gradient
     length = inner(gradient, gradient)
-    along = inner(gradient, data.curved.matvec(gradient)) / length if length > 0 else 1.0
+    along = max(inner(gradient, data.curved.matvec(gradient)), 0.0) / length if length > 0 else 0.0
     cost = GRADIENT * data.seen_share + data.curved_share
     return first._replace(damping=FIRST_DAMPING * along, num_products=cost)
 
