@@ -44,17 +44,27 @@ class PassCheck:
 
 class _Pass:
     def __init__(self, check: PassCheck) -> None:
-        self._check, self._count, self._parts = check, 0, []
+        self._check, self._count, self._sums, self._last = check, 0, (0, 0), None
 
     def add(self, batch: PyTree, count: int) -> None:
-        """A batch of so many examples; its checksum is computed while others are made."""
-        self._count += count
-        self._parts.append(_checksum(jax.tree.leaves(batch)))
+        """A batch of so many examples; its checksum is computed while the next one is made."""
+        self._take_in()
+        self._count, self._last = self._count + count, _checksum(jax.tree.leaves(batch))
 
     def end(self) -> None:
         """Raises ValueError if the pass is not like the first."""
-        low, high = (sum(int(part[i]) for part in map(np.asarray, self._parts)) % 2**32 for i in (0, 1))
+        self._take_in()
+        low, high = self._sums
         self._check.require_same((self._count, high << 32 | low))
+
+    def _take_in(self) -> None:
+        """Waits for the last batch, so that no more than one is kept in memory."""
+        if self._last is not None:
+            low, high = (
+                (total + int(part)) % 2**32
+                for total, part in zip(self._sums, np.asarray(self._last), strict=True)
+            )
+            self._sums, self._last = (low, high), None
 
 
 def data_changed(first: str, second: str) -> str:
