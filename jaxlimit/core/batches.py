@@ -12,7 +12,7 @@ so that an uneven last batch counts for what it holds and no mean of batch means
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxlimit.core.checks import require_count
+from jaxlimit.core.checksums import PassCheck
 from jaxlimit.core.convolutions import convolves
 from jaxlimit.core.leaves import copied, to_arrays
 from jaxlimit.core.loops import apart, scan
@@ -178,20 +179,26 @@ _END = object()
 
 @dataclass(frozen=True, eq=False)
 class _Stream:
+    """Groups of one batch each. A pass that ends with other examples than the first did raises ValueError."""
+
     batches: Iterable[PyTree]
+    check: PassCheck = field(default_factory=PassCheck)
 
     def __iter__(self) -> Iterator[PyTree]:
         with jax.ensure_compile_time_eval():  # data are known, also where JAX traces something
-            batches = iter(self.batches)
+            batches, this_pass = iter(self.batches), self.check.begin()
         while True:
             with jax.ensure_compile_time_eval():
                 batch = next(batches, _END)
                 if batch is _END:
+                    this_pass.end()
                     return
                 batch = to_arrays("a batch", batch)
                 if not batch_length(batch):
                     continue
-                group = jax.tree.map(lambda x: x[None], copied(batch))
+                batch = copied(batch)
+                this_pass.add(batch, batch_length(batch))
+                group = jax.tree.map(lambda x: x[None], batch)
             yield group
 
 

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlimit.core.batches import first_of, grouped
+from jaxlimit.core.checksums import data_changed
 from jaxlimit.core.trees import PyTree, frozen, thawed
 from jaxlimit.curvature.loss_trace import LossTrace
-
-MODES = "Curvature needs the same function every time: fix the order and use evaluation mode."
 
 
 @contextlib.contextmanager
@@ -84,14 +83,6 @@ def require_same_weight(weight_fn: Any, first: float, second: float) -> None:
     unit = "examples" if weight_fn is None else "weight of all batches"
     if not np.isclose(first, second, rtol=0 if weight_fn is None else 1e-5, atol=0):
         raise ValueError(data_changed(f"{first:.8g} {unit}", f"{second:.8g}"))
-
-
-def data_changed(first: str, second: str) -> str:
-    """What is said where two passes over the data differ."""
-    return (
-        f"the data changed between two passes: {first} in the first, {second} in the second. Likely causes: "
-        f"shuffling, random augmentation, dropout, or batch norm in train mode. {MODES}"
-    )
 
 
 def not_a_mean(what: str, found: str, weight_fn: Any, trace: LossTrace) -> str:
