@@ -7,8 +7,9 @@ With K the kept and P the removed coordinates, c the removed vector and H positi
 using products with H and masks only. Every iterate x gives an upper bound of the minimum.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,66 @@ DECISIVE = 0.01
 
 class NegativeCurvature(Exception):
     """A direction along which a matrix that was declared semidefinite has negative curvature; holds it."""
+
+
+class Iterate(NamedTuple):
+    """Where conjugate gradients are.
+
+    Attributes:
+        step: x, zero on the removed coordinates.
+        decrease: by how much x lowers the quadratic x^T (H + mu I) x / 2 - x^T r.
+        squared: ||r - (H + mu I) x||^2 on the kept coordinates.
+    """
+
+    step: PyTree
+    decrease: float
+    squared: float
+
+
+def iterates(
+    matvec: Callable[[PyTree], PyTree],
+    residual: PyTree,
+    mask: PyTree,
+    damping: float = 0.0,
+    rounding: float = np.inf,
+) -> Iterator[Iterate]:
+    """Conjugate gradients on (H_KK + mu I) x = r_K: the start, x = 0, and one more after each product.
+
+    They end where nothing is left to solve, or in a direction without curvature.
+
+    Args:
+        matvec: product with a positive semidefinite H.
+        residual: r.
+        mask: pytree of bools, True on the kept coordinates K.
+        damping: mu >= 0, in units of H.
+        rounding: how negative the curvature along a unit vector may be, for rounding.
+
+    Raises:
+        FloatingPointError: a product is not finite.
+        NegativeCurvature: a curvature is more negative than that.
+
+    Examples:
+        >>> scale, mask = jnp.array([1.0, 2.0, 4.0]), jnp.array([True, True, False])
+        >>> *_, last = iterates(lambda v: scale * v, jnp.ones(3), mask)
+        >>> print(last.step.round(3), round(last.decrease, 6))
+        [1.  0.5 0. ] 0.75
+    """
+    residual = kept(mask, residual)
+    step, direction = jax.tree.map(jnp.zeros_like, residual), residual
+    squared, decrease = inner(residual, residual), 0.0
+    yield Iterate(step, decrease, squared)
+    while squared > 0:
+        product, length = matvec(direction), inner(direction, direction)
+        curvature = _curvature(direction, product, length, rounding) + damping * length
+        if curvature <= 0:
+            return
+        factor = squared / curvature
+        step = add_scaled(step, direction, factor)
+        residual = _left(mask, residual, product, direction, factor, damping)
+        decrease += factor * squared / 2
+        squared, before = inner(residual, residual), squared
+        yield Iterate(step, decrease, squared)
+        direction = add_scaled(residual, direction, squared / before)
 
 
 def readjusted_minimum(
@@ -61,33 +122,26 @@ def readjusted_minimum(
         FloatingPointError: a product is not finite.
         NegativeCurvature: a curvature is more negative than that.
     """
-    kept = jax.tree.map(lambda keep, x: jnp.where(keep, x, 0), mask, start)
-    vector = jax.tree.map(jnp.subtract, removed, kept)
+    start = kept(mask, start)
+    vector = jax.tree.map(jnp.subtract, removed, start)
     product = matvec(vector)
-    loss = _curvature(vector, product, _inner(vector, vector), rounding) / 2
-    residual = jax.tree.map(lambda keep, x: jnp.where(keep, x, 0), mask, product)
-    direction, squared = residual, _inner(residual, residual)
-    losses = [loss]
-    for _ in range(max_matvecs - 1):
+    first = max(_curvature(vector, product, inner(vector, vector), rounding), 0.0) / 2
+    steps = iterates(matvec, product, mask, rounding=rounding)
+    losses, found = [first], next(steps)
+    while len(losses) < max_matvecs and losses[-1] > loss_tolerance:
+        loss = losses[-1]
         recent = losses[-WINDOW - 1] - loss if len(losses) > WINDOW else np.inf
-        undecided = recent > max(DECISIVE * (loss - loss_tolerance), accuracy * loss_tolerance)
-        if loss <= loss_tolerance or squared == 0 or not undecided:
+        if not recent > max(DECISIVE * (loss - loss_tolerance), accuracy * loss_tolerance):
             break
-        product = matvec(direction)
-        curvature = _curvature(direction, product, _inner(direction, direction), rounding)
-        if curvature <= 0:  # a flat direction, to rounding: nothing more to gain
+        following = next(steps, None)
+        if following is None:
             break
-        step = squared / curvature
-        kept = add_scaled(kept, direction, step)
-        residual = jax.tree.map(
-            lambda keep, r, p, s=step: jnp.where(keep, r - s * p, 0), mask, residual, product
-        )
-        loss = max(loss - step * squared / 2, 0.0)
-        squared, previous = _inner(residual, residual), squared
-        direction = add_scaled(residual, direction, squared / previous)
-        losses.append(loss)
+        found = following
+        losses.append(max(first - found.decrease, 0.0))
+    loss = losses[-1]
     recent = losses[-WINDOW - 1] - loss if len(losses) > WINDOW else loss
-    return (loss if squared == 0 else max(0.0, loss - recent / DECISIVE * 0.99)), loss, kept
+    lower = loss if found.squared == 0 else max(0.0, loss - recent / DECISIVE * 0.99)
+    return lower, loss, jax.tree.map(jnp.add, start, found.step)
 
 
 @dataclass
@@ -151,7 +205,8 @@ def inner_products(x: PyTree, y: PyTree) -> jax.Array:
     return jnp.stack(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), x, y)))
 
 
-def _inner(x: PyTree, y: PyTree) -> float:
+def inner(x: PyTree, y: PyTree) -> float:
+    """Inner product of two vectors; sums over leaves are float64."""
     value = float(np.sum(np.asarray(inner_products(x, y), np.float64)))
     if not np.isfinite(value):
         raise FloatingPointError("a product with the curvature is not finite: look for overflow in the loss.")
@@ -159,11 +214,30 @@ def _inner(x: PyTree, y: PyTree) -> float:
 
 
 def _curvature(vector: PyTree, product: PyTree, squared_length: float, rounding: float) -> float:
-    """V^T H v, at least 0 but for what is no rounding."""
-    curvature = _inner(vector, product)
+    """V^T H v; no more negative than rounding makes it."""
+    curvature = inner(vector, product)
     if curvature < -rounding * squared_length:
         raise NegativeCurvature(curvature / squared_length)
-    return max(curvature, 0.0)
+    return curvature
+
+
+@jax.jit
+def kept(mask: PyTree, x: PyTree) -> PyTree:
+    """The entries whose mask is True, zero elsewhere."""
+    return jax.tree.map(lambda keep, a: jnp.where(keep, a, 0), mask, x)
+
+
+@jax.jit
+def _left(
+    mask: PyTree, residual: PyTree, product: PyTree, direction: PyTree, factor: float, damping: float
+) -> PyTree:
+    """The residual after a step along a direction, on the kept coordinates."""
+
+    def left(keep: jax.Array, r: jax.Array, p: jax.Array, d: jax.Array) -> jax.Array:
+        step = jnp.asarray(factor, r.dtype) * (p + jnp.asarray(damping, r.dtype) * d)
+        return jnp.where(keep, r - step, 0)
+
+    return jax.tree.map(left, mask, residual, product, direction)
 
 
 @jax.jit

@@ -8,18 +8,24 @@ of Nocedal and Wright (Numerical Optimization, 2006, algorithm 4.1) for a radius
 no schedule and no random order.
 """
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlimit.core.checks import require_count, require_range
 from jaxlimit.core.trees import PyTree
 from jaxlimit.curvature.operator import Curvature
-from jaxlimit.pruning.conjugate_gradients import inner, kept, solve
+from jaxlimit.limits.conjugate_gradients import Iterate, inner, iterates, kept
 from jaxlimit.pruning.windows import window
 
+# Products end where the last WINDOW of them lowered the quadratic by less than FLAT of all that was gained:
+# the rule of Martens (2010, section 4.4), a coarser one, for the step is tried on the real loss next.
+WINDOW, FLAT = 5, 0.01
 TRUSTED, DISTRUSTED = 0.75, 0.25
 SHRINK, GROW = 3.0, 4.0
 # The first damping, as a share of the curvature along the gradient: .003 on the published 784-40-20-10.
@@ -126,14 +132,16 @@ def step(curvature: Curvature, point: Point, mask: PyTree, settings: Settings) -
     data, cost, start = _data(curvature, point, settings), 0.0, point.loss
     if settings.gradient_share < 1:  # what is known was seen on other data
         start, cost = data.seen.mean_loss(point.weights), LOSS * data.seen_share
+    if not np.isfinite(start):  # no step would be known to lower it
+        return point._replace(loss=start, fall=float("nan"), number=point.number + 1)
     gradient, damping = data.seen.gradient, point.damping
     weights, loss = point.weights, start
     cost += GRADIENT * data.seen_share
     for _ in range(TRIES):
-        found = solve(data.curved.matvec, gradient, mask, damping, settings.step_products)
+        found, num_products = _solved(data.curved.matvec, gradient, mask, damping, settings.step_products)
         trial = _moved(point.weights, found.step)
         reached = data.seen.mean_loss(trial)
-        cost += found.num_products * data.curved_share + LOSS * data.seen_share
+        cost += num_products * data.curved_share + LOSS * data.seen_share
         damping = _next_damping(damping, start - reached, found.decrease)
         if reached <= start:
             weights, loss = trial, reached
@@ -144,6 +152,19 @@ def step(curvature: Curvature, point: Point, mask: PyTree, settings: Settings) -
 def at(curvature: Curvature, weights: PyTree) -> Curvature:
     """The same curvature at other weights."""
     return replace(curvature, weights=weights, loss=float("nan"))
+
+
+def _solved(
+    matvec: Callable[[PyTree], PyTree], gradient: PyTree, mask: PyTree, damping: float, max_products: int
+) -> tuple[Iterate, int]:
+    """The step of so many products or fewer, no more accurate than a step on the real loss deserves."""
+    steps = iterates(matvec, jax.tree.map(jnp.negative, gradient), mask, damping)
+    found, decreases = next(steps), [0.0]
+    for found in itertools.islice(steps, max_products):
+        decreases.append(found.decrease)
+        if len(decreases) > WINDOW and decreases[-1] - decreases[-1 - WINDOW] < FLAT * decreases[-1]:
+            break
+    return found, len(decreases) - 1
 
 
 def _next_damping(damping: float, fall: float, predicted: float) -> float:
