@@ -2,8 +2,8 @@ r"""A step towards the lowest loss with the mask held: Gauss-Newton, trusted as 
 
     (G_KK + mu I) x = -g_K,    rho = (L(w) - L(w + x)) / (predicted decrease)
 
-The step is taken if the real loss falls. Where the quadratic was right (rho > 3/4) the damping mu falls to a
-third, where it was not (rho < 1/4) it grows fourfold: the rule of Levenberg and Marquardt, with the factors
+The step is taken if the real loss falls, else a shorter one. Where the quadratic was right (rho > 3/4) the
+damping mu falls to a third, where it was not (rho < 1/4, and for every halving of the step) it grows fourfold: the rule of Levenberg and Marquardt, with the factors
 of Nocedal and Wright (Numerical Optimization, 2006, algorithm 4.1) for a radius. There is no learning rate,
 no schedule and no random order.
 """
@@ -20,7 +20,7 @@ import numpy as np
 from jaxlimit.core.checks import require_count, require_range
 from jaxlimit.core.trees import PyTree
 from jaxlimit.curvature.operator import Curvature
-from jaxlimit.limits.conjugate_gradients import Iterate, inner, iterates, kept
+from jaxlimit.limits.conjugate_gradients import Iterate, add_scaled, inner, iterates, kept
 from jaxlimit.pruning.windows import window
 
 # Products end where the last WINDOW of them lowered the quadratic by less than FLAT of all that was gained:
@@ -30,8 +30,8 @@ TRUSTED, DISTRUSTED = 0.75, 0.25
 SHRINK, GROW = 3.0, 4.0
 # The first damping, as a share of the curvature along the gradient: .003 on the published 784-40-20-10.
 FIRST_DAMPING = 1e-3
-# A step that raises the loss is solved again with more damping, so often at most.
-TRIES = 4
+# A step that raises the loss is tried at these lengths: a loss costs less than another solution.
+LENGTHS = (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125)
 # What a gradient and a loss cost, in Gauss-Newton products: benchmarks/pruning.py.
 GRADIENT, LOSS = 1.0, 1 / 3
 
@@ -121,7 +121,7 @@ def cut(curvature: Curvature, point: Point, mask: PyTree, settings: Settings) ->
 def step(curvature: Curvature, point: Point, mask: PyTree, settings: Settings) -> Point:
     """The next point on the kept coordinates, of a loss that is not higher on the data of this step.
 
-    Cost: a gradient and a loss, and up to `TRIES` times `step_products` products and a loss.
+    Cost: a gradient, up to `step_products` products, and a loss, or as many as there are `LENGTHS`.
 
     Args:
         curvature: Gauss-Newton, of the parameters that move.
@@ -137,15 +137,18 @@ def step(curvature: Curvature, point: Point, mask: PyTree, settings: Settings) -
     gradient, damping = data.seen.gradient, point.damping
     weights, loss = point.weights, start
     cost += GRADIENT * data.seen_share
-    for _ in range(TRIES):
-        found, num_products = _solved(data.curved.matvec, gradient, mask, damping, settings.step_products)
-        trial = _moved(point.weights, found.step)
+    found, num_products = _solved(data.curved.matvec, gradient, mask, damping, settings.step_products)
+    cost += num_products * data.curved_share
+    for factor in LENGTHS:
+        trial = add_scaled(point.weights, found.step, factor)
         reached = data.seen.mean_loss(trial)
-        cost += num_products * data.curved_share + LOSS * data.seen_share
-        damping = _next_damping(damping, start - reached, found.decrease)
+        cost += LOSS * data.seen_share
         if reached <= start:
             weights, loss = trial, reached
             break
+        damping *= GROW  # also where what is reached is NaN
+    if loss < start and factor == 1:
+        damping = _next_damping(damping, start - loss, found.decrease)
     return Point(weights, loss, start - loss, damping, point.number + 1, point.num_products + cost)
 
 
@@ -170,9 +173,5 @@ def _solved(
 def _next_damping(damping: float, fall: float, predicted: float) -> float:
     if fall > TRUSTED * predicted:
         return damping / SHRINK
-    return damping if fall >= DISTRUSTED * predicted else damping * GROW  # also where the fall is NaN
+    return damping if fall >= DISTRUSTED * predicted else damping * GROW
 
-
-@jax.jit
-def _moved(weights: PyTree, step: PyTree) -> PyTree:
-    return jax.tree.map(jnp.add, weights, step)
