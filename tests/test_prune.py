@@ -260,10 +260,10 @@ def test_more_products_lower_the_loss_and_the_status_says_what_ended_it(network)
 
 def test_steps_after_the_first_compile_nothing(network):
     params, arrays = network
-    call = (predict, cross_entropy, params, list(batched(arrays, 10)))
-    prune(*call, 0.8, max_products=20)
+    call = (predict, cross_entropy, params, batched(arrays, 90))
+    prune(*call, 0.8, max_products=20, settings=ALL)
     with compilations() as found:
-        prune(*call, 0.9, max_products=60)
+        prune(*call, 0.9, max_products=60, settings=ALL)
     assert found == [0]
 
 

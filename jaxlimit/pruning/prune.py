@@ -17,8 +17,6 @@ from jaxlimit.pruning.readjustable import Readjustable, readjustable
 from jaxlimit.pruning.result import Ending, Pruned, Readjusting
 from jaxlimit.pruning.trust_region import DEFAULT, Point, Settings
 
-# Each stage keeps this share of the weights of the one before: benchmarks/pruning.py.
-KEPT = 0.8
 # The last stage ends where two steps running lower the loss by less than this share of it, or of the loss
 # that the network had before it was pruned.
 SETTLED = 1e-3
@@ -55,10 +53,11 @@ def prune(
 ) -> Pruned:
     r"""The network of one sparsity, with the kept weights readjusted on the real loss.
 
-    The smallest weights go in stages, each of which keeps four fifths of the weights; after each cut comes a
-    Gauss-Newton step with a trust region on the weights that are kept, and after the last one as many as
-    lower the loss noticeably. The mask is chosen anew at every stage, from the readjusted weights. There is
-    no learning rate and no random order: network, data and budget give one result.
+    The smallest weights go in stages, each of which keeps four fifths of those before it. After each cut
+    that raises the loss comes a Gauss-Newton step with a trust region on the weights that are kept, and
+    after the last one as many as lower the loss noticeably. The mask is chosen anew at every stage, from the
+    readjusted weights. There is no learning rate and no random order: network, data and budget give one
+    result.
 
     Cost: a step is a gradient, a loss or two, and up to 20 products with a tenth of the data, about 4.5
     products in all; memory as for a product with `gauss_newton`, and six vectors.
@@ -121,7 +120,8 @@ def prune(
         settings=settings,
     )
     if mask is None:
-        counts = path(problem.dim, int(num_removed(problem.dim, sparsity)))  # pyright: ignore[reportArgumentType]
+        last = int(num_removed(problem.dim, sparsity))  # pyright: ignore[reportArgumentType]
+        counts = path(problem.dim, last, settings.stage_share)
     else:
         mask = problem.require_mask(mask)
         counts = [int(np.sum(flatten(mask) == 0))]
@@ -143,15 +143,15 @@ def prune(
     return _result(problem, state)
 
 
-def path(dim: int, last: int, first: int = 0) -> list[int]:
-    """Numbers of removed weights, from beyond the first to the last: a stage keeps `KEPT` of those before.
+def path(dim: int, last: int, share: float, first: int = 0) -> list[int]:
+    """Numbers of removed weights, from beyond the first to the last: a stage keeps a share of those before.
 
     Examples:
-        >>> path(100, 60)
+        >>> path(100, 60, 0.8)
         [20, 36, 48, 58, 60]
     """
     kept, counts = dim - first, []
-    while (kept := min(math.ceil(KEPT * kept), kept - 1)) > dim - last:
+    while (kept := min(math.ceil(share * kept), kept - 1)) > dim - last:
         counts.append(dim - kept)
     return [*counts, last]
 
@@ -189,7 +189,9 @@ def _next(problem: Readjustable, state: _State, counts: list[int], fixed: PyTree
     point, mask, stage = state.point, state.mask, int(state.stage)
     if stage == len(counts):
         point = problem.step(point, mask)
-        return _State(point, mask, stage, settled(problem, point) and settled(problem, state.point))
+        grown = point.share > state.point.share
+        done = not grown and settled(problem, point) and settled(problem, state.point)
+        return _State(point, mask, stage, done)
     mask = problem.mask(point.weights, counts[stage]) if fixed is None else fixed
     point, stage = problem.cut(point, mask), stage + 1
     if stage < len(counts) and point.loss <= problem.curvature.loss:

@@ -3,21 +3,21 @@ r"""A step towards the lowest loss with the mask held: Gauss-Newton, trusted as 
     (G_KK + mu I) x = -g_K,    rho = (L(w) - L(w + x)) / (predicted decrease)
 
 The step is taken if the real loss falls, else a shorter one. Where the quadratic was right (rho > 3/4) the
-damping mu falls to a third, where it was not (rho < 1/4, and for every halving of the step) it grows fourfold: the rule of Levenberg and Marquardt, with the factors
-of Nocedal and Wright (Numerical Optimization, 2006, algorithm 4.1) for a radius. There is no learning rate,
-no schedule and no random order.
+damping mu falls to a third. Where it was not (rho < 1/4, and for every halving of the step) it grows
+fourfold. That is the rule of Levenberg and Marquardt, with the bounds of Nocedal and Wright (Numerical
+Optimization, 2006, algorithm 4.1). There is no learning rate, no schedule and no random order.
 """
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxlimit.core.checks import require_count, require_range
+from jaxlimit.core.checks import require_count, require_positive, require_range
 from jaxlimit.core.trees import PyTree
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.limits.conjugate_gradients import Iterate, add_scaled, inner, iterates, kept
@@ -28,8 +28,6 @@ from jaxlimit.pruning.windows import window
 WINDOW, FLAT = 5, 0.01
 TRUSTED, DISTRUSTED = 0.75, 0.25
 SHRINK, GROW = 3.0, 4.0
-# The first damping, as a share of the curvature along the gradient: .003 on the published 784-40-20-10.
-FIRST_DAMPING = 1e-3
 # A step that raises the loss is tried at these lengths: a loss costs less than another solution.
 LENGTHS = (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125)
 # What a gradient and a loss cost, in Gauss-Newton products: benchmarks/pruning.py.
@@ -38,26 +36,34 @@ GRADIENT, LOSS = 1.0, 1 / 3
 
 @dataclass(frozen=True)
 class Settings:
-    """How a step is made.
+    """How a step is made, and how many there are on the way to a sparsity.
 
     Attributes:
         step_products: products of a step, at most.
-        curvature_share: share of the data that the curvature is taken from; every step takes the next part.
+        curvature_share: share of the data that the curvature is taken from at first; every step takes the
+            next part. It doubles after a step that cannot be trusted: the part may not stand for the whole.
         gradient_share: share of the data that gradient and loss are taken from, likewise.
+        stage_share: share of the weights that each stage of a path keeps of those before it.
+        damping: the first one, as a share of the curvature along the gradient; .001 is a damping of .003 on
+            the published 784-40-20-10. More of it keeps what few data must not change.
 
     Raises:
-        ValueError: no product, or a share outside (0, 1].
+        ValueError: no product; a share outside (0, 1], or a stage that keeps all; no damping.
     """
 
     step_products: int = 20
     curvature_share: float = 0.1
     gradient_share: float = 1.0
+    stage_share: float = 0.8
+    damping: float = 1e-3
 
     def __post_init__(self) -> None:
         require_count("step_products", self.step_products)
         for name in ("curvature_share", "gradient_share"):
             share = getattr(self, name)
             require_range(name, share, 0 < share <= 1, "must lie in (0, 1]")
+        require_range("stage_share", self.stage_share, 0 < self.stage_share < 1, "must lie between 0 and 1")
+        require_positive("damping", self.damping)
 
 
 DEFAULT = Settings()
@@ -68,9 +74,10 @@ class Point(NamedTuple):
 
     Attributes:
         weights: all parameters that move.
-        loss: there, on the data of the last step or cut.
+        loss: there, on the data of the last step or cut; infinite after a cut where steps see parts of them.
         fall: by how much the last step lowered it.
         damping: mu.
+        share: of the data for the curvature of the next step.
         number: steps so far.
         num_products: what they cost, in products with all the data.
     """
@@ -79,6 +86,7 @@ class Point(NamedTuple):
     loss: float
     fall: float
     damping: float
+    share: float
     number: int
     num_products: float
 
@@ -94,28 +102,32 @@ class _Data(NamedTuple):
 
 def _data(curvature: Curvature, point: Point, settings: Settings) -> _Data:
     here = at(curvature, point.weights)
-    seen = window(here, settings.gradient_share, point.number)
-    curved = window(here, settings.curvature_share, point.number)
+    seen = window(here, settings.gradient_share, int(point.number))
+    curved = window(here, float(point.share), int(point.number))
     return _Data(seen, curved, *(x.total_weight / curvature.total_weight for x in (seen, curved)))
 
 
 def first_point(curvature: Curvature, settings: Settings) -> Point:
     """At the weights of the curvature, with a damping that is a share of the curvature along the gradient."""
-    first = Point(curvature.weights, curvature.loss, 0.0, 1.0, 0, 0.0)
+    first = Point(curvature.weights, curvature.loss, 0.0, 1.0, settings.curvature_share, 0, 0.0)
     data = _data(curvature, first, settings)
     gradient = data.seen.gradient
     length = inner(gradient, gradient)
     along = max(inner(gradient, data.curved.matvec(gradient)), 0.0) / length if length > 0 else 0.0
     cost = GRADIENT * data.seen_share + data.curved_share
-    return first._replace(damping=FIRST_DAMPING * along, num_products=cost)
+    return first._replace(damping=settings.damping * along, num_products=cost)
 
 
 def cut(curvature: Curvature, point: Point, mask: PyTree, settings: Settings) -> Point:
-    """The point without the weights whose mask is False, and its loss. Cost: a loss."""
-    point = point._replace(weights=kept(mask, point.weights), fall=0.0)
-    data = _data(curvature, point, settings)
-    loss = data.seen.mean_loss(point.weights)
-    return point._replace(loss=loss, num_products=point.num_products + LOSS * data.seen_share)
+    """The point without the weights whose mask is False, and its loss on all data. Cost: that loss.
+
+    Where steps see a part of the data each, the next one measures the loss on its part.
+    """
+    point = point._replace(weights=kept(mask, point.weights), loss=math.inf, fall=0.0)
+    if settings.gradient_share < 1:
+        return point
+    loss = curvature.mean_loss(point.weights)
+    return point._replace(loss=loss, num_products=point.num_products + LOSS)
 
 
 def step(curvature: Curvature, point: Point, mask: PyTree, settings: Settings) -> Point:
@@ -129,27 +141,31 @@ def step(curvature: Curvature, point: Point, mask: PyTree, settings: Settings) -
         mask: pytree like these, False where weights are pruned.
         settings: how to make it.
     """
-    data, cost, start = _data(curvature, point, settings), 0.0, point.loss
+    data, start = _data(curvature, point, settings), point.loss
     if settings.gradient_share < 1:  # what is known was seen on other data
-        start, cost = data.seen.mean_loss(point.weights), LOSS * data.seen_share
-    if not np.isfinite(start):  # no step would be known to lower it
-        return point._replace(loss=start, fall=float("nan"), number=point.number + 1)
-    gradient, damping = data.seen.gradient, point.damping
-    weights, loss = point.weights, start
-    cost += GRADIENT * data.seen_share
+        start, gradient = data.seen.loss_and_gradient
+    else:
+        gradient = data.seen.gradient
+    cost = GRADIENT * data.seen_share
+    weights, loss, damping, share = point.weights, start, point.damping, point.share
+    if not math.isfinite(start):  # no step would be known to lower it
+        return Point(weights, start, math.nan, damping, share, point.number + 1, point.num_products + cost)
     found, num_products = _solved(data.curved.matvec, gradient, mask, damping, settings.step_products)
     cost += num_products * data.curved_share
     for factor in LENGTHS:
         trial = add_scaled(point.weights, found.step, factor)
         reached = data.seen.mean_loss(trial)
         cost += LOSS * data.seen_share
+        trusted = factor == 1 and start - reached >= DISTRUSTED * found.decrease
+        if not trusted:  # also where what is reached is NaN
+            damping, share = damping * GROW, min(2 * point.share, 1.0)
         if reached <= start:
             weights, loss = trial, reached
             break
-        damping *= GROW  # also where what is reached is NaN
-    if loss < start and factor == 1:
-        damping = _next_damping(damping, start - loss, found.decrease)
-    return Point(weights, loss, start - loss, damping, point.number + 1, point.num_products + cost)
+    fall = start - loss
+    if fall > TRUSTED * found.decrease:
+        damping /= SHRINK
+    return Point(weights, loss, fall, damping, share, point.number + 1, point.num_products + cost)
 
 
 def at(curvature: Curvature, weights: PyTree) -> Curvature:
@@ -168,10 +184,3 @@ def _solved(
         if len(decreases) > WINDOW and decreases[-1] - decreases[-1 - WINDOW] < FLAT * decreases[-1]:
             break
     return found, len(decreases) - 1
-
-
-def _next_damping(damping: float, fall: float, predicted: float) -> float:
-    if fall > TRUSTED * predicted:
-        return damping / SHRINK
-    return damping if fall >= DISTRUSTED * predicted else damping * GROW
-
