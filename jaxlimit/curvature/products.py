@@ -102,6 +102,17 @@ class _Product:
         return ExampleSum(Gradient(self), self.weight)
 
     @cached_property
+    def _group_linearizers(self) -> dict[ExampleSharding | None, Program]:
+        return {}
+
+    def group_linearizer(self, sharding: ExampleSharding | None) -> Program:
+        """`linearize_group` of this product, traced once for groups of each shape, at whatever weights."""
+        known = self._group_linearizers
+        if sharding not in known:
+            known[sharding] = Program(partial(linearize_group, self, sharding))
+        return known[sharding]
+
+    @cached_property
     def group_mean(self) -> Program:
         """`(linear_group, total_weight, vectors)`: its share of the mean, whose weights add up to that."""
         return Program(partial(_group_mean, self))
@@ -264,7 +275,7 @@ class LinearGroup:
 
 
 def linearize_group(
-    product: Product, sharding: ExampleSharding | None, weights: PyTree, rest: PyTree, group: PyTree
+    product: _Product, sharding: ExampleSharding | None, weights: PyTree, rest: PyTree, group: PyTree
 ) -> LinearGroup:
     """Linearises stacked batches, one after the other."""
 
@@ -316,11 +327,8 @@ def linearize_groups(
         measured.append((group, sharding, batch_bytes, slow_in_loops))
     if sum(batch_length(group) * batch_bytes for group, _, batch_bytes, _ in measured) > linear_bytes:
         return None
-    programs = {
-        sharding: Program(partial(linearize_group, product, sharding)) for _, sharding, *_ in measured
-    }
     return [
-        programs[sharding](weights, rest, part)
+        product.group_linearizer(sharding)(weights, rest, part)
         for group, sharding, batch_bytes, slow_in_loops in measured
         for part in (
             apart(group, batch_length(group)) if batch_bytes > _batch_bytes() or slow_in_loops else [group]

@@ -1,6 +1,7 @@
 """A part of the data: every step takes the next one, in the order of the data, so that nothing is random."""
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -8,12 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxlimit.core.batches import ExampleSum, batch_length, group_length
+from jaxlimit.core.sharding import example_sharding
 from jaxlimit.core.trees import PyTree
 from jaxlimit.curvature.operator import Curvature
 
 
 def window(curvature: Curvature, share: float, number: int) -> Curvature:
-    """The curvature of a share of the data, in whole batches, at least one.
+    """The curvature of a share of the data: whole batches, or a part of one; of a stream at least one.
 
     Args:
         curvature: of all the data.
@@ -29,16 +31,33 @@ def window(curvature: Curvature, share: float, number: int) -> Curvature:
 
 
 def _part(groups: list[PyTree], share: float, number: int) -> list[PyTree]:
-    """Consecutive batches of each group that is large enough; always as many: nothing compiles anew."""
+    """Consecutive batches of each group that is large enough, or examples of a batch that is too large.
+
+    Always as many: nothing compiles anew.
+    """
     counts = [round(share * batch_length(group)) for group in groups]
     if not any(counts):
-        counts[max(range(len(groups)), key=lambda i: group_length(groups[i]))] = 1
+        largest = max(groups, key=group_length)
+        return [_part_of_a_batch(largest, share, number)]
     found = []
     for group, count in zip(groups, counts, strict=True):
         if count:
             start = number % (batch_length(group) // count) * count
             found.append(jax.tree.map(lambda x, a=start, b=start + count: x[a:b], group))
     return found
+
+
+def _part_of_a_batch(group: PyTree, share: float, number: int) -> PyTree:
+    """Examples of one batch, which stand beside each other; a whole one where devices divide it."""
+    num_batches = batch_length(group)
+    size = group_length(group) // num_batches
+    count = max(1, round(share * group_length(group)))
+    if example_sharding(group, axis=1) is not None:
+        count = size
+    parts = math.ceil(size / count)  # the last ones overlap, so that every example is in one
+    batch, part = divmod(number % (num_batches * parts), parts)
+    start = round(part * (size - count) / max(parts - 1, 1))
+    return jax.tree.map(lambda x: x[batch : batch + 1, start : start + count], group)
 
 
 @dataclass(frozen=True, eq=False)
