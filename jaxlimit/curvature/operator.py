@@ -106,6 +106,12 @@ class Curvature:
         """Gradient of the mean loss with respect to the weights, same tree; computed on first use."""
         return self._mean(self.product.gradient_sum)
 
+    @property
+    def loss_and_gradient(self) -> tuple[float, PyTree]:
+        """The mean loss at the weights and its gradient, in one pass; for data that `loss` is not of."""
+        loss, gradient = self._mean(self.product.loss_and_gradient_sum)
+        return float(loss), gradient
+
     def mean_loss(self, weights: PyTree) -> float:
         """The mean loss itself at other weights, shaped like `weights`; all other parameters as they are."""
         found, weight = self.product.loss_sum(self.groups, weights, self.rest)

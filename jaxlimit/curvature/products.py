@@ -102,6 +102,11 @@ class _Product:
         return ExampleSum(Gradient(self), self.weight)
 
     @cached_property
+    def loss_and_gradient_sum(self) -> ExampleSum:
+        """Sums of both over batches."""
+        return ExampleSum(Gradient(self, with_loss=True), self.weight)
+
+    @cached_property
     def group_mean(self) -> Program:
         """`(linear_group, total_weight, vectors)`: its share of the mean, whose weights add up to that."""
         return Program(partial(_group_mean, self))
@@ -219,14 +224,16 @@ def each(fn: Callable[[PyTree], PyTree], vectors: PyTree) -> PyTree:
 
 @dataclass(frozen=True, eq=False)
 class Gradient:
-    """The gradient of a product's loss."""
+    """The gradient of a product's loss, behind the loss itself if that is wanted."""
 
     product: _Product
+    with_loss: bool = False
 
     def __call__(self, weights: PyTree, rest: PyTree, batch: PyTree) -> PyTree:
         """With respect to the weights."""
+        transform = jax.value_and_grad if self.with_loss else jax.grad
         with jax.default_matmul_precision(self.product.precision):
-            return jax.grad(lambda w: self.product.loss(combine(w, rest), batch))(weights)
+            return transform(lambda w: self.product.loss(combine(w, rest), batch))(weights)
 
 
 @dataclass(frozen=True, eq=False)

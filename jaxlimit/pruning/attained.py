@@ -142,7 +142,7 @@ def attained_limit(
         start = problem.start
         first = _State(start, 0, 0, start, 0, problem.dim + 1, np.zeros((0, 2)))
         state = problem.stored(store, "search", first)
-        while (target := _target(state, problem.dim, tolerance)) is not None:
+        while (target := _target(state, problem.dim, tolerance, settings.stage_share)) is not None:
             if state.point.num_products >= max_products:
                 break
             state = _next(problem, state, target, goal, max_steps)
@@ -160,14 +160,14 @@ def attained_limit(
     return _result(problem, state, target, free, loss_tolerance, tolerance, spent)
 
 
-def _target(state: _State, dim: int, tolerance: float) -> int | None:
+def _target(state: _State, dim: int, tolerance: float, share: float) -> int | None:
     """How many weights go next: on the path while no network failed, else between; None at the end."""
     if state.num_steps > 0:  # not done with this one
         return int(state.num_removed)
     best, failed = int(state.best_removed), int(state.failed)
     if failed - best <= max(1, tolerance * dim):
         return None
-    return path(dim, dim, best)[0] if failed > dim else (best + failed) // 2
+    return path(dim, dim, share, best)[0] if failed > dim else (best + failed) // 2
 
 
 def _next(problem: Readjustable, state: _State, target: int, goal: float, max_steps: int) -> _State:

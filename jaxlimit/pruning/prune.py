@@ -17,8 +17,6 @@ from jaxlimit.pruning.readjustable import Readjustable, readjustable
 from jaxlimit.pruning.result import Ending, Pruned, Readjusting
 from jaxlimit.pruning.trust_region import DEFAULT, Point, Settings
 
-# Each stage keeps this share of the weights of the one before: benchmarks/pruning.py.
-KEPT = 0.8
 # The last stage ends where two steps running lower the loss by less than this share of it, or of the loss
 # that the network had before it was pruned.
 SETTLED = 1e-3
@@ -121,7 +119,8 @@ def prune(
         settings=settings,
     )
     if mask is None:
-        counts = path(problem.dim, int(num_removed(problem.dim, sparsity)))  # pyright: ignore[reportArgumentType]
+        last = int(num_removed(problem.dim, sparsity))  # pyright: ignore[reportArgumentType]
+        counts = path(problem.dim, last, settings.stage_share)
     else:
         mask = problem.require_mask(mask)
         counts = [int(np.sum(flatten(mask) == 0))]
@@ -143,15 +142,15 @@ def prune(
     return _result(problem, state)
 
 
-def path(dim: int, last: int, first: int = 0) -> list[int]:
-    """Numbers of removed weights, from beyond the first to the last: a stage keeps `KEPT` of those before.
+def path(dim: int, last: int, share: float, first: int = 0) -> list[int]:
+    """Numbers of removed weights, from beyond the first to the last: a stage keeps a share of those before.
 
     Examples:
-        >>> path(100, 60)
+        >>> path(100, 60, 0.8)
         [20, 36, 48, 58, 60]
     """
     kept, counts = dim - first, []
-    while (kept := min(math.ceil(KEPT * kept), kept - 1)) > dim - last:
+    while (kept := min(math.ceil(share * kept), kept - 1)) > dim - last:
         counts.append(dim - kept)
     return [*counts, last]
 

@@ -9,6 +9,7 @@ no schedule and no random order.
 """
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlimit.core.checks import require_count, require_range
+from jaxlimit.core.checks import require_count, require_positive, require_range
 from jaxlimit.core.trees import PyTree
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.limits.conjugate_gradients import Iterate, inner, iterates, kept
@@ -28,8 +29,6 @@ from jaxlimit.pruning.windows import window
 WINDOW, FLAT = 5, 0.01
 TRUSTED, DISTRUSTED = 0.75, 0.25
 SHRINK, GROW = 3.0, 4.0
-# The first damping, as a share of the curvature along the gradient: .003 on the published 784-40-20-10.
-FIRST_DAMPING = 1e-3
 # A step that raises the loss is solved again with more damping, so often at most.
 TRIES = 4
 # What a gradient and a loss cost, in Gauss-Newton products: benchmarks/pruning.py.
@@ -38,26 +37,33 @@ GRADIENT, LOSS = 1.0, 1 / 3
 
 @dataclass(frozen=True)
 class Settings:
-    """How a step is made.
+    """How a step is made, and how many there are on the way to a sparsity.
 
     Attributes:
         step_products: products of a step, at most.
         curvature_share: share of the data that the curvature is taken from; every step takes the next part.
         gradient_share: share of the data that gradient and loss are taken from, likewise.
+        stage_share: share of the weights that each stage of a path keeps of those before it.
+        damping: the first one, as a share of the curvature along the gradient; .001 is a damping of .003 on
+            the published 784-40-20-10. More of it keeps what few data must not change.
 
     Raises:
-        ValueError: no product, or a share outside (0, 1].
+        ValueError: no product; a share outside (0, 1], or a stage that keeps all; no damping.
     """
 
     step_products: int = 20
     curvature_share: float = 0.1
     gradient_share: float = 1.0
+    stage_share: float = 0.8
+    damping: float = 1e-3
 
     def __post_init__(self) -> None:
         require_count("step_products", self.step_products)
         for name in ("curvature_share", "gradient_share"):
             share = getattr(self, name)
             require_range(name, share, 0 < share <= 1, "must lie in (0, 1]")
+        require_range("stage_share", self.stage_share, 0 < self.stage_share < 1, "must lie between 0 and 1")
+        require_positive("damping", self.damping)
 
 
 DEFAULT = Settings()
@@ -68,7 +74,7 @@ class Point(NamedTuple):
 
     Attributes:
         weights: all parameters that move.
-        loss: there, on the data of the last step or cut.
+        loss: there, on the data of the last step; infinite after a cut where steps see parts of the data.
         fall: by how much the last step lowered it.
         damping: mu.
         number: steps so far.
@@ -107,15 +113,19 @@ def first_point(curvature: Curvature, settings: Settings) -> Point:
     length = inner(gradient, gradient)
     along = max(inner(gradient, data.curved.matvec(gradient)), 0.0) / length if length > 0 else 0.0
     cost = GRADIENT * data.seen_share + data.curved_share
-    return first._replace(damping=FIRST_DAMPING * along, num_products=cost)
+    return first._replace(damping=settings.damping * along, num_products=cost)
 
 
 def cut(curvature: Curvature, point: Point, mask: PyTree, settings: Settings) -> Point:
-    """The point without the weights whose mask is False, and its loss. Cost: a loss."""
-    point = point._replace(weights=kept(mask, point.weights), fall=0.0)
-    data = _data(curvature, point, settings)
-    loss = data.seen.mean_loss(point.weights)
-    return point._replace(loss=loss, num_products=point.num_products + LOSS * data.seen_share)
+    """The point without the weights whose mask is False, and its loss on all data. Cost: that loss.
+
+    Where steps see a part of the data each, the next one measures the loss on its part.
+    """
+    point = point._replace(weights=kept(mask, point.weights), loss=math.inf, fall=0.0)
+    if settings.gradient_share < 1:
+        return point
+    loss = curvature.mean_loss(point.weights)
+    return point._replace(loss=loss, num_products=point.num_products + LOSS)
 
 
 def step(curvature: Curvature, point: Point, mask: PyTree, settings: Settings) -> Point:
@@ -129,14 +139,15 @@ def step(curvature: Curvature, point: Point, mask: PyTree, settings: Settings) -
         mask: pytree like these, False where weights are pruned.
         settings: how to make it.
     """
-    data, cost, start = _data(curvature, point, settings), 0.0, point.loss
+    data, start = _data(curvature, point, settings), point.loss
     if settings.gradient_share < 1:  # what is known was seen on other data
-        start, cost = data.seen.mean_loss(point.weights), LOSS * data.seen_share
+        start, gradient = data.seen.loss_and_gradient
+    else:
+        gradient = data.seen.gradient
     if not np.isfinite(start):  # no step would be known to lower it
         return point._replace(loss=start, fall=float("nan"), number=point.number + 1)
-    gradient, damping = data.seen.gradient, point.damping
-    weights, loss = point.weights, start
-    cost += GRADIENT * data.seen_share
+    weights, loss, damping = point.weights, start, point.damping
+    cost = GRADIENT * data.seen_share
     for _ in range(TRIES):
         found, num_products = _solved(data.curved.matvec, gradient, mask, damping, settings.step_products)
         trial = _moved(point.weights, found.step)
