@@ -20,7 +20,7 @@ results/published_NETWORK.md; the figure is published.png.
 import argparse
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from published_networks import Network
 
 import jaxlimit
 from jaxlimit.core import trees
+from jaxlimit.pruning.prune import MAX_PRODUCTS
 
 NAME = "published"
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
@@ -63,10 +64,12 @@ class Row:
         num_examples: training images that it sees.
         batch_size: of the list of batches; windows are whole batches. None: `batched`, all at once.
         settings: of `jaxlimit.prune`.
-        most: gradients, at most; the last step is begun only if it fits.
+        stages: to each sparsity; None: as many as the settings say.
+        most: gradients; the last step is begun only if it fits, and may be tried again.
         soft: share of the dense network's outputs in the targets, beside the labels.
         trainable: which other parameters move.
-        statistics: whether those of batch norm are taken anew at the end, from `STATISTICS` images.
+        statistics: whether those of batch norm are taken anew from `STATISTICS` images after the magnitude
+            cut, whose mask then stays; else masks are chosen along the path of `prune`.
         sparsities: where it is measured.
     """
 
@@ -74,6 +77,7 @@ class Row:
     num_examples: int
     batch_size: int | None
     settings: jaxlimit.Settings
+    stages: int | None = None
     most: float | None = None
     soft: float = 0.0
     trainable: Callable[[Any, Any], bool] | None = None
@@ -81,15 +85,24 @@ class Row:
     sparsities: tuple[float, ...] = SPARSITIES
 
     @property
-    def step_gradients(self) -> float:
-        """Of one step that is taken at once."""
-        share = 4 / 3 * self.settings.gradient_share
-        return self.num_examples * (share + self.settings.step_products * self.settings.curvature_share)
+    def max_products(self) -> float:
+        """Whose last step does not cross `most`, unless it is tried again."""
+        if self.most is None:
+            return MAX_PRODUCTS
+        settings = self.settings
+        step = 4 / 3 * settings.gradient_share + settings.step_products * settings.curvature_share
+        return max((self.most - self.fixed_gradients) / self.num_examples - step, step)
+
+    def settings_to(self, sparsity: float) -> jaxlimit.Settings:
+        """Stages that each keep the same share."""
+        if self.stages is None or sparsity == 0:
+            return self.settings
+        return replace(self.settings, stage_share=(1 - sparsity) ** (1 / self.stages))
 
     @property
     def fixed_gradients(self) -> float:
-        """Of soft targets, which are the dense network's outputs."""
-        return self.num_examples * (self.soft > 0) / 3
+        """Of soft targets, which are the dense network's outputs, and of statistics."""
+        return (self.num_examples * (self.soft > 0) + self.statistics * STATISTICS) / 3
 
 
 def shares(num_examples: int, gradient: int, curvature: int, **others: Any) -> jaxlimit.Settings:
@@ -124,28 +137,23 @@ def batches_of(network: Network, row: Row) -> Any:
 
 def readjusted(network: Network, row: Row, sparsity: float) -> dict[str, Any]:
     """A network of a row."""
-    start = time.perf_counter()
-    num_examples, budget = row.num_examples, {}
-    if row.most is not None:
-        steps = row.most - row.fixed_gradients - row.step_gradients
-        budget = {"max_products": max(steps, 1.0) / num_examples}
+    start, num_examples = time.perf_counter(), row.num_examples
+    params, mask = cut(network, row.statistics, sparsity) if row.statistics else (network.params, None)
     found = jaxlimit.prune(
         partial(predict, network),
         loss,
-        network.params,
+        params,
         batches_of(network, row),
-        sparsity,
+        None if row.statistics else sparsity,
+        mask=mask,
         prunable=network.prunable,
         trainable=row.trainable,
-        settings=row.settings,
-        **budget,
+        settings=row.settings_to(sparsity),
+        max_products=row.max_products,
     )
-    params = found.params
-    if row.statistics:
-        params = published_networks.with_statistics_of(params, jnp.asarray(network.train[0][:STATISTICS]))
     elapsed = time.perf_counter() - start
     return {
-        "accuracy": network.accuracy(params),
+        "accuracy": network.accuracy(found.params),
         "gradients": round(found.num_products * num_examples + row.fixed_gradients),
         "checks": round(CHECKS * num_examples),
         "prune_seconds": round(elapsed, 1),
@@ -153,12 +161,18 @@ def readjusted(network: Network, row: Row, sparsity: float) -> dict[str, Any]:
     }
 
 
-def cut(network: Network, statistics: bool, sparsity: float) -> dict[str, Any]:
-    """The magnitude cut alone."""
-    weights, _ = trees.partition(network.params, network.prunable)
-    params = jaxlimit.apply_mask(network.params, jaxlimit.magnitude_mask(weights, sparsity))
+def cut(network: Network, statistics: bool, sparsity: float) -> tuple[Any, Any]:
+    """Parameters after the magnitude cut, with its mask."""
+    mask = jaxlimit.magnitude_mask(trees.partition(network.params, network.prunable)[0], sparsity)
+    params = jaxlimit.apply_mask(network.params, mask)
     if statistics:
         params = published_networks.with_statistics_of(params, jnp.asarray(network.train[0][:STATISTICS]))
+    return params, mask
+
+
+def cut_alone(network: Network, statistics: bool, sparsity: float) -> dict[str, Any]:
+    """What the magnitude cut leaves."""
+    params, _ = cut(network, statistics, sparsity)
     return {"accuracy": network.accuracy(params), "gradients": round(statistics * STATISTICS / 3)}
 
 
@@ -174,27 +188,41 @@ class Case:
     sparsities: tuple[float, ...] = field(default=SPARSITIES)
 
 
+FEW = Row(
+    "prune, 16,000",
+    2000,
+    25,
+    shares(2000, 200, 100, step_products=3, damping=0.01),
+    stages=10,
+    most=15_300,
+    soft=1.0,
+)
+MORE = Row(
+    "prune, 256,000",
+    32_000,
+    500,
+    shares(32_000, 4000, 500, step_products=5),
+    stages=20,
+    most=250_000,
+)
+# What keeps the accuracy where data are few: one thing is changed at a time.
+VARIANTS = (
+    replace(FEW, name="16,000, labels", soft=0.0),
+    replace(FEW, name="16,000, half labels", soft=0.5),
+    replace(FEW, name="16,000, damping 1/10", settings=replace(FEW.settings, damping=0.001)),
+    replace(FEW, name="16,000, damping 10 times", settings=replace(FEW.settings, damping=0.1)),
+    replace(FEW, name="16,000, stopped at 12,000", most=11_300),
+    replace(MORE, name="256,000, half dense outputs", soft=0.5),
+)
 MLPNET = Case(
     "MLPNet, MNIST",
     published_networks.mlpnet,
     {"magnitude cut": False},
     (
-        Row(
-            "prune, 16,000",
-            2000,
-            25,
-            shares(2000, 200, 100, step_products=3, stage_share=0.75, damping=0.01),
-            16_000,
-            soft=1.0,
-        ),
-        Row(
-            "prune, 256,000",
-            48_000,
-            500,
-            shares(48_000, 4000, 500, step_products=5, stage_share=0.9, damping=0.001),
-            256_000,
-        ),
+        FEW,
+        MORE,
         Row("prune, all data", 60_000, None, jaxlimit.Settings()),
+        *VARIANTS,
     ),
     (
         Published("CHITA, better solver", (94.00, 93.99, 93.86, 93.70, 92.52, 88.16, 48.39), 16_000),
@@ -202,15 +230,36 @@ MLPNET = Case(
         Published("CHITA++ IHT", (None, None, None, 95.44, 95.33, 94.12, 88.11), 256_000),
     ),
 )
+FEW_IMAGES = Row(
+    "statistics anew, prune, 1,000",
+    120,
+    40,
+    shares(120, 120, 40, step_products=5, damping=0.003),
+    most=1_000,
+    soft=1.0,
+    statistics=True,
+    sparsities=(0.7, 0.8, 0.9),
+)
+MORE_IMAGES = Row(
+    "statistics anew, prune, 8,000",
+    1000,
+    100,
+    shares(1000, 500, 100, step_products=5, damping=0.003),
+    most=7_500,
+    soft=1.0,
+    statistics=True,
+    sparsities=(0.7, 0.8, 0.9),
+)
 RESNET20 = Case(
     "ResNet20, CIFAR-10",
     published_networks.resnet20,
     {"magnitude cut": False, "cut, statistics anew": True},
-    (),
+    (FEW_IMAGES, MORE_IMAGES),
     (
         Published("CHITA, better ridge", (90.55, 88.02, 79.76, 61.67, 21.81, None, None), 1000),
         Published("CHITA++ LSB", (None, None, None, 84.13, 70.64, None, None), 8000),
     ),
+    (0.5, 0.6, 0.7, 0.8, 0.9),
 )
 CASES = {"mlpnet": MLPNET, "resnet20": RESNET20}
 
@@ -225,10 +274,10 @@ def results(case: Case, folder: Path) -> dict[str, dict[str, Any]]:
         return made[0]
 
     tasks: dict[str, tuple[tuple[float, ...], Callable[[float], dict[str, Any]]]] = {
-        "dense": ((0.0,), lambda sparsity: cut(network(), False, sparsity))
+        "dense": ((0.0,), lambda sparsity: cut_alone(network(), False, sparsity))
     }
     for name, statistics in case.cuts.items():
-        tasks[name] = case.sparsities, lambda s, statistics=statistics: cut(network(), statistics, s)
+        tasks[name] = case.sparsities, lambda s, statistics=statistics: cut_alone(network(), statistics, s)
     for row in case.rows:
         tasks[row.name] = (0.0, *row.sparsities), lambda s, row=row: readjusted(network(), row, s)
     found = {}

@@ -249,6 +249,25 @@ def test_steps_on_parts_of_the_data_cost_a_gradient_a_product_and_a_loss_of_thei
     assert found.loss < found.dense_loss * 2
 
 
+def test_steps_on_parts_of_the_data_end_in_the_mean_of_the_last_ones(network, monkeypatch):
+    params, arrays = network
+    settings = Settings(curvature_share=0.34, gradient_share=0.34, stage_share=0.5)
+    call = (predict, cross_entropy, params, list(batched(arrays, 15)), 0.3)
+    told = []
+    prune(*call, settings=settings, max_products=5, progress=told.append)
+    after = [x.num_products for x in told[:3]]
+
+    def weights(most):
+        found = prune(*call, settings=settings, max_products=most - 1e-6).params
+        return np.concatenate([np.ravel(found[name]) for name in ("a", "b")])
+
+    averaged = weights(after[2])
+    monkeypatch.setattr("jaxlimit.pruning.prune.AVERAGED", 1)
+    last = [weights(most) for most in after]
+    assert np.abs(last[2] - last[0]).max() > 1e-2
+    np.testing.assert_allclose(averaged, np.mean(last, axis=0), rtol=1e-4, atol=1e-6)
+
+
 def test_a_path_has_fewer_stages_where_each_keeps_less(network):
     params, arrays = network
     call = (predict, cross_entropy, params, list(batched(arrays, 30)), 0.9)
