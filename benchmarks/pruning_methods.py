@@ -50,7 +50,7 @@ class Variant:
     everything: bool = False
     gradient_share: float = 1.0
     step_products: int = 20
-    kept: float = path_of_masks.KEPT
+    kept: float = 0.8
     second_order: bool = False
 
 
@@ -168,12 +168,7 @@ def pruned_path(
 
 
 def _stages(dim: int, last: int, kept: float) -> list[int]:
-    if kept == path_of_masks.KEPT:
-        return path_of_masks.path(dim, last)
-    counts, left = [], float(dim)
-    while kept > 0 and (left := kept * left) > dim - last:
-        counts.append(dim - math.ceil(left))
-    return [*counts, last]
+    return path_of_masks.path(dim, last, kept) if kept > 0 else [last]
 
 
 def _chosen(

@@ -107,6 +107,8 @@ PAGES = {
     **{path.stem: "methods" for path in RESULTS.glob("methods_*.md")},
     "basis": "large",
     "certificates": "certify",
+    "published_mlpnet": "published",
+    "published_resnet20": "published",
     "minilm": "transformer",
     "minilm_allocation": "transformer",
     "char_lm": "transformer",

@@ -248,6 +248,58 @@ def test_an_interrupted_path_goes_on_to_the_same_bits(network, tmp_path, share):
         assert resumed.to_json() == whole.to_json()
 
 
+def test_steps_on_parts_of_the_data_cost_a_gradient_a_product_and_a_loss_of_their_part(network):
+    params, arrays = network
+    settings = Settings(step_products=1, curvature_share=0.2, gradient_share=0.5, damping=1.0)
+    data, told = list(batched(arrays, len(arrays[0]) // 10)), []
+    found = prune(predict, cross_entropy, params, data, 0.5, settings=settings, progress=told.append)
+    costs = np.diff([0.5 + 0.2, *(x.num_products for x in told)])
+    tries = (costs - 0.5 - 0.2) / (0.5 / 3)
+    np.testing.assert_allclose(tries, np.round(tries), atol=1e-4)
+    assert np.all(np.round(tries) >= 1)
+    assert np.min(np.round(tries)) == 1
+    assert found.loss < found.dense_loss * 2
+
+
+def test_steps_on_parts_of_the_data_end_in_the_mean_of_the_last_ones(network, monkeypatch):
+    params, arrays = network
+    settings = Settings(curvature_share=0.34, gradient_share=0.34, stage_share=0.5)
+    call = (predict, cross_entropy, params, list(batched(arrays, 15)), 0.3)
+    told = []
+    prune(*call, settings=settings, max_products=20, progress=told.append)
+    after = [x.num_products for x in told[:3]]
+
+    def weights(most):
+        found = prune(*call, settings=settings, max_products=most - 1e-6).params
+        return np.concatenate([np.ravel(found[name]) for name in ("a", "b")])
+
+    averaged = weights(after[2])
+    monkeypatch.setattr("jaxlimit.pruning.prune.AVERAGED", 1)
+    last = [weights(most) for most in after]
+    assert np.abs(last[2] - last[0]).max() > 1e-2
+    np.testing.assert_allclose(averaged, np.mean(last, axis=0), rtol=1e-4, atol=1e-6)
+
+
+def test_a_path_has_fewer_stages_where_each_keeps_less(network):
+    params, arrays = network
+    call = (predict, cross_entropy, params, list(batched(arrays, 30)), 0.9)
+
+    def stages(share):
+        told = []
+        prune(*call, settings=Settings(stage_share=share), max_products=1, progress=told.append)
+        return len(told)
+
+    assert (stages(0.3), stages(0.8)) == (2, 11)
+
+
+def test_loss_and_gradient_of_one_pass_are_those_of_two(network):
+    params, arrays = network
+    curvature = jaxlimit.gauss_newton(predict, cross_entropy, params, batched(arrays, 30))
+    loss, gradient = curvature.loss_and_gradient
+    np.testing.assert_allclose(loss, curvature.loss, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), gradient, curvature.gradient)
+
+
 def test_a_checkpoint_of_another_problem_is_refused(network, tmp_path):
     params, arrays = network
     call = (predict, cross_entropy, params, batched(arrays, 30))
@@ -298,7 +350,9 @@ def test_what_cannot_be_meant_is_refused(network, keywords, words):
         prune(predict, cross_entropy, params, batched(arrays, 30), **keywords)
 
 
-@pytest.mark.parametrize("field", ["curvature_share", "gradient_share", "step_products"])
+@pytest.mark.parametrize(
+    "field", ["curvature_share", "gradient_share", "step_products", "stage_share", "damping"]
+)
 def test_settings_out_of_range_are_refused(field):
     with pytest.raises(ValueError, match=field):
         Settings(**{field: 0})

@@ -41,7 +41,8 @@ class Settings:
     Attributes:
         step_products: products of a step, at most.
         curvature_share: share of the data that the curvature is taken from at first; every step takes the
-            next part. It doubles after a step that cannot be trusted: the part may not stand for the whole.
+            next part. With all data for the gradient it doubles after a step that cannot be trusted: the part
+            may not stand for the whole.
         gradient_share: share of the data that gradient and loss are taken from, likewise.
         stage_share: share of the weights that each stage of a path keeps of those before it.
         damping: the first one, as a share of the curvature along the gradient; .001 is a damping of .003 on
@@ -148,6 +149,7 @@ def step(curvature: Curvature, point: Point, mask: PyTree, settings: Settings) -
         gradient = data.seen.gradient
     cost = GRADIENT * data.seen_share
     weights, loss, damping, share = point.weights, start, point.damping, point.share
+    most = share if settings.gradient_share < 1 else 1.0
     if not math.isfinite(start):  # no step would be known to lower it
         return Point(weights, start, math.nan, damping, share, point.number + 1, point.num_products + cost)
     found, num_products = _solved(data.curved.matvec, gradient, mask, damping, settings.step_products)
@@ -158,7 +160,7 @@ def step(curvature: Curvature, point: Point, mask: PyTree, settings: Settings) -
         cost += LOSS * data.seen_share
         trusted = factor == 1 and start - reached >= DISTRUSTED * found.decrease
         if not trusted:  # also where what is reached is NaN
-            damping, share = damping * GROW, min(2 * point.share, 1.0)
+            damping, share = damping * GROW, min(2 * point.share, most)
         if reached <= start:
             weights, loss = trial, reached
             break

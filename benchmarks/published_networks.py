@@ -1,0 +1,170 @@
+"""The two networks on which the pruning literature compares itself, and their data, as bare functions.
+
+Trained weights of IST-DASLab/WoodFisher (its folder checkpoints), as .npz files with PyTorch's names and
+layouts in $JAXLIMIT_DATA/published: mlpnet-mnist.npz and resnet20-cifar10.npz. MNIST and CIFAR-10 are those
+of `jaxlimit.data`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlimit import data
+from jaxlimit.data.dataset import CIFAR10_NORMALIZATION
+from jaxlimit.data.files import data_folder
+
+Tree = Any
+# Of the batch norm of ResNet20.
+EPSILON = 1e-5
+# Three stages of three blocks; the first block of the second and of the third halves the image.
+STAGES, BLOCKS = (1, 2, 3), (0, 1, 2)
+# Examples of one forward pass.
+CHUNK = 1000
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained network and its data, whose training examples stand in an order drawn once.
+
+    Attributes:
+        predict: `predict(params, inputs) -> logits`.
+        params: as published.
+        prunable: `prunable(path, leaf)`: the weights that the literature prunes.
+        train: inputs and labels.
+        test: likewise.
+    """
+
+    predict: Callable[[Tree, Any], jax.Array]
+    params: Tree
+    prunable: Callable[[Any, Any], bool]
+    train: tuple[np.ndarray, np.ndarray]
+    test: tuple[np.ndarray, np.ndarray]
+
+    def outputs(self, params: Tree, inputs: np.ndarray) -> np.ndarray:
+        """Logits of many examples."""
+        found = [_forward(self.predict, params, inputs[i : i + CHUNK]) for i in range(0, len(inputs), CHUNK)]
+        return np.concatenate(found)
+
+    def accuracy(self, params: Tree, num_examples: int = 10_000) -> float:
+        """On test examples, in per cent."""
+        inputs, labels = (x[:num_examples] for x in self.test)
+        return 100 * float(np.mean(self.outputs(params, inputs).argmax(1) == labels))
+
+
+@partial(jax.jit, static_argnums=0)
+def _forward(predict: Callable[[Tree, Any], jax.Array], params: Tree, inputs: jax.Array) -> jax.Array:
+    return predict(params, inputs)
+
+
+def mlpnet() -> Network:
+    """784-40-20-10, ReLU, no biases."""
+    file = np.load(data_folder("mnist").parent / "published" / "mlpnet-mnist.npz")
+    params = [jnp.asarray(file[f"fc{i}.weight"].T) for i in (1, 2, 3)]
+    digits = data.load_mnist()
+    train, test = (
+        (images.reshape(len(images), -1), labels)
+        for images, labels in (
+            (digits.train_images, digits.train_labels),
+            (digits.test_images, digits.test_labels),
+        )
+    )
+    return Network(_mlp, params, lambda path, leaf: True, _shuffled(*train), test)
+
+
+def _mlp(params: Tree, images: Any) -> jax.Array:
+    for kernel in params[:-1]:
+        images = jax.nn.relu(images @ kernel)
+    return images @ params[-1]
+
+
+def resnet20() -> Network:
+    """Of He et al. (2016), with projections in the two shortcuts that change the shape."""
+    file = np.load(data_folder("mnist").parent / "published" / "resnet20-cifar10.npz")
+    params = {name: jnp.asarray(_here(value)) for name, value in file.items()}
+    photos = data.load_cifar10()
+    train = _shuffled(_inputs(photos.train_images), photos.train_labels)
+    test = _inputs(photos.test_images), photos.test_labels
+    return Network(_resnet, params, _is_pruned, train, test)
+
+
+def _here(value: np.ndarray) -> np.ndarray:
+    """From PyTorch's layout."""
+    if value.ndim == 4:
+        return value.transpose(2, 3, 1, 0)
+    return value.T if value.ndim == 2 else value
+
+
+def _inputs(images: np.ndarray) -> np.ndarray:
+    """Normalised as this network wants them: pixels in [0, 1] less .5, over .5."""
+    mean, deviation = (np.asarray(x, np.float32) for x in CIFAR10_NORMALIZATION)
+    images *= 2 * deviation
+    images += 2 * mean - 1
+    return images
+
+
+def _is_pruned(path: Any, leaf: Any) -> bool:
+    """All kernels but those of the shortcuts, as in the literature."""
+    return leaf.ndim > 1 and "downsample" not in path[-1].key
+
+
+def is_affine(path: Any, leaf: Any) -> bool:
+    """Scales and biases of ResNet20, without the statistics of its batch norm."""
+    return leaf.ndim == 1 and "running" not in path[-1].key
+
+
+@jax.jit
+def with_statistics_of(params: Tree, images: jax.Array) -> Tree:
+    """ResNet20 with the statistics of batch norm that these images have, in one forward pass."""
+    found = dict(params)
+    _resnet(params, images, found)
+    return found
+
+
+def _resnet(params: Tree, images: Any, statistics: dict[str, jax.Array] | None = None) -> jax.Array:
+    norm = partial(_normalized, params, statistics)
+    hidden = jax.nn.relu(norm("bn1", _convolved(params, "conv1", images)))
+    for stage in STAGES:
+        for block in BLOCKS:
+            name, stride = f"layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
+            inputs = hidden
+            hidden = jax.nn.relu(norm(f"{name}.bn1", _convolved(params, f"{name}.conv1", inputs, stride)))
+            hidden = norm(f"{name}.bn2", _convolved(params, f"{name}.conv2", hidden))
+            if stride > 1:
+                inputs = _convolved(params, f"{name}.downsample.0", inputs, stride, padding=0)
+                inputs = norm(f"{name}.downsample.1", inputs)
+            hidden = jax.nn.relu(hidden + inputs)
+    return hidden.mean((1, 2)) @ params["fc.weight"] + params["fc.bias"]
+
+
+def _convolved(params: Tree, name: str, images: jax.Array, stride: int = 1, padding: int = 1) -> jax.Array:
+    return jax.lax.conv_general_dilated(
+        images,
+        params[f"{name}.weight"],
+        (stride, stride),
+        [(padding, padding)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def _normalized(
+    params: Tree, statistics: dict[str, jax.Array] | None, name: str, images: jax.Array
+) -> jax.Array:
+    """Batch norm in evaluation mode; with the statistics of these images where they are wanted."""
+    if statistics is not None:
+        statistics[f"{name}.running_mean"] = images.mean((0, 1, 2))
+        statistics[f"{name}.running_var"] = images.var((0, 1, 2))
+    source = params if statistics is None else statistics
+    scale, bias, mean, variance = (
+        source[f"{name}.{part}"] for part in ("weight", "bias", "running_mean", "running_var")
+    )
+    return (images - mean) * (scale / jnp.sqrt(variance + EPSILON)) + bias
+
+
+def _shuffled(inputs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    order = np.random.default_rng(0).permutation(len(labels))
+    return inputs[order], labels[order]
