@@ -27,6 +27,7 @@ from jaxlimit.core.batches import (
     weighted,
 )
 from jaxlimit.core.checks import require_count, require_problem, require_weight_fn
+from jaxlimit.core.convolutions import quick_in_loops
 from jaxlimit.core.cuts import Sampled
 from jaxlimit.core.placement import placed_batches
 from jaxlimit.core.programs import Program, Traced
@@ -146,7 +147,7 @@ class FinetunedNetwork:
             raise ValueError("batches hold no examples.")
         sampled = Sampled(groups)
         self._groups = list(sampled)
-        whole, loss = combine(self._weights, self._rest), Traced(loss_fn)
+        whole, loss = combine(self._weights, self._rest), Traced(loss_fn, quick_in_loops)
         check_scalar(loss.shape(whole, jax.eval_shape(first_of, self._groups[0])))
         check = ValueCheck(loss_fn, weight_fn, "loss_fn")
         check.few(whole, sampled.batches)
@@ -154,7 +155,7 @@ class FinetunedNetwork:
         self._eval_groups = self._groups if eval_batches is None else grouped(eval_batches)
         self._metrics_sum = None
         if metrics_fn is not None:
-            self._metrics_sum = ExampleSum(_tuned(scalars(metrics_fn)), weight_fn)
+            self._metrics_sum = ExampleSum(_tuned(Traced(scalars(metrics_fn), quick_in_loops)), weight_fn)
             evaluated = Sampled(self._eval_groups)
             for _ in evaluated:
                 pass
