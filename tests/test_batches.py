@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlimit.core.batches import ExampleSum, batch_length, batched, grouped
+from jaxlimit.core.batches import batch_length, batched, grouped
+from jaxlimit.core.sums import ExampleSum
 from jaxlimit.measuring.loss_statistics import loss_statistics
 
 

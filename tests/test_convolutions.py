@@ -12,7 +12,7 @@ from jaxlimit import batched
 from jaxlimit.core import convolutions
 from jaxlimit.core.batches import grouped
 from jaxlimit.core.convolutions import convolves, quick_in_loops
-from jaxlimit.curvature import products
+from jaxlimit.curvature import linearizing, products
 from jaxlimit.measuring.finetuning import FinetunedNetwork
 from jaxlimit.measuring.sweeps import PrunedNetwork
 
@@ -208,11 +208,11 @@ def test_networks_with_steps_take_larger_batches(monkeypatch):
         steps = jnp.swapaxes(batch, 0, 1)
         return jnp.mean(jax.lax.scan(lambda h, x: (jnp.tanh((h + x) @ params), None), hidden, steps)[0] ** 2)
 
-    monkeypatch.setitem(products.BATCH_BYTES, "cpu", 2**14)
+    monkeypatch.setitem(linearizing.BATCH_BYTES, "cpu", 2**14)
     sequences, sizes = jnp.ones((1009, 5, 3)), []
     for factor in (1, 4):
-        monkeypatch.setattr(products, "LOOP_FACTOR", factor)
+        monkeypatch.setattr(linearizing, "LOOP_FACTOR", factor)
         product = products.HessianProduct(recurrent, "highest")
-        sizes.append(products.suitable_batch_size(product, jnp.ones((3, 3)), None, sequences))
+        sizes.append(linearizing.suitable_batch_size(product, jnp.ones((3, 3)), None, sequences))
     assert sizes[0] < 1009 / 4
     assert 4 * sizes[0] <= sizes[1] < 4 * (sizes[0] + 1)

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jaxlimit.core.batches import ExampleSum, grouped
+from jaxlimit.core.batches import grouped
 from jaxlimit.core.checks import require_problem, require_weight_fn
 from jaxlimit.core.convolutions import quick_in_loops
 from jaxlimit.core.cuts import Sampled
 from jaxlimit.core.placement import placed_batches, placed_groups
 from jaxlimit.core.programs import Traced
+from jaxlimit.core.sums import ExampleSum
 from jaxlimit.core.trees import Prunable, PyTree, combine, is_kernel, partition, unflatten
 from jaxlimit.curvature.products import each
 from jaxlimit.curvature.value_checks import ValueCheck
