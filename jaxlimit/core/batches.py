@@ -187,6 +187,7 @@ class _Stream:
                 batch = copied(batch)
                 this_pass.add(batch, batch_length(batch))
                 group = jax.tree.map(lambda x: x[None], batch)
+                del batch  # another copy in memory, while the consumer works
             yield group
 
 
