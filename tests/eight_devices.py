@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jaxlimit
 from jaxlimit.core.sharding import place
 from jaxlimit.core.trees import flatten
-from jaxlimit.curvature import products
+from jaxlimit.curvature import linearizing
 from jaxlimit.spectrum.basis import norms
 
 LIMITS = {"hessian": ("one_shot", "width"), "gauss_newton": ("width", "readjusted")}
@@ -74,7 +74,7 @@ def report_on(kind, params, arrays, checkpoint):
     (group,) = curvature.linear
     compiled = curvature.product.group_mean.lower(group, curvature.num_examples, weights).compile()
     product = curvature.matmat(weights)
-    with mock.patch.dict(products.BATCH_BYTES, cpu=1):
+    with mock.patch.dict(linearizing.BATCH_BYTES, cpu=1):
         apart = getattr(jaxlimit, kind)(*functions, params, jaxlimit.batched(arrays, 128))
         assert len(apart.linear) > 1
     return {

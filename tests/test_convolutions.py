@@ -10,8 +10,11 @@ from jax.flatten_util import ravel_pytree
 import jaxlimit
 from jaxlimit import batched
 from jaxlimit.core import convolutions
+from jaxlimit.core.batches import grouped
 from jaxlimit.core.convolutions import convolves, quick_in_loops
-from jaxlimit.curvature import products
+from jaxlimit.curvature import linearizing, products
+from jaxlimit.measuring.finetuning import FinetunedNetwork
+from jaxlimit.measuring.sweeps import PrunedNetwork
 
 WINDOWED = ("conv_general_dilated", "reduce_window")
 
@@ -176,6 +179,27 @@ def test_products_of_a_strangers_network(as_it_is, linear_bytes, monkeypatch):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_sweeps_of_a_strangers_network():
+    """No convolution is left in their loops; the losses are those of the full batch, computed at once."""
+    rng = np.random.default_rng(0)
+    data = tuple(rng.standard_normal(shape).astype(np.float32) for shape in ((7, 4, 4, 1), (7, 2)))
+    shapes = {"kernel": (2, 2, 1, 2), "out": (8, 2)}
+    params = {key: rng.standard_normal(x).astype(np.float32) for key, x in shapes.items()}
+    batches, counts = batched(data, 3), np.array([8], np.int32)
+    swept = PrunedNetwork(params, lambda *args: {"loss": loss(*args)})
+    args = (swept.weights, swept.rest, swept.ranks, counts), grouped(batches)[0]
+    tuned = FinetunedNetwork(loss, params, batches, num_steps=1)
+    state = tuned.first_state(counts)
+    for lowered in (
+        swept.metrics_sum.program(None).lower(*args),
+        tuned.advance.lower(state, *tuned.arguments(counts), 0, 1),
+    ):
+        assert "stablehlo.convolution" not in lowered.as_text()
+    pruned = jaxlimit.apply_mask(params, jaxlimit.magnitude_mask(params, 0.5))
+    expected = float(loss(pruned, data))
+    assert swept.sweep(batches, [0.5]).metrics["loss"][0] == pytest.approx(expected, rel=1e-5)
+
+
 def test_networks_with_steps_take_larger_batches(monkeypatch):
     """As a recurrent network, whose every step costs a call."""
 
@@ -184,11 +208,11 @@ def test_networks_with_steps_take_larger_batches(monkeypatch):
         steps = jnp.swapaxes(batch, 0, 1)
         return jnp.mean(jax.lax.scan(lambda h, x: (jnp.tanh((h + x) @ params), None), hidden, steps)[0] ** 2)
 
-    monkeypatch.setitem(products.BATCH_BYTES, "cpu", 2**14)
+    monkeypatch.setitem(linearizing.BATCH_BYTES, "cpu", 2**14)
     sequences, sizes = jnp.ones((1009, 5, 3)), []
     for factor in (1, 4):
-        monkeypatch.setattr(products, "LOOP_FACTOR", factor)
+        monkeypatch.setattr(linearizing, "LOOP_FACTOR", factor)
         product = products.HessianProduct(recurrent, "highest")
-        sizes.append(products.suitable_batch_size(product, jnp.ones((3, 3)), None, sequences))
+        sizes.append(linearizing.suitable_batch_size(product, jnp.ones((3, 3)), None, sequences))
     assert sizes[0] < 1009 / 4
     assert 4 * sizes[0] <= sizes[1] < 4 * (sizes[0] + 1)

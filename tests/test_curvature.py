@@ -21,7 +21,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from jaxlimit.core.batches import batched
 from jaxlimit.core.trees import combine, is_kernel, partition
-from jaxlimit.curvature import products
+from jaxlimit.curvature import linearizing
 from jaxlimit.curvature.dense_matrix import dense_matrix
 from jaxlimit.curvature.makers import gauss_newton, hessian
 from jaxlimit.limits.pruning_limit import pruning_limit
@@ -237,19 +237,19 @@ def test_arrays_in_memory_are_cut_to_suit_the_products(kind, mlp, dtype, oracle,
     # With room for 20 examples: 102 are cut evenly by 17, which is more than half of 20; 103 have no divisor.
     many = jax.tree.map(lambda x: jnp.tile(x, (6, 1)), mlp.arrays)
     per_example = bytes_per_example(curvature_of(kind, mlp))
-    monkeypatch.setitem(products.BATCH_BYTES, "cpu", 20 * per_example)
+    monkeypatch.setitem(linearizing.BATCH_BYTES, "cpu", 20 * per_example)
     curvature = curvature_of(kind, mlp, batched(many, 102))
     assert batch_sizes(curvature) == [17]
     assert_close(curvature.dense(), getattr(oracle, kind), dtype)
     one_more = jax.tree.map(lambda x: jnp.concatenate([x, x[:1]]), many)
     assert batch_sizes(curvature_of(kind, mlp, batched(one_more, 5))) == [20, 3]
     # However little fits, a batch may take five times the memory of the weights, which are read for it.
-    monkeypatch.setitem(products.BATCH_BYTES, "cpu", 1)
+    monkeypatch.setitem(linearizing.BATCH_BYTES, "cpu", 1)
     curvature = curvature_of(kind, mlp, batched(many, 102))
-    fits = max(5 * products.num_bytes(curvature.weights) // per_example, 4)
+    fits = max(5 * linearizing.num_bytes(curvature.weights) // per_example, 4)
     assert batch_sizes(curvature)[0] == next((size for size in (34, 17, 6) if size <= fits), fits)
     # Four are the fewest, though 51 can be divided by 3; elsewhere than on a CPU as many as fit.
-    monkeypatch.setattr(products, "WEIGHT_COPIES", 0)
+    monkeypatch.setattr(linearizing, "WEIGHT_COPIES", 0)
     assert batch_sizes(curvature_of(kind, mlp, batched(jax.tree.map(lambda x: x[:51], many), 51))) == [4, 3]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert batch_sizes(curvature_of(kind, mlp, batched(many, 5))) == [102]
@@ -478,7 +478,7 @@ def test_products_are_the_same_with_and_without_linearised_batches(kind, count, 
 
 @kinds
 def test_batches_that_take_much_memory_are_kept_apart(kind, mlp, dtype, oracle, monkeypatch):
-    monkeypatch.setitem(products.BATCH_BYTES, "cpu", 1)
+    monkeypatch.setitem(linearizing.BATCH_BYTES, "cpu", 1)
     curvature = curvature_of(kind, mlp, list(batched(mlp.arrays, 3)))
     assert len(curvature.linear) == 6  # five batches of 3, and one of 2
     assert_close(curvature.dense(), getattr(oracle, kind), dtype)

@@ -15,7 +15,7 @@ from conftest import make_mlp
 from jax import export
 
 import jaxlimit
-from jaxlimit.core.batches import ExampleSum
+from jaxlimit.core.sums import ExampleSum
 from jaxlimit.curvature import products
 from jaxlimit.geometry import differentiable, magnitude
 from jaxlimit.limits import conjugate_gradients

@@ -22,7 +22,7 @@ from jaxlimit.core import trees
 from jaxlimit.geometry.magnitude import magnitude_order
 from jaxlimit.limits.budget import Budget, BudgetSpent
 from jaxlimit.limits.cone import cone_limit
-from jaxlimit.limits.dense_source import dense_source
+from jaxlimit.limits.dense_source import dense_is_cheaper, dense_source
 from jaxlimit.limits.lanczos_source import LanczosSource
 from jaxlimit.limits.problem import Problem
 from jaxlimit.limits.status import Code
@@ -266,6 +266,40 @@ def test_a_curvature_that_is_not_finite_is_no_answer(num_probes):
     curvature = jaxlimit.hessian(loss, jnp.ones((2, 1)), jaxlimit.batched(jnp.array([[1.0, -1.0]]), 1))
     with pytest.raises(FloatingPointError, match="not finite"):
         jaxlimit.pruning_limit(curvature, jax.random.key(0), loss_tolerance=0.1, num_probes=num_probes)
+
+
+ALL = ("one_shot", "width", "cone", "readjusted")
+
+
+@pytest.mark.parametrize(
+    ("dim", "which", "tolerance", "semidefinite", "cheaper"),
+    [
+        (4464, ALL, 1e-3, True, True),  # digits: 449 probes of 64 steps would be needed
+        (5000, ("width",), 1e-3, False, True),
+        (4464, ALL, 1e-2, True, False),  # 5 probes of 64 steps
+        (4464, ALL, 1e-2, False, True),  # readjusted of a Hessian takes the matrix anyway
+        (4464, ("width", "cone"), 1e-2, False, False),
+        (300, ALL, 1e-2, True, True),
+        (4464, ("one_shot",), 1e-3, False, False),
+        (4464, ("one_shot", "readjusted"), 1e-1, True, True),
+    ],
+)
+def test_the_matrix_is_made_where_its_products_are_fewer(dim, which, tolerance, semidefinite, cheaper):
+    """Counted by hand: 64 ceil(2 / (D tolerance^2)) against D."""
+    assert dense_is_cheaper(dim, which, tolerance, semidefinite) == cheaper
+
+
+def test_a_wide_tolerance_takes_fewer_products_than_the_matrix():
+    curvature = quadratic_network(kind="gauss_newton")
+    solve = functools.partial(
+        jaxlimit.pruning_limit, curvature, jax.random.key(0), loss_tolerance=0.05, which=("width", "cone")
+    )
+    exact, wide = solve(), solve(tolerance=0.1)
+    assert (exact.method, exact.num_matvecs >= 300) == ("dense eigendecomposition", True)
+    assert (wide.method, wide.num_matvecs < 300) == ("Lanczos", True)
+    for name in ("width", "cone"):
+        estimate = wide.estimates()[name]
+        assert estimate.lower <= exact.estimates()[name].value <= estimate.upper
 
 
 def test_all_zero_weights_are_refused():

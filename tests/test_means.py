@@ -18,7 +18,8 @@ import pytest
 from flax import nnx
 
 from jaxlimit import batched, finetuned_sweep, gauss_newton, hessian, loss_statistics, sparsity_sweep
-from jaxlimit.core.batches import ExampleSum, grouped
+from jaxlimit.core.batches import grouped
+from jaxlimit.core.sums import ExampleSum
 from jaxlimit.core.widening import coarse_numbers, widened
 from jaxlimit.curvature.dense_matrix import dense_matrix
 from jaxlimit.curvature.loss_trace import trace_loss

@@ -4,6 +4,8 @@ import base64
 import html
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import pytest
 
 import jaxlimit
 from jaxlimit import plots
-from jaxlimit.application import comparison, report, run_folder, spectra
+from jaxlimit.application import comparison, report, run_folder, spectra, stage_sweeps
 from jaxlimit.application.columns import read_columns, write_columns
 from jaxlimit.core import writing
 
@@ -250,3 +252,19 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
         writing.write_file(path, interrupted)
     assert writing.read_json(path)["value"] == "old"
     assert [item.name for item in tmp_path.iterdir()] == ["limit.json"]
+
+
+def test_a_threshold_of_measured_numbers_alone():
+    """What was not measured is left out; what was measured and is no number is refused."""
+    trained: Any = SimpleNamespace(network={"train_loss": 0.1, "test_accuracy": 0.9}, loss_tolerance=0.1)
+    loss = np.full(len(GRID), np.nan)
+    loss[[0, 100, 200, 300]] = [0.1, 0.15, 0.3, np.nan]
+    columns = {"sparsity": GRID, "train_loss": loss}
+    found = stage_sweeps.threshold(trained, columns, "train_loss", [0, 100, 200])
+    assert found == {"value": 0.25, "next": 0.5}
+    with pytest.raises(
+        ValueError, match=r"'train_loss' is not a number at 1 of 4 sparsities, the first 0\.75"
+    ):
+        stage_sweeps.threshold(trained, columns, "train_loss", [0, 100, 200, 300])
+    with pytest.raises(ValueError, match="is not a number at 398 of 401 sparsities"):
+        stage_sweeps.threshold(trained, columns, "train_loss")

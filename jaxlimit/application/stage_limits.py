@@ -84,11 +84,9 @@ def _reference(job: Job, trained: Trained, hessian: Curvature) -> dict[str, Any]
 def _limit(
     job: Job, trained: Trained, curvature: Curvature, which: Sequence[str], checkpoint: Path
 ) -> PruningLimit:
-    dense = dense_fits(curvature.dim)
-
     def progress(state: Progress) -> None:
         last = "eigendecomposition" if state.num_matvecs >= curvature.dim else "dense"
-        job.monitor.update(state.num_matvecs, last if dense else str(state))
+        job.monitor.update(state.num_matvecs, last if state.stage == "dense" else str(state))
 
     return pruning_limit(
         curvature,

@@ -82,12 +82,13 @@ def sweep_finetuned(
     with Checkpoint(checkpoint, {"network": dict(trained.network)}) as store:
         finetune = partial(_finetuned, job, _network(job, trained), store)
         columns = finetune(swept.columns, rows, 0)
-        crossing = threshold(trained, columns, "finetuned_train_loss")
+        crossing = threshold(trained, columns, "finetuned_train_loss", rows)
         around = range(round(400 * crossing["value"]) + 2, round(400 * crossing["next"]), 2)
         columns = finetune(columns, around, len(rows))
     write_columns(job.folder / run_folder.CURVES, columns)
     names = {"finetuned": "finetuned_train_loss", "finetuned_accuracy": "finetuned_test_accuracy"}
-    return Measured(columns, {name: threshold(trained, columns, of) for name, of in names.items()})
+    rows = sorted({*rows, *around})
+    return Measured(columns, {name: threshold(trained, columns, of, rows) for name, of in names.items()})
 
 
 def load_measured(job: Job, document: Mapping[str, Any], names: Sequence[str]) -> Measured:
@@ -174,14 +175,24 @@ def _kept(job: Job, network: FinetunedNetwork, store: Checkpoint, rows: list[int
     return found
 
 
-def threshold(trained: Trained, columns: Columns, column: str) -> dict[str, float]:
+def threshold(
+    trained: Trained, columns: Columns, column: str, rows: Sequence[int] = range(len(SPARSITIES))
+) -> dict[str, float]:
     """The threshold of a column, and the sparsity measured after it.
 
     For a loss, the last sparsity before it first exceeds the tolerance. For an accuracy, which is noisier,
     the largest sparsity that keeps it but for one point.
+
+    Args:
+        trained: the network, unpruned.
+        columns: of curves.csv.
+        column: which one.
+        rows: where it was measured.
+
+    Raises:
+        ValueError: it is not a number there.
     """
-    known = ~np.isnan(columns[column])
-    sparsity, values = SPARSITIES[known], columns[column][known]
+    sparsity, values = SPARSITIES[list(rows)], columns[column][list(rows)]
     if column.endswith("loss"):
         bound = trained.network["train_loss"] + trained.loss_tolerance
         value = Sweep(sparsity, {column: values}).first_crossing(column, bound)

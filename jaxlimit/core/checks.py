@@ -126,6 +126,18 @@ def require_problem(call: str, params: Any, **functions: Any) -> None:
         raise ValueError(f"params must be a pytree of arrays, got {_kind(params)}: call {call}.")
 
 
+def check_scalar(loss: Any) -> None:
+    """Refuses a loss that is not a scalar, with a ValueError; for use while tracing."""
+    shape = () if isinstance(loss, (int, float)) else getattr(loss, "shape", type(loss).__name__)
+    if shape != ():
+        raise ValueError(
+            f"loss_fn must return a scalar, the mean over the batch's examples; got shape {shape}. Of (loss, "
+            "more) return the loss alone."
+        )
+    if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+        raise ValueError(f"loss_fn must return a real floating scalar, got {jnp.result_type(loss)}.")
+
+
 def require_weight_fn(weight_fn: Any) -> None:
     """Raises ValueError unless it is None or a function of a batch.
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from jaxlimit.core.batches import group_length
 from jaxlimit.core.programs import Program
-from jaxlimit.core.sharding import example_sharding, place, sharding_like, to_host
+from jaxlimit.core.sharding import example_sharding, num_shards, place, sharding_like, to_host
 from jaxlimit.core.trees import PyTree
 
 # Memory for examples in another order, of which there is a part at a time.
@@ -31,9 +31,7 @@ def mixed(groups: Iterable[PyTree]) -> Iterator[PyTree]:
 def _strided(groups: list[PyTree]) -> Iterator[PyTree]:
     for group in groups:
         num_batches, size = group_shape(group)
-        sharding = example_sharding(group, axis=1)
-        num_shards = 1 if sharding is None else sharding.num_shards
-        num_parts = num_batches * num_shards
+        num_parts = num_batches * num_shards(example_sharding(group, axis=1))
         # Part p of a batch, or of a device's share of it, holds the examples p, p + num_parts, ...
         rows = np.arange(num_batches * size, dtype=np.int32).reshape(-1, num_parts).T
         rows = rows.reshape(num_batches, size)
@@ -72,9 +70,8 @@ def cut_otherwise(batch: PyTree, takes: Callable[[int], bool]) -> tuple[PyTree, 
     These are its halves, if `takes` of that size; else each holds half of the examples twice.
     """
     _, size = group_shape(batch)
-    sharding = example_sharding(batch, axis=1)
     half, odd = divmod(size, 2)
-    if not odd and half % (1 if sharding is None else sharding.num_shards) == 0 and takes(half):
+    if not odd and half % num_shards(example_sharding(batch, axis=1)) == 0 and takes(half):
         return _rearranged(np.arange(size, dtype=np.int32).reshape(2, -1), batch), 1
     return _rearranged(np.repeat(np.arange(size, dtype=np.int32), 2).reshape(2, size), batch), 2
 

@@ -51,6 +51,11 @@ def example_sharding(tree: Any, axis: int = 0) -> ExampleSharding | None:
     return found.pop() if found else None
 
 
+def num_shards(sharding: ExampleSharding | None) -> int:
+    """Number of parts; 1 of what is not divided."""
+    return 1 if sharding is None else sharding.num_shards
+
+
 def on_parts(fn: Callable, sharding: ExampleSharding | None, divided: tuple[int | None, ...]) -> Callable:
     """`fn` of each device's part of its arguments; the results are joined along their first axes.
 

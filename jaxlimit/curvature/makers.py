@@ -12,16 +12,10 @@ from jaxlimit.core.memory import device_memory
 from jaxlimit.core.placement import placed_batches, placed_groups
 from jaxlimit.core.trees import Prunable, PyTree, is_kernel, partition
 from jaxlimit.curvature.data_checks import order_explained, require_single_precision
+from jaxlimit.curvature.linearizing import linear_batch_bytes, suitable_batch_size
 from jaxlimit.curvature.mean_checks import check_loss, takes
 from jaxlimit.curvature.operator import Curvature
-from jaxlimit.curvature.products import (
-    GaussNewtonProduct,
-    HessianProduct,
-    Loss,
-    Product,
-    linear_batch_bytes,
-    suitable_batch_size,
-)
+from jaxlimit.curvature.products import GaussNewtonProduct, HessianProduct, Loss, Product
 
 
 def hessian(

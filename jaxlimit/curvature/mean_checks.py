@@ -17,32 +17,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlimit.core.batches import (
-    ExampleSum,
-    batch_length,
-    batch_weight,
-    examples_like,
-    first_of,
-    weighted,
-)
+from jaxlimit.core.batches import batch_length, examples_like, first_of
 from jaxlimit.core.checks import NOT_FINITE_CAUSES
+from jaxlimit.core.checksums import data_changed
 from jaxlimit.core.cuts import Sampled, cut_otherwise, mixed, one_batch, samples
 from jaxlimit.core.programs import Program
+from jaxlimit.core.sums import ExampleSum
 from jaxlimit.core.trees import PyTree, combine
-from jaxlimit.curvature.data_checks import data_changed, not_a_mean, require_precise, require_same_weight
+from jaxlimit.curvature.data_checks import not_a_mean, require_precise, require_same_weight
 from jaxlimit.curvature.loss_trace import LossTrace, trace_loss
 from jaxlimit.curvature.products import Loss, Product
 from jaxlimit.curvature.scattered import moved_weights, norm, nudged_weights
+from jaxlimit.curvature.small_batches import (
+    GRADIENT_TOLERANCE,
+    LEAST_LOSS,
+    LOSS_TOLERANCE,
+    NOISE,
+    WEIGHT_TOLERANCE,
+    differing_parts,
+    in_parts,
+    noise_in_parts,
+)
 
-# Relative differences beyond which two cuts of the data do not agree: float32 keeps losses to about 1e-5 and
-# gradients to 1e-4, and what is no mean is off by more than a part in a hundred in fours and twos.
-LOSS_TOLERANCE, GRADIENT_TOLERANCE, WEIGHT_TOLERANCE = 1e-3, 1e-3, 1e-5
-# Below it losses are rounding: those of a network that is as it was, say.
-LEAST_LOSS = 1e-5
 # By how much the weights are moved, in units of their root mean square in each array.
 MOVED = 0.02
-# Differences are rounding as long as the last digits of the weights make a tenth of them.
-NOISE = 10
 OTHERWISE = "where the same examples are cut into other batches"
 
 
@@ -163,9 +161,9 @@ class _Check:
             if size is None:
                 self._sampled_as_they_are(batches, moved)
                 continue
-            found = dict(Program(partial(_in_parts, self.product, size))(moved, self.rest, small))
+            found = dict(Program(partial(in_parts, self.product, size))(moved, self.rest, small))
             if differing_parts(found, self.tolerance):
-                found |= Program(partial(_noise, self.product))(
+                found |= Program(partial(noise_in_parts, self.product))(
                     moved, nudged_weights(moved), self.rest, small
                 )
                 found = differing_parts(found, self.tolerance)
@@ -230,66 +228,6 @@ def differing(first: _Means, second: _Means, tolerance: float, copies: int = 1) 
 def differing_weights(first: _Means, second: _Means, copies: int) -> bool:
     """Whether the weights of two cuts do not add up to the same."""
     return not np.isclose(first.weight, second.weight / copies, rtol=WEIGHT_TOLERANCE, atol=0)
-
-
-def _in_parts(
-    product: Product, size: int, moved: PyTree, rest: PyTree, small: PyTree
-) -> dict[str, jax.Array]:
-    """Weight, loss and gradient of each small batch against those of its parts."""
-
-    def compare(batch: PyTree) -> dict[str, jax.Array]:
-        parts = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), batch)
-        weight, loss, gradient, _, _ = _weighted_sums(product, moved, rest, batch)
-        of_parts = jax.lax.map(partial(_weighted_sums, product, moved, rest), parts)
-        weights, losses, gradients, loss_size, gradient_size = jax.tree.map(
-            partial(jnp.sum, axis=0), of_parts
-        )
-        return {
-            "weight": jnp.abs(weight - weights),
-            "weight size": weights,
-            "loss": jnp.abs(loss - losses),
-            "loss size": loss_size,
-            "gradient": norm(jax.tree.map(jnp.subtract, gradient, gradients)),
-            "gradient size": gradient_size,
-        }
-
-    return jax.lax.map(compare, small)
-
-
-def _noise(
-    product: Product, moved: PyTree, nudged: PyTree, rest: PyTree, small: PyTree
-) -> dict[str, jax.Array]:
-    """What the last digits of the weights make."""
-
-    def compare(batch: PyTree) -> dict[str, jax.Array]:
-        sums = [_weighted_sums(product, at, rest, batch) for at in (moved, nudged)]
-        difference = jax.tree.map(jnp.subtract, *sums)
-        return {"loss noise": jnp.abs(difference[1]), "gradient noise": norm(difference[2])}
-
-    return jax.lax.map(compare, small)
-
-
-def _weighted_sums(product: Product, moved: PyTree, rest: PyTree, batch: PyTree) -> tuple:
-    """Weight, loss and gradient of a batch, both times the weight, and the sizes of the two."""
-    weight = batch_weight(product.weight, batch)
-    sums = jax.value_and_grad(Loss(product))(moved, rest, batch)
-    loss, gradient = jax.tree.map(partial(weighted, weight), sums)
-    return jnp.asarray(weight, jnp.float32), loss, gradient, jnp.abs(loss), norm(gradient)
-
-
-def differing_parts(found: dict[str, jax.Array], tolerance: float) -> str:
-    """In which words small batches differ from their parts, if they do."""
-    total = {name: float(np.sum(np.asarray(x, np.float64))) for name, x in found.items()}
-    weight = total["weight size"]
-    least = {"weight": 0.0, "loss": LEAST_LOSS * weight, "gradient": 0.0}
-    for name, smallest in least.items():
-        difference, size = total[name], total[f"{name} size"]
-        noise = NOISE * total.get(f"{name} noise", 0.0)
-        allowed = tolerance if name == "loss" else GRADIENT_TOLERANCE
-        if not difference <= max(allowed * size + smallest, noise):
-            share = difference / max(size, 1e-300)
-            return f"of a few examples the {name} and that of their parts differ by {share:.2g} of it"
-    return ""
 
 
 def distance(first: _Means, second: _Means) -> float:

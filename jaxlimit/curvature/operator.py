@@ -25,17 +25,13 @@ import numpy as np
 from jax.core import Tracer
 from numpy.typing import NDArray
 
-from jaxlimit.core.batches import ExampleSum, mean_of_sum
 from jaxlimit.core.sharding import explicit_sharding, sharding_like
+from jaxlimit.core.sums import ExampleSum, mean_of_sum
 from jaxlimit.core.trees import Prunable, PyTree, combine, partition
 from jaxlimit.curvature.data_checks import require_same_weight, require_single_precision
 from jaxlimit.curvature.dense_matrix import dense_matrix
-from jaxlimit.curvature.products import (
-    LinearGroup,
-    Product,
-    linearize_groups,
-    num_bytes,
-)
+from jaxlimit.curvature.linearizing import linearize_groups, num_bytes
+from jaxlimit.curvature.products import LinearGroup, Product
 from jaxlimit.curvature.rounding import measured_rounding
 
 # Linearised batches that another compiled function may hold as constants, in bytes.

@@ -16,24 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jaxlimit.core.batches import (
-    ExampleSum,
-    batch_length,
-    batch_weight,
-    examples_like,
-    first_of,
-    mean_of_sum,
-    weighted,
-)
+from jaxlimit.core.batches import batch_length, examples_like, first_of
 from jaxlimit.core.cuts import Sampled, cut_otherwise, mixed, one_batch, samples
 from jaxlimit.core.programs import Program, Traced
 from jaxlimit.core.sharding import example_sharding, undivided
+from jaxlimit.core.sums import ExampleSum, batch_weight, mean_of_sum, weighted
 from jaxlimit.core.trees import PyTree, frozen, thawed
 from jaxlimit.core.widening import coarse_numbers, widened
 from jaxlimit.curvature.data_checks import not_a_mean
 from jaxlimit.curvature.loss_trace import LossTrace
-from jaxlimit.curvature.mean_checks import NOISE, OTHERWISE
+from jaxlimit.curvature.mean_checks import OTHERWISE
 from jaxlimit.curvature.scattered import moved_weights
+from jaxlimit.curvature.small_batches import NOISE
 
 # Relative difference beyond which values differ: of float32; and where operations of float16, or of fewer
 # binary digits, have no form in float32.

@@ -23,6 +23,8 @@ from jaxlimit.spectrum.measure import SpectralMeasure
 DENSE_DIM = 5_000
 # What one_shot alone takes without the matrix: a glance at the spectrum, and the points of its path.
 ONE_SHOT_PRODUCTS = 64
+# Lanczos steps that a probe takes at least, of a Gauss-Newton matrix; a Hessian needs several times as many.
+PROBE_STEPS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,9 +134,18 @@ def dense_fits(dim: int, num_products: float = np.inf) -> bool:
     return dim <= min(DENSE_DIM, num_products)
 
 
-def dense_is_cheaper(dim: int, which: Sequence[str]) -> bool:
-    """Whether D products are fewer than the limits would take without the matrix: all but one_shot alone."""
-    return set(which) != {"one_shot"} or dim <= ONE_SHOT_PRODUCTS
+def dense_is_cheaper(dim: int, which: Sequence[str], tolerance: float, semidefinite: bool) -> bool:
+    """Whether D products are fewer than the limits are bound to take without the matrix.
+
+    readjusted of a Hessian rests on the matrix, so nothing is saved. Width and cone need 2 / (D tolerance^2)
+    probes to be sure of the tolerance, for that is the variance which a probe may have, and `PROBE_STEPS`
+    products each: more than D for all D <= 5,000 at the default tolerance of .001.
+    """
+    if set(which) == {"one_shot"}:
+        return dim <= ONE_SHOT_PRODUCTS
+    if "readjusted" in which and (not semidefinite or {"width", "cone"}.isdisjoint(which)):
+        return True
+    return dim <= PROBE_STEPS * np.ceil(2 / (dim * tolerance**2))
 
 
 def dense_source(problem: Problem, budget: Budget) -> DenseSource:

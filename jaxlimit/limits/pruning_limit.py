@@ -58,10 +58,10 @@ def pruning_limit(
 ) -> PruningLimit:
     r"""How sparse the network can be pruned while its loss rises by at most `loss_tolerance`.
 
-    Cost: with D <= 5,000 weights, D products and one dense eigendecomposition. Otherwise Lanczos: for a
-    Gauss-Newton matrix typically 64 steps a probe, for a Hessian several hundred, and as many for each of
-    the five or so sparsities at which the cone is looked at; memory for (steps x probes) vectors, as far as
-    `basis_bytes` allow.
+    Cost: with D <= 5,000 weights, D products and one dense eigendecomposition, unless a wide tolerance, or
+    one_shot alone, takes fewer. Otherwise Lanczos: for a Gauss-Newton matrix typically 64 steps a probe, for
+    a Hessian several hundred, and as many for each of the five or so sparsities at which the cone is looked
+    at; memory for (steps x probes) vectors, as far as `basis_bytes` allow.
 
     Args:
         curvature: from `hessian` (predicts) or `gauss_newton` (fast, tight, optimistic).
@@ -119,7 +119,8 @@ def pruning_limit(
     require_readjustable(curvature, which)
     budget = Budget(curvature, int(max_matvecs), progress)
     identity = {} if checkpoint is None else fingerprint(curvature, problem, key, tolerance, num_probes)
-    dense = dense_fits(curvature.dim, max_matvecs) and dense_is_cheaper(curvature.dim, which)
+    dim, semidefinite = curvature.dim, curvature.positive_semidefinite
+    dense = dense_fits(dim, max_matvecs) and dense_is_cheaper(dim, which, tolerance, semidefinite)
     with Checkpoint(checkpoint, identity) as store:
         if num_probes is None and dense:
             source: Source = dense_source(problem, budget)

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlimit.core.batches import batch_weight, check_scalar, grouped, sum_of_weights
-from jaxlimit.core.checks import NOT_FINITE_CAUSES, require_problem, require_weight_fn
+from jaxlimit.core.batches import grouped
+from jaxlimit.core.checks import NOT_FINITE_CAUSES, check_scalar, require_problem, require_weight_fn
 from jaxlimit.core.cuts import Sampled, mixed
 from jaxlimit.core.programs import Program, Traced
+from jaxlimit.core.sums import batch_weight, sum_of_weights
 from jaxlimit.core.trees import PyTree, frozen, thawed
-from jaxlimit.curvature.mean_checks import LEAST_LOSS
+from jaxlimit.curvature.small_batches import LEAST_LOSS
 from jaxlimit.curvature.value_checks import ValueCheck
 
 

@@ -11,10 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jaxlimit.core.batches import ExampleSum, grouped
+from jaxlimit.core.batches import grouped
 from jaxlimit.core.checks import require_problem, require_weight_fn
+from jaxlimit.core.convolutions import quick_in_loops
 from jaxlimit.core.cuts import Sampled
 from jaxlimit.core.placement import placed_batches, placed_groups
+from jaxlimit.core.programs import Traced
+from jaxlimit.core.sums import ExampleSum
 from jaxlimit.core.trees import Prunable, PyTree, combine, is_kernel, partition, unflatten
 from jaxlimit.curvature.products import each
 from jaxlimit.curvature.value_checks import ValueCheck
@@ -141,7 +144,7 @@ class PrunedNetwork:
         require_weight_fn(weight_fn)
         self.params, self.metrics_fn = params, metrics_fn
         metrics = scalars(metrics_fn)
-        self.metrics_sum = ExampleSum(_PrunedMetrics(metrics), weight_fn)
+        self.metrics_sum = ExampleSum(_PrunedMetrics(Traced(metrics, quick_in_loops)), weight_fn)
         self._check, self._checked = ValueCheck(metrics, weight_fn, "metrics_fn"), []
         self.weights, self.rest = partition(params, prunable)
         self.dim, self.ranks = removal_ranks(self.weights, scores)

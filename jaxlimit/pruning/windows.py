@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from jaxlimit.core.batches import ExampleSum, batch_length, group_length
+from jaxlimit.core.batches import batch_length, group_length
 from jaxlimit.core.sharding import example_sharding
+from jaxlimit.core.sums import ExampleSum
 from jaxlimit.core.trees import PyTree
 from jaxlimit.curvature.operator import Curvature
 
