@@ -30,7 +30,7 @@ from hypothesis import settings
 CACHE_BYTES = 2**30
 
 # The same examples in every run; `--hypothesis-profile default` looks for new ones, `thorough` at three times
-# as many. Tests whose examples take long do a fifth.
+# as many. Tests whose examples take long do a fifth or less.
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=100)
 settings.register_profile("thorough", derandomize=True, deadline=None, max_examples=300)
 settings.load_profile("repeatable")

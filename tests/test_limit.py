@@ -181,7 +181,7 @@ def regression_loss(weights, batch):
 DIM = 12
 
 
-@settings(max_examples=settings.default.max_examples // 10)
+@settings(max_examples=settings.default.max_examples // 5)
 @given(
     seed=st.integers(0, 10**6),
     decades=st.floats(0.0, 5.0),

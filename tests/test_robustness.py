@@ -200,12 +200,10 @@ def solved_and_checked(problem):
     return limit
 
 
-@pytest.mark.parametrize(
-    "count",
-    [5, pytest.param(20, marks=pytest.mark.slow), pytest.param(60, marks=pytest.mark.nightly)],
-)
-def test_random_problems(count):
+@pytest.mark.parametrize("share", [20, pytest.param(5, marks=pytest.mark.slow)])
+def test_random_problems(share):
     """`benchmarks/fuzz.py` does 2,000 of them."""
+    count = settings.default.max_examples // share
 
     @settings(max_examples=count, suppress_health_check=[HealthCheck.too_slow])
     @given(problem=problems())
