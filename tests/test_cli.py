@@ -112,9 +112,10 @@ def test_the_printed_table_is_limit_json(finished):
         limit = document["limits"]["gauss_newton"][name]
         kind = "loss" if name == "one_shot" else "finetuned"
         measured = document["measured"][kind]["value"]
-        shown = [float(number) for number in re.findall(r"[-+]?\d\.\d{4}", line)]
+        *shown, rise, found, difference = map(float, re.findall(r"[-+]?\d[\d.]*(?:e[-+]\d+)?", line)[:6])
         expected = [limit["value"], limit["lower"], limit["upper"], measured, limit["value"] - measured]
-        assert shown == pytest.approx(expected, abs=5.1e-5)
+        assert [*shown, found, difference] == pytest.approx(expected, abs=5.1e-5)
+        assert rise == pytest.approx(document["limits"]["gauss_newton"]["rises"][name], rel=5.1e-3)
 
 
 def test_the_measured_threshold_is_where_the_curve_crosses(finished):
