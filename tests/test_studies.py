@@ -55,8 +55,10 @@ OPTIONS = {
     "tolerances": [],
     "training": ["--at", "0"],
 }
-# The others are trained in other ways, which compile for longer; are several limits; or run below.
-QUICK = ("distance", "lambda", "rows")
+# They train in other ways, which compile for longer, are several limits, or are run by another test, too.
+SLOW = ("crossing", "gems", "gradual", "order", "scaling", "tolerances", "training")
+# The longest. What it trains with is tested in `test_differentiable.py`.
+MARKS = dict.fromkeys(SLOW, pytest.mark.slow) | {"regularizer": pytest.mark.nightly}
 
 
 @pytest.fixture(autouse=True)
@@ -70,10 +72,7 @@ def test_every_experiment_is_run_here():
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [
-        pytest.param(*item, marks=[] if item[0] in QUICK else [pytest.mark.slow], id=item[0])
-        for item in OPTIONS.items()
-    ],
+    [pytest.param(name, options, marks=MARKS.get(name, ()), id=name) for name, options in OPTIONS.items()],
 )
 def test_an_experiment_writes_results_table_and_figures(name, options, tmp_path, capsys):
     args = ["experiment", name, "tiny", *SMALL, *options, "--out", str(tmp_path / name)]
