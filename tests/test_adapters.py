@@ -299,7 +299,13 @@ EXAMPLES = re.findall(
 WEIGHTS = [592, 592, 396, 592, 592, 592]
 
 
-@pytest.mark.parametrize(("code", "weights"), list(zip(EXAMPLES, WEIGHTS, strict=True)), ids=range(6))
+@pytest.mark.parametrize(
+    ("code", "weights"),
+    [
+        pytest.param(code, weights, marks=[pytest.mark.slow] if number else [], id=str(number))
+        for number, (code, weights) in enumerate(zip(EXAMPLES, WEIGHTS, strict=True))
+    ],
+)
 def test_examples_of_the_documentation_run(code, weights, capsys):
     exec(compile(code, "networks.md", "exec"), {"__name__": "__main__"})
     assert f"({weights} weights, 512 examples)" in capsys.readouterr().out

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import fields, replace
+from io import StringIO
 from pathlib import Path
 
 import jax
@@ -46,10 +48,10 @@ def tiny(monkeypatch):
 def finished(tmp_path_factory):
     """A finished run and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    done = command([*RUN, "--out", str(folder)])
-    stdout, stderr = done.communicate()
-    assert done.returncode == 0, stderr
-    return folder, stdout
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
+        patch.setitem(presets.PRESETS, "tiny", TINY)
+        assert main([*RUN, "--out", str(folder)]) == 0
+    return folder, printed.getvalue()
 
 
 def command(args):
@@ -110,9 +112,10 @@ def test_the_printed_table_is_limit_json(finished):
         limit = document["limits"]["gauss_newton"][name]
         kind = "loss" if name == "one_shot" else "finetuned"
         measured = document["measured"][kind]["value"]
-        shown = [float(number) for number in re.findall(r"[-+]?\d\.\d{4}", line)]
+        *shown, rise, found, difference = map(float, re.findall(r"[-+]?\d[\d.]*(?:e[-+]\d+)?", line)[:6])
         expected = [limit["value"], limit["lower"], limit["upper"], measured, limit["value"] - measured]
-        assert shown == pytest.approx(expected, abs=5.1e-5)
+        assert [*shown, found, difference] == pytest.approx(expected, abs=5.1e-5)
+        assert rise == pytest.approx(document["limits"]["gauss_newton"]["rises"][name], rel=5.1e-3)
 
 
 def test_the_measured_threshold_is_where_the_curve_crosses(finished):
@@ -131,7 +134,7 @@ def test_the_measured_threshold_is_where_the_curve_crosses(finished):
 def test_a_limit_from_part_of_the_examples_says_so(tmp_path, capsys):
     """And how much it would change on half of them, at the loss tolerance of them all."""
     folder = tmp_path / "part"
-    assert main([*RUN, "--num-examples", "300", "--out", str(folder)]) == 0
+    assert main([*RUN, "--num-examples", "300", "--finetune-steps", "0", "--out", str(folder)]) == 0
     document = json.loads((folder / "limit.json").read_text())
     found = document["limits"]["gauss_newton"]
     predict, like = models.from_nnx(presets.build_network(TINY, 0))

@@ -134,6 +134,7 @@ def golden_curvature(case, make, load, num_examples, image_layout, tmp_path, dty
     return jaxlimit.hessian(loss, params, batches), eps, vectors
 
 
+@pytest.mark.slow
 @pytest.mark.mnist
 @pytest.mark.skipif("JAXLIMIT_DATA" not in os.environ, reason="needs MNIST under $JAXLIMIT_DATA")
 def test_prediction_from_its_weights(tmp_path):

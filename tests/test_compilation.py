@@ -57,14 +57,6 @@ def test_compilations_are_counted():
 # One network, one compilation.
 
 
-class Dense(nnx.Module):
-    def __init__(self, rngs):
-        self.first, self.second = nnx.Linear(6, 5, rngs=rngs), nnx.Linear(5, 3, rngs=rngs)
-
-    def __call__(self, x):
-        return self.second(jax.nn.relu(self.first(x.reshape(len(x), -1))))
-
-
 class Convolutional(nnx.Module):
     def __init__(self, rngs):
         self.conv = nnx.Conv(1, 2, (2, 2), rngs=rngs)
@@ -85,7 +77,7 @@ class Normalized(nnx.Module):
         return self.out(self.norm(x.reshape(len(x), -1)))
 
 
-networks = pytest.mark.parametrize("network", [Dense, Convolutional, Normalized])
+networks = pytest.mark.parametrize("network", [Convolutional, Normalized])
 
 
 def examples(seed, count=11):
@@ -125,16 +117,25 @@ def use_training(network, seed):
     train_model(model, examples(seed), jax.random.key(seed), **settings)
 
 
-@networks
+USES = {
+    "hessian": partial(use_curvature, "hessian"),
+    "gauss_newton": partial(use_curvature, "gauss_newton"),
+    "measurements": use_measurements,
+    "training": use_training,
+}
+
+
 @pytest.mark.parametrize(
-    "use",
+    ("use", "network"),
     [
-        partial(use_curvature, "hessian"),
-        partial(use_curvature, "gauss_newton"),
-        use_measurements,
-        use_training,
+        *((use, Normalized) for use in USES.values()),
+        (USES["hessian"], Convolutional),
+        *(
+            pytest.param(USES[name], Convolutional, marks=pytest.mark.slow)
+            for name in ("gauss_newton", "measurements", "training")
+        ),
     ],
-    ids=["hessian", "gauss_newton", "measurements", "training"],
+    ids=[*(f"{name}-Normalized" for name in USES), *(f"{name}-Convolutional" for name in USES)],
 )
 def test_a_second_network_compiles_nothing(use, network):
     use(network, 0)
@@ -352,8 +353,20 @@ def training_is(loss, scale):
 uses = [hessian_is, gauss_newton_is, statistics_are, sweep_is, finetuned_is, training_is]
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-@pytest.mark.parametrize("is_right", uses, ids=lambda use: use.__name__)
+@pytest.mark.parametrize(
+    ("is_right", "way"),
+    [
+        pytest.param(
+            use,
+            way,
+            id=f"{use.__name__}-{way.__name__}",
+            # Every way with one use, and every use in one way; all pairs are slow tests.
+            marks=[] if use is hessian_is or way is bound_method else [pytest.mark.slow],
+        )
+        for use in uses
+        for way in WAYS
+    ],
+)
 def test_a_function_that_changed_is_another_function(is_right, way):
     get, change = way()
     for scale in (1.0, 3.0, 1.0):

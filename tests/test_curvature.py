@@ -119,6 +119,9 @@ def random_vectors(weights, count, seed=0):
 in_float32 = pytest.mark.parametrize("dtype", ["float32"], indirect=True)
 in_float64 = pytest.mark.parametrize("dtype", ["float64"], indirect=True)
 kinds = pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
+slowly_both = pytest.mark.parametrize(
+    "kind", ["hessian", pytest.param("gauss_newton", marks=pytest.mark.slow)]
+)
 
 
 @kinds
@@ -170,7 +173,7 @@ def test_products(kind, dtype, oracle):
 
 
 @in_float32
-@kinds
+@slowly_both
 def test_a_block_is_multiplied_side_by_side_but_on_a_cpu(kind, mlp, dtype, oracle, monkeypatch):
     matrix = getattr(oracle, kind)
     vectors = random_vectors(curvature_of(kind, mlp).weights, 7)
@@ -231,7 +234,7 @@ def test_the_cut_into_batches_does_not_matter(kind, batch_size, mlp, dtype, orac
 
 
 @in_float32
-@kinds
+@slowly_both
 def test_arrays_in_memory_are_cut_to_suit_the_products(kind, mlp, dtype, oracle, monkeypatch):
     assert batch_sizes(curvature_of(kind, mlp, batched(mlp.arrays, 5))) == [17]
     # With room for 20 examples: 102 are cut evenly by 17, which is more than half of 20; 103 have no divisor.
@@ -467,6 +470,7 @@ def test_linearised_batches_are_arguments_of_the_compiled_function(kind, mlp):
         assert not re.search(r"stablehlo\.(tanh|log|exponential|logistic)\b", text)
 
 
+@in_float64
 @kinds
 @pytest.mark.parametrize("count", [1, 3])
 def test_products_are_the_same_with_and_without_linearised_batches(kind, count, mlp, dtype):
@@ -476,6 +480,7 @@ def test_products_are_the_same_with_and_without_linearised_batches(kind, count, 
     assert_close(kept, anew, dtype)
 
 
+@in_float64
 @kinds
 def test_batches_that_take_much_memory_are_kept_apart(kind, mlp, dtype, oracle, monkeypatch):
     monkeypatch.setitem(linearizing.BATCH_BYTES, "cpu", 1)
@@ -558,7 +563,7 @@ def test_precision_reaches_every_matrix_product(kind, precision, expected, mlp):
 
 
 @in_float32
-@kinds
+@slowly_both
 def test_checkpointed_blocks_keep_less(kind, dtype):
     """Under jax.checkpoint a block computes its activations again in every product; they are not kept."""
     rng = np.random.default_rng(0)

@@ -664,6 +664,7 @@ def real(load, name):
     return load()
 
 
+@pytest.mark.slow
 @pytest.mark.mnist
 def test_real_mnist():
     dataset = real(data.load_mnist, "mnist")
@@ -699,6 +700,7 @@ def test_real_fashion_mnist():
     np.testing.assert_allclose([raw.mean(), raw.std()], [0.2860, 0.3530], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.cifar10
 def test_real_cifar10():
     dataset = real(data.load_cifar10, "cifar10")

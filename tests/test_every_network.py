@@ -1,7 +1,8 @@
 """Every kind of block takes a step of training and has a finite Hessian product, in one narrow network.
 
 A Hessian is symmetric, whatever the network: u^T H v = v^T H u for random u and v. At full size the shapes
-are evaluated, of the outputs and of such a product; `nightly` computes both.
+are evaluated, of the outputs and of such a product: of one network of each kind, of the others in the slow
+tests and in the nightly ones, which compute both.
 """
 
 import math
@@ -32,6 +33,8 @@ NETWORKS = {
 }
 # The blocks of ResNet50 more often: minutes to compile, but operation by operation they compile once.
 DEEP = ("resnet101", "resnet152")
+# One of each kind, quick to trace.
+ONE_OF_A_KIND = ("digits_net", "fc2", "lenet", "alexnet", "vgg11", "resnet18")
 
 
 class Residual(nnx.Module):
@@ -80,7 +83,17 @@ def test_a_step_of_training_and_a_hessian_product(name):
     check(NARROW[name], SHAPE)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *ONE_OF_A_KIND,
+        *(
+            pytest.param(name, marks=pytest.mark.nightly if name in DEEP else pytest.mark.slow)
+            for name in NETWORKS
+            if name not in ONE_OF_A_KIND
+        ),
+    ],
+)
 def test_shapes_at_full_size(name):
     """Of the logits, and of a Hessian product, which are those of the parameters."""
     make = NETWORKS[name]

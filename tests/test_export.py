@@ -138,6 +138,7 @@ def test_the_core_is_exported_without_float64_or_callbacks(platforms, x64):
     assert not {name: marks for name, marks in found.items() if marks}
 
 
+@pytest.mark.slow
 def test_an_exported_product_is_the_product():
     """The text that is looked at is that of the computation: exported for this machine, it gives the same."""
     for name, (function, *args) in programs().items():

@@ -64,6 +64,7 @@ def loss(params, batch):
     return training.cross_entropy(predict(params, batch), batch[1])
 
 
+@pytest.mark.slow
 @pytest.mark.mnist
 @pytest.mark.skipif("JAXLIMIT_DATA" not in os.environ, reason="needs MNIST under $JAXLIMIT_DATA")
 def test_products_lanczos_and_ritz_integrals_in_float64(golden, summary, x64):

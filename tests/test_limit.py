@@ -110,13 +110,16 @@ def truth_of_matrix(matrix, weights, gradient, eps) -> dict[str, float]:
     }
 
 
+seeds = pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+
+
 @functools.cache
 def small_truth(seed: int, kind: str) -> dict[str, float]:
     return dense_truth(trained(f"small-{seed}"), kind)
 
 
 @pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
-@pytest.mark.parametrize("seed", [0, 1])
+@seeds
 def test_every_interval_holds_the_dense_truth(seed, kind):
     network = trained(f"small-{seed}")
     curvature = curvature_of(network, kind)
@@ -143,7 +146,7 @@ def test_every_interval_holds_the_dense_truth(seed, kind):
 )
 def test_digits_reproduces_the_published_row_and_the_measured_thresholds(seed):
     """The row of 64-48-24-10 at L1 5e-4; measured on the real loss, with and without fine-tuning."""
-    network = trained_again(PRESET, seed, 400)
+    network = trained("preset") if seed == 0 else trained_again(PRESET, seed, 400)
     row = {
         "hessian": {"one_shot": 0.860, "width": 0.887, "cone": 0.909, "readjusted": 0.906},
         "gauss_newton": {"width": 0.914, "cone": 0.929, "readjusted": 0.969},
@@ -217,6 +220,11 @@ def quadratic_network(dim=300, seed=0, kind="hessian"):
     )
 
 
+@pytest.fixture(scope="module")
+def twenty_weights():
+    return quadratic_network(20)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -236,17 +244,13 @@ def quadratic_network(dim=300, seed=0, kind="hessian"):
         ({"which": iter(["width"])}, "which must name limits among"),
     ],
 )
-def test_bad_arguments_are_named(arguments, message):
+def test_bad_arguments_are_named(arguments, message, twenty_weights):
     with pytest.raises(ValueError, match=message):
-        jaxlimit.pruning_limit(
-            quadratic_network(20), jax.random.key(0), **{"loss_tolerance": 0.1, **arguments}
-        )
+        jaxlimit.pruning_limit(twenty_weights, jax.random.key(0), **{"loss_tolerance": 0.1, **arguments})
 
 
-def test_numbers_may_be_numpys(tmp_path):
-    solve = functools.partial(
-        jaxlimit.pruning_limit, quadratic_network(20), jax.random.key(0), which=["width"]
-    )
+def test_numbers_may_be_numpys(tmp_path, twenty_weights):
+    solve = functools.partial(jaxlimit.pruning_limit, twenty_weights, jax.random.key(0), which=["width"])
     plain = solve(loss_tolerance=0.125, tolerance=0.25, max_matvecs=64, num_probes=2)
     numpys = solve(
         loss_tolerance=np.float32(0.125),
@@ -309,7 +313,10 @@ def test_all_zero_weights_are_refused():
         jaxlimit.pruning_limit(curvature, jax.random.key(0), loss_tolerance=0.1)
 
 
-@pytest.mark.parametrize("arguments", [{"num_probes": 2}, {"num_probes": None, "max_matvecs": 290}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"num_probes": 2}, pytest.param({"num_probes": None, "max_matvecs": 290}, marks=pytest.mark.slow)],
+)
 def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, arguments):
     # Indefinite in name (hessian), so that width, cone and one_shot come from Lanczos.
     curvature = quadratic_network()
@@ -365,8 +372,15 @@ def test_a_checkpoint_of_other_data_or_another_order_is_refused(tmp_path):
         solve(1.0, scores=1 / weights)
 
 
-@pytest.mark.parametrize("num_probes", [None, 2])
-@pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize(
+    ("kind", "num_probes"),
+    [
+        ("hessian", 2),
+        ("gauss_newton", None),
+        pytest.param("hessian", None, marks=pytest.mark.slow),
+        pytest.param("gauss_newton", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_without_width_and_cone_the_spectrum_is_only_glanced_at(kind, num_probes, monkeypatch):
     monkeypatch.setattr("jaxlimit.limits.dense_source.DENSE_DIM", 0)
     network = trained("small-0")
@@ -423,7 +437,7 @@ def test_limits_that_do_not_resolve_leave_some_of_the_budget_to_the_next(max_mat
 
 
 @pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
-@pytest.mark.parametrize("seed", [0, 1])
+@seeds
 def test_few_products_leave_one_shot_an_interval(seed, kind):
     """After half of 48 products for the spectrum the rest does not resolve it, and is not lost either."""
     network = trained(f"small-{seed}")
@@ -440,7 +454,9 @@ def test_few_products_leave_one_shot_an_interval(seed, kind):
     assert limit.code is Code.UNDER_RESOLVED
 
 
-@pytest.mark.parametrize("max_matvecs", [64, 128, 256, 512])
+@pytest.mark.parametrize(
+    "max_matvecs", [64, 256, *(pytest.param(x, marks=pytest.mark.slow) for x in (128, 512))]
+)
 def test_few_products_leave_readjusted_an_interval_which_more_of_them_close(max_matvecs, tmp_path):
     solve = functools.partial(
         jaxlimit.pruning_limit,
@@ -535,7 +551,8 @@ def test_curve_and_sensitivity_agree_with_the_limits():
         limit.sensitivity([0.0])
 
 
-def test_no_look_at_the_cone_is_shallower_than_the_one_before(monkeypatch):
+@pytest.mark.parametrize("every", [120, pytest.param(40, marks=pytest.mark.slow)])
+def test_no_look_at_the_cone_is_shallower_than_the_one_before(every, monkeypatch):
     """The products that are left may not do for another one, which then would make the limit worse."""
     H = curvature_of(trained("small-0"), "hessian")
     looked, errors = [], []
@@ -557,7 +574,7 @@ def test_no_look_at_the_cone_is_shallower_than_the_one_before(monkeypatch):
         return found.cone
 
     truth = cone(2000).value
-    for budget in range(100, 500, 40):
+    for budget in range(100, 500, every):
         found = cone(budget)
         assert looked == sorted(looked)
         errors.append(abs(found.value - truth) / found.spread)

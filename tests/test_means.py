@@ -123,11 +123,18 @@ WEIGHTED = {
     "tokens": (masked, tokens(), count_mask),
     "classes": (balanced, DATA, class_weight),
 }
-weighted = pytest.mark.parametrize("kind", WEIGHTED)
+# Each kind in one cut, and each cut with one kind; all pairs are slow tests.
+weighted_cuts = pytest.mark.parametrize(
+    ("kind", "cut"),
+    [
+        pytest.param(kind, cut, marks=[] if cut == "batched" or kind == "tokens" else [pytest.mark.slow])
+        for kind in WEIGHTED
+        for cut in CUTS
+    ],
+)
 
 
-@weighted
-@cuts
+@weighted_cuts
 def test_a_weight_makes_it_the_mean_of_all(kind, cut):
     loss, arrays, weight_fn = WEIGHTED[kind]
     expected, value = oracle(loss, arrays)
@@ -145,7 +152,9 @@ def test_a_weight_makes_it_the_mean_of_all(kind, cut):
     assert sweep.metrics["l"][0] == pytest.approx(value, rel=1e-5)
 
 
-@weighted
+@pytest.mark.parametrize(
+    "kind", ["tokens", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("padding", "classes"))]
+)
 def test_a_weight_in_products_that_are_linearised_anew_and_in_gauss_newton(kind):
     loss, arrays, weight_fn = WEIGHTED[kind]
     expected, _ = oracle(loss, arrays)
@@ -181,8 +190,7 @@ def test_the_spread_of_batches_is_weighted():
     )
 
 
-@weighted
-@cuts
+@weighted_cuts
 def test_without_the_weight_it_is_refused_and_the_weight_is_named(kind, cut):
     loss, arrays, _ = WEIGHTED[kind]
     batches = CUTS[cut](arrays, 16)

@@ -1,7 +1,8 @@
 """Data on a mesh with explicit axes, as `jax.make_mesh` makes them, or automatic ones: right numbers on each.
 
 The oracle is a dense Hessian of all examples in float64, on one device. The devices are parts of this
-machine's processor, in a process of their own: `meshes.py`.
+machine's processor, in a process of their own: `meshes.py`. A slow test; `test_border.py` draws among such
+meshes, too.
 """
 
 import json
@@ -20,6 +21,7 @@ from jaxlimit.core.constraints import places_itself
 from jaxlimit.core.sharding import ExampleSharding
 
 
+@pytest.mark.slow
 def test_where_data_and_kernels_lie_does_not_matter():
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     script = Path(__file__).with_name("meshes.py")

@@ -43,7 +43,8 @@ class Everything(nnx.Module):
 
 
 @pytest.mark.parametrize(
-    ("size", "padding", "strides"), [(5, 0, 1), (3, 1, 1), (3, 1, 2), (1, 0, 2), (11, 1, 4)]
+    ("size", "padding", "strides"),
+    [(5, 0, 1), (3, 1, 1), (3, 1, 2), (1, 0, 2), pytest.param(11, 1, 4, marks=pytest.mark.slow)],
 )
 def test_convolution_is_that_of_xla(size, padding, strides):
     """Values, gradients, and the derivative of the gradient."""
@@ -91,7 +92,13 @@ COUNTS = {
 }
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in ("resnet101", "resnet152") else [])
+        for name in COUNTS
+    ],
+)
 def test_parameter_counts_are_the_hand_derived_ones(name):
     make, kernels, total = COUNTS[name]
     state = nnx.state(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))), nnx.Param)

@@ -33,7 +33,7 @@ def in_the_collector():
             gc.callbacks.remove(press)
             signal.raise_signal(signal.SIGINT)
 
-    return lambda: (gc.callbacks.append(press), gc.collect())
+    return lambda: (gc.callbacks.append(press), gc.collect(0))
 
 
 def test_ctrl_c_inside_the_garbage_collector_is_remembered_without_a_traceback(in_the_collector, monkeypatch):

@@ -31,7 +31,10 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if "resnet50" in name else []) for name in PRESETS],
+)
 def test_networks_fit_their_data(name):
     preset = find_preset(name)
     source = presets.DATASETS.get(preset.dataset)

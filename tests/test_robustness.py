@@ -98,8 +98,15 @@ def test_weights_almost_all_zero(num_probes):
         assert limit.estimates()[name].upper >= 0.98
 
 
-@pytest.mark.parametrize("basis_bytes", [0, 40 * 300 * 4])
-@pytest.mark.parametrize("hessian", [True, False])
+@pytest.mark.parametrize(
+    ("hessian", "basis_bytes"),
+    [
+        (True, 0),
+        (False, 40 * 300 * 4),
+        pytest.param(True, 40 * 300 * 4, marks=pytest.mark.slow),
+        pytest.param(False, 0, marks=pytest.mark.slow),
+    ],
+)
 def test_a_basis_that_does_not_fit_is_said_and_the_limits_are_the_same(basis_bytes, hessian):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((400, 300)) * np.geomspace(1, 1e-2, 300)
@@ -193,8 +200,14 @@ def solved_and_checked(problem):
     return limit
 
 
-@settings(max_examples=settings.default.max_examples // 5, suppress_health_check=[HealthCheck.too_slow])
-@given(problem=problems())
-def test_random_problems(problem):
+@pytest.mark.parametrize("share", [20, pytest.param(5, marks=pytest.mark.slow)])
+def test_random_problems(share):
     """`benchmarks/fuzz.py` does 2,000 of them."""
-    solved_and_checked(problem)
+    count = settings.default.max_examples // share
+
+    @settings(max_examples=count, suppress_health_check=[HealthCheck.too_slow])
+    @given(problem=problems())
+    def solve(problem):
+        solved_and_checked(problem)
+
+    solve()

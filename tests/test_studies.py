@@ -55,8 +55,10 @@ OPTIONS = {
     "tolerances": [],
     "training": ["--at", "0"],
 }
-# Their networks are trained in other ways, which compile for longer.
-TRAINS_ANEW = ("gems", "gradual", "regularizer")
+# They train in other ways, which compile for longer, are several limits, or are run by another test, too.
+SLOW = ("crossing", "gems", "gradual", "order", "scaling", "tolerances", "training")
+# The longest. What it trains with is tested in `test_differentiable.py`.
+MARKS = dict.fromkeys(SLOW, pytest.mark.slow) | {"regularizer": pytest.mark.nightly}
 
 
 @pytest.fixture(autouse=True)
@@ -70,10 +72,7 @@ def test_every_experiment_is_run_here():
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [
-        pytest.param(*item, marks=[pytest.mark.slow] if item[0] in TRAINS_ANEW else [], id=item[0])
-        for item in OPTIONS.items()
-    ],
+    [pytest.param(name, options, marks=MARKS.get(name, ()), id=name) for name, options in OPTIONS.items()],
 )
 def test_an_experiment_writes_results_table_and_figures(name, options, tmp_path, capsys):
     args = ["experiment", name, "tiny", *SMALL, *options, "--out", str(tmp_path / name)]
@@ -94,6 +93,7 @@ def test_an_experiment_writes_results_table_and_figures(name, options, tmp_path,
     assert table in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_factor_of_one_is_the_trained_network(tmp_path):
     folder = tmp_path / "scaling"
     args = ["experiment", "scaling", "tiny", *SMALL, "--factors", "1", "2", "--out", str(folder)]
@@ -104,12 +104,14 @@ def test_a_factor_of_one_is_the_trained_network(tmp_path):
     assert f"| held times 2 | - | {held[1]:.3f} |" in (folder / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_limit_that_was_not_computed_is_not_predicted(tmp_path):
     args = ["experiment", "training", "tiny", *SMALL, "--max-matvecs", "16", "--at", "0"]
     assert main([*args, "--out", str(tmp_path / "training")]) == 0
     assert "one_shot - of 2," in (tmp_path / "training" / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_scores_that_are_all_off_have_no_limit(tmp_path, monkeypatch):
     """The accuracy is measured all the same."""
     monkeypatch.setattr(gems, "recipe_l2", lambda density: 1e3)
@@ -144,21 +146,12 @@ def test_scores_are_asked_about_with_the_running_statistics_of_their_search():
 
 
 def test_too_few_products_are_mentioned_below_the_table(tmp_path):
-    args = [
-        "experiment",
-        "order",
-        "tiny",
-        "--seeds",
-        "1",
-        "--num-examples",
-        "200",
-        "--out",
-        str(tmp_path / "order"),
-    ]
+    """The two orders of weights ask about one network: it is trained once, and kept with the results."""
+    out = tmp_path / "order"
+    args = ["experiment", "order", "tiny", "--seeds", "1", "--num-examples", "200", "--out", str(out)]
     assert main([*args, "--max-matvecs", "32"]) == 0
-    assert (
-        "Under-resolved, or without a product left: 2 of 2." in (tmp_path / "order" / "table.md").read_text()
-    )
+    assert "Under-resolved, or without a product left: 2 of 2." in (out / "table.md").read_text()
+    assert [path.name for path in (out / "networks").iterdir()] == ["tiny-l1-0.0005-epoch-2-of-2-seed0"]
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +212,7 @@ def multiplied(params, factors):
     return unflatten_dict({path: x * factors[names.index(path[:-1])][path[-1]] for path, x in flat.items()})
 
 
-@pytest.mark.parametrize("kind", ["network", "convolutional"])
+@pytest.mark.parametrize("kind", [pytest.param("network", marks=pytest.mark.slow), "convolutional"])
 def test_scaling_keeps_the_function_and_with_a_temperature_the_limits(kind, request):
     """c^T H c and lambda R^2 stay as they are when all weights grow alike and the function is kept."""
     predict, params, batches = request.getfixturevalue(kind)
@@ -419,11 +412,3 @@ def test_a_limit_that_was_interrupted_goes_on(tmp_path):
     gone_on, first = found(tmp_path / "piece", 1000)
     assert first > 16
     assert gone_on == whole
-
-
-def test_networks_are_kept_with_the_results(tmp_path):
-    """The two orders of weights ask about one network: it is trained once."""
-    assert main(["experiment", "order", "tiny", *SMALL, "--out", str(tmp_path / "out")]) == 0
-    assert [path.name for path in (tmp_path / "out" / "networks").iterdir()] == [
-        "tiny-l1-0.0005-epoch-2-of-2-seed0"
-    ]

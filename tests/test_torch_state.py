@@ -182,7 +182,10 @@ def test_batch_norm_and_features_from_safetensors(tmp_path):
     compare(network, path, images.transpose(0, 2, 3, 1), normalized_network(state, images))
 
 
-@pytest.mark.parametrize(("depth", "counts", "expansion"), [(18, (2, 2, 2, 2), 1), (50, (3, 4, 6, 3), 4)])
+@pytest.mark.parametrize(
+    ("depth", "counts", "expansion"),
+    [(18, (2, 2, 2, 2), 1), pytest.param(50, (3, 4, 6, 3), 4, marks=pytest.mark.slow)],
+)
 def test_resnets(tmp_path, depth, counts, expansion):
     path, state = tmp_path / "net.npz", random_state(resnet_shapes(counts, 2, expansion))
     np.savez(path, **state)
