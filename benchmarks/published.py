@@ -250,11 +250,17 @@ MORE_IMAGES = Row(
     statistics=True,
     sparsities=(0.7, 0.8, 0.9),
 )
+AFFINE = replace(
+    MORE_IMAGES,
+    name="the same, scales and biases move",
+    trainable=published_networks.is_affine,
+    sparsities=(0.9,),
+)
 RESNET20 = Case(
     "ResNet20, CIFAR-10",
     published_networks.resnet20,
     {"magnitude cut": False, "cut, statistics anew": True},
-    (FEW_IMAGES, MORE_IMAGES),
+    (FEW_IMAGES, MORE_IMAGES, AFFINE),
     (
         Published("CHITA, better ridge", (90.55, 88.02, 79.76, 61.67, 21.81, None, None), 1000),
         Published("CHITA++ LSB", (None, None, None, 84.13, 70.64, None, None), 8000),
