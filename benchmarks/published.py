@@ -209,10 +209,25 @@ MORE = Row(
 VARIANTS = (
     replace(FEW, name="16,000, labels", soft=0.0),
     replace(FEW, name="16,000, half labels", soft=0.5),
-    replace(FEW, name="16,000, damping 1/10", settings=replace(FEW.settings, damping=0.001)),
+    replace(FEW, name="16,000, damping a tenth", settings=replace(FEW.settings, damping=0.001)),
     replace(FEW, name="16,000, damping 10 times", settings=replace(FEW.settings, damping=0.1)),
     replace(FEW, name="16,000, stopped at 12,000", most=11_300),
     replace(MORE, name="256,000, half dense outputs", soft=0.5),
+    # With what the checks take.
+    replace(
+        FEW,
+        name="16,000, checks among them",
+        num_examples=1000,
+        settings=shares(1000, 200, 100, step_products=3, damping=0.01),
+        most=12_300,
+    ),
+    replace(
+        MORE,
+        name="256,000, checks among them",
+        num_examples=16_000,
+        settings=shares(16_000, 4000, 500, step_products=5),
+        most=202_000,
+    ),
 )
 MLPNET = Case(
     "MLPNet, MNIST",
@@ -221,7 +236,7 @@ MLPNET = Case(
     (
         FEW,
         MORE,
-        Row("prune, all data", 60_000, None, jaxlimit.Settings()),
+        Row("prune, all data", 60_000, None, jaxlimit.Settings(), most=6_200_000),
         *VARIANTS,
     ),
     (
