@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import common
 import jax
@@ -34,7 +35,7 @@ from published_networks import Network
 
 import jaxlimit
 from jaxlimit.core import trees
-from jaxlimit.pruning.prune import MAX_PRODUCTS
+from jaxlimit.pruning.prune import AVERAGED, MAX_PRODUCTS
 
 NAME = "published"
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
@@ -71,6 +72,7 @@ class Row:
         statistics: whether those of batch norm are taken anew from `STATISTICS` images after the magnitude
             cut, whose mask then stays; else masks are chosen along the path of `prune`.
         sparsities: where it is measured.
+        averaged: last steps whose mean is taken.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Row:
     trainable: Callable[[Any, Any], bool] | None = None
     statistics: bool = False
     sparsities: tuple[float, ...] = SPARSITIES
+    averaged: int = AVERAGED
 
     @property
     def max_products(self) -> float:
@@ -139,18 +142,19 @@ def readjusted(network: Network, row: Row, sparsity: float) -> dict[str, Any]:
     """A network of a row."""
     start, num_examples = time.perf_counter(), row.num_examples
     params, mask = cut(network, row.statistics, sparsity) if row.statistics else (network.params, None)
-    found = jaxlimit.prune(
-        partial(predict, network),
-        loss,
-        params,
-        batches_of(network, row),
-        None if row.statistics else sparsity,
-        mask=mask,
-        prunable=network.prunable,
-        trainable=row.trainable,
-        settings=row.settings_to(sparsity),
-        max_products=row.max_products,
-    )
+    with patch("jaxlimit.pruning.prune.AVERAGED", row.averaged):
+        found = jaxlimit.prune(
+            partial(predict, network),
+            loss,
+            params,
+            batches_of(network, row),
+            None if row.statistics else sparsity,
+            mask=mask,
+            prunable=network.prunable,
+            trainable=row.trainable,
+            settings=row.settings_to(sparsity),
+            max_products=row.max_products,
+        )
     elapsed = time.perf_counter() - start
     return {
         "accuracy": network.accuracy(found.params),
@@ -209,10 +213,26 @@ MORE = Row(
 VARIANTS = (
     replace(FEW, name="16,000, labels", soft=0.0),
     replace(FEW, name="16,000, half labels", soft=0.5),
-    replace(FEW, name="16,000, damping 1/10", settings=replace(FEW.settings, damping=0.001)),
+    replace(FEW, name="16,000, damping a tenth", settings=replace(FEW.settings, damping=0.001)),
     replace(FEW, name="16,000, damping 10 times", settings=replace(FEW.settings, damping=0.1)),
     replace(FEW, name="16,000, stopped at 12,000", most=11_300),
     replace(MORE, name="256,000, half dense outputs", soft=0.5),
+    replace(MORE, name="256,000, the last step alone", averaged=1),
+    # With what the checks take.
+    replace(
+        FEW,
+        name="16,000, checks among them",
+        num_examples=1000,
+        settings=shares(1000, 200, 100, step_products=3, damping=0.01),
+        most=12_300,
+    ),
+    replace(
+        MORE,
+        name="256,000, checks among them",
+        num_examples=16_000,
+        settings=shares(16_000, 4000, 500, step_products=5),
+        most=202_000,
+    ),
 )
 MLPNET = Case(
     "MLPNet, MNIST",
@@ -221,7 +241,7 @@ MLPNET = Case(
     (
         FEW,
         MORE,
-        Row("prune, all data", 60_000, None, jaxlimit.Settings()),
+        Row("prune, all data", 60_000, None, jaxlimit.Settings(), most=6_200_000),
         *VARIANTS,
     ),
     (
@@ -238,7 +258,7 @@ FEW_IMAGES = Row(
     most=1_000,
     soft=1.0,
     statistics=True,
-    sparsities=(0.7, 0.8, 0.9),
+    sparsities=(0.8, 0.9),
 )
 MORE_IMAGES = Row(
     "statistics anew, prune, 8,000",
@@ -248,18 +268,24 @@ MORE_IMAGES = Row(
     most=7_500,
     soft=1.0,
     statistics=True,
-    sparsities=(0.7, 0.8, 0.9),
+    sparsities=(0.8, 0.9),
+)
+AFFINE = replace(
+    MORE_IMAGES,
+    name="the same, scales and biases move",
+    trainable=published_networks.is_affine,
+    sparsities=(0.9,),
 )
 RESNET20 = Case(
     "ResNet20, CIFAR-10",
     published_networks.resnet20,
     {"magnitude cut": False, "cut, statistics anew": True},
-    (FEW_IMAGES, MORE_IMAGES),
+    (MORE_IMAGES, AFFINE, FEW_IMAGES),
     (
         Published("CHITA, better ridge", (90.55, 88.02, 79.76, 61.67, 21.81, None, None), 1000),
         Published("CHITA++ LSB", (None, None, None, 84.13, 70.64, None, None), 8000),
     ),
-    (0.5, 0.6, 0.7, 0.8, 0.9),
+    (0.7, 0.8, 0.9),
 )
 CASES = {"mlpnet": MLPNET, "resnet20": RESNET20}
 
@@ -279,7 +305,7 @@ def results(case: Case, folder: Path) -> dict[str, dict[str, Any]]:
     for name, statistics in case.cuts.items():
         tasks[name] = case.sparsities, lambda s, statistics=statistics: cut_alone(network(), statistics, s)
     for row in case.rows:
-        tasks[row.name] = (0.0, *row.sparsities), lambda s, row=row: readjusted(network(), row, s)
+        tasks[row.name] = (*row.sparsities, 0.0), lambda s, row=row: readjusted(network(), row, s)
     found = {}
     for name, (sparsities, compute) in tasks.items():
         parts = folder / name.replace(" ", "_").replace(",", "")
@@ -320,8 +346,11 @@ def plot(document: Mapping[str, Any]) -> None:
             row: {float(s): part["accuracy"] for s, part in parts.items()}
             for row, parts in found["rows"].items()
         }
+        variants = {row.name for row in VARIANTS}
         dense = rows.pop("dense")[0.0]
         for row, points in rows.items():
+            if row in variants:
+                continue
             kept = [s for s in sorted(points) if s]
             ax.plot([1 - s for s in kept], [points[s] for s in kept], "o-", markersize=3, label=row)
         for row in found["published"]:
@@ -331,6 +360,8 @@ def plot(document: Mapping[str, Any]) -> None:
         ax.set(xscale="log", xlabel="share of the weights that is kept", ylabel="test accuracy, %")
         ax.set_ylim(max(0, dense - 30), dense + 4)
         ax.set_title(CASES[name].title)
+        ax.set_xticks([1 - s for s in SPARSITIES], [f"{1 - s:.2g}" for s in SPARSITIES])
+        ax.minorticks_off()
         ax.invert_xaxis()
         ax.legend(fontsize=7)
     figure.savefig(common.FIGURES / f"{NAME}.png", dpi=120)

@@ -269,7 +269,7 @@ def test_steps_on_parts_of_the_data_end_in_the_mean_of_the_last_ones(network, mo
     settings = Settings(curvature_share=0.34, gradient_share=0.34, stage_share=0.5)
     call = (predict, cross_entropy, params, list(batched(arrays, 15)), 0.3)
     told = []
-    prune(*call, settings=settings, max_products=20, progress=told.append)
+    prune(*call, settings=settings, max_products=60, progress=told.append)
     after = [x.num_products for x in told[:3]]
 
     def weights(most):
