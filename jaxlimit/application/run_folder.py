@@ -26,11 +26,12 @@ from jaxlimit.core.writing import content_of, read_json, remove, write_json
 from jaxlimit.limits.estimate import LIMITS, Estimate
 from jaxlimit.training.losses import CURVATURES
 
-CONFIG, LIMIT, CURVES, MODEL, REPORT = (
+CONFIG, LIMIT, CURVES, MODEL, PRUNED, REPORT = (
     "config.json",
     "limit.json",
     "curves.csv",
     "weights.safetensors",
+    "pruned.safetensors",
     "report.html",
 )
 FIGURES = "figures"
