@@ -3,6 +3,7 @@
 The oracle of losses and errors is NumPy; that of the answers put together are the functions that give each.
 """
 
+import html
 import json
 from types import SimpleNamespace
 
@@ -10,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import jaxlimit
+from jaxlimit.application import answers, ledger
 from jaxlimit.application.question import NO_ERROR, NO_TEST_BATCHES, certifying_of, default_error
 from jaxlimit.measuring.sweeps import SPARSITIES
 
@@ -221,3 +224,101 @@ def test_an_error_and_a_bound_of_ones_own(problem):
     shares = outputs / outputs.sum(-1, keepdims=True)
     assert found.dense_error == pytest.approx(np.mean(np.sum((shares - np.eye(3)[problem.test[1]]) ** 2, -1)))
     assert "the error is at most 1," in repr(found).replace("\n  ", " ")
+
+
+@pytest.fixture(scope="module")
+def folder(problem, tmp_path_factory):
+    """That of a finished assessment, and what it found."""
+    out = tmp_path_factory.mktemp("assessed") / "out"
+    return out, assess(problem, out=out, test_batches=problem.test_batches)
+
+
+def test_the_folder_has_the_report_and_the_network(folder):
+    out, found = folder
+    names = {path.name for path in out.iterdir() if path.name != ".lock"}
+    assert names >= {
+        "config.json",
+        "limit.json",
+        "spectrum-gauss_newton.npz",
+        "pruned.safetensors",
+        "report.html",
+    }
+    assert not [name for name in names if "checkpoint" in name or name.endswith(".tmp")]
+    stored = load_file(out / "pruned.safetensors")
+    for name in ("first", "second"):
+        assert np.array_equal(stored[name], found.attained.pruned.params[name])
+        assert np.array_equal(stored[name] != 0, stored[f"{name}.mask"])
+    assert np.array_equal(stored["bias"], found.attained.pruned.params["bias"])
+    document = json.loads((out / "limit.json").read_text())
+    assert document["pruned"]["bytes"] == 4 * (45 + 3)
+    assert document["pruned"]["kept_share"]["first"] == np.mean(stored["first.mask"])
+    page = html.unescape((out / "report.html").read_text())
+    for sentence in (*found.sentences, found.recommendation):
+        assert sentence in page
+    assert "http" not in page
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("limits", "cut", "finished")]
+
+
+@pytest.mark.parametrize("when", ["third network", "attained", *SLOW])
+def test_a_kill_at_any_moment_loses_nothing(problem, folder, tmp_path, monkeypatch, when):
+    """As if the process had died in the search, or when a stage's own files were there but not entered."""
+    out, kept = tmp_path / "out", []
+
+    def dies_entering(self, found):
+        if when in found:
+            raise KeyboardInterrupt
+        enter(self, found)
+
+    def dies_keeping(self, sparsity, params):
+        kept.append(sparsity)
+        if when == "third network" and len(kept) == 3:
+            raise KeyboardInterrupt
+        keep(self, sparsity, params)
+
+    enter, keep = ledger.Ledger._enter, answers.Networks.keep
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger.Ledger, "_enter", dies_entering)
+        patch.setattr(answers.Networks, "keep", dies_keeping)
+        with pytest.raises(KeyboardInterrupt):
+            assess(problem, out=out, test_batches=problem.test_batches)
+    assert not (out / "report.html").exists() or when == "finished"
+    again = assess(problem, out=out, test_batches=problem.test_batches)
+    assert repr(again) == repr(folder[1])
+    assert (out / "pruned.safetensors").read_bytes() == (folder[0] / "pruned.safetensors").read_bytes()
+    documents = [json.loads((where / "limit.json").read_text()) for where in (out, folder[0])]
+    for document in documents:
+        del document["seconds"]
+    assert documents[0] == documents[1]
+
+
+def test_a_finished_folder_is_read_and_nothing_computed(problem, folder, monkeypatch):
+    for name in ("hessian", "gauss_newton", "pruning_limit", "attained_limit", "certify"):
+        monkeypatch.setattr(f"jaxlimit.application.answers.{name}", None)
+    again = assess(problem, out=folder[0], test_batches=problem.test_batches)
+    assert repr(again) == repr(folder[1])
+    found, stored = (x.attained.pruned for x in (folder[1], again))
+    assert jax.tree.all(
+        jax.tree.map(np.array_equal, (found.params, found.mask), (stored.params, stored.mask))
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"loss_tolerance": 0.03}, "loss_tolerance"),
+        ({"confidence": 0.9}, "confidence"),
+        ({"max_products": 6}, "max_products"),
+    ],
+)
+def test_a_folder_of_another_assessment_is_refused(problem, folder, change, named):
+    with pytest.raises(ValueError, match=f"holds an assessment with .*{named} = "):
+        assess(problem, out=folder[0], test_batches=problem.test_batches, **change)
+
+
+def test_a_folder_of_something_else_is_refused(problem, tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match=r"not of an assessment \(thesis.tex"):
+        assess(problem, out=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

@@ -10,7 +10,7 @@ from jaxlimit.application.answers import Cut, Networks
 from jaxlimit.application.assessment import Assessment
 from jaxlimit.application.ledger import Found, Performer, Stage
 from jaxlimit.application.question import Certifying, Question
-from jaxlimit.application.spectra import save_spectrum
+from jaxlimit.application.spectra import load_spectrum, save_spectrum
 from jaxlimit.application.terminal import Monitor
 from jaxlimit.core.trees import flatten, partition
 from jaxlimit.limits.dense_source import dense_fits
@@ -76,7 +76,8 @@ def limit_stage(work: Answering, name: str) -> Stage[Found[PruningLimit]]:
         return Found(limit, {"limits": {name: limit.to_json()}})
 
     def load(document: Mapping[str, Any]) -> Found[PruningLimit]:
-        return Found(PruningLimit.from_json(document["limits"][name]), {})
+        spectrum = load_spectrum(run_folder.spectrum_path(work.folder, name))
+        return Found(PruningLimit.from_json(document["limits"][name], spectrum.measure), {})
 
     dim = flatten(partition(question.params, question.prunable)[0]).size
     return Stage(

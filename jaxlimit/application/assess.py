@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import jax
 
 from jaxlimit.application.answering import Answering, answer
+from jaxlimit.application.assessed_folder import assess_into, require_extra
 from jaxlimit.application.assessment import Assessment
 from jaxlimit.application.ledger import Performer
 from jaxlimit.application.question import (
@@ -22,7 +24,7 @@ from jaxlimit.core.checks import require_key, require_problem, require_weight_fn
 from jaxlimit.core.interrupt import Interrupt
 from jaxlimit.core.trees import Prunable, PyTree, is_kernel
 from jaxlimit.limits.pruning_limit import MAX_MATVECS
-from jaxlimit.measuring.loss_statistics import loss_statistics
+from jaxlimit.measuring.loss_statistics import LossStatistics, loss_statistics
 from jaxlimit.measuring.risks import Metric
 from jaxlimit.pruning.attained import MAX_PRODUCTS
 from jaxlimit.pruning.trust_region import DEFAULT, Settings
@@ -55,6 +57,7 @@ def assess(
     max_matvecs: int = MAX_MATVECS,
     max_products: float = MAX_PRODUCTS,
     settings: Settings = DEFAULT,
+    out: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Assessment:
     r"""How sparse this network can be pruned: predicted, attained and certified.
@@ -93,12 +96,16 @@ def assess(
         max_matvecs: budget of each curvature, as for `pruning_limit`.
         max_products: budget of the search, as for `attained_limit`.
         settings: as for `prune`.
+        out: folder for the results: limit.json, spectra, the pruned network with its mask as safetensors,
+            figures and a self-contained report.html. Work that was interrupted goes on with the same call
+            and gives the same bits; a folder of another assessment is refused.
         progress: whether to show, on standard error, how far the work is.
 
     Returns:
         The limits, the cut, the network that was attained, and the certificate; `print` shows one table.
 
     Raises:
+        ImportError: `out` needs packages that are not installed.
         ValueError: as for these functions; batches that are all alike, or a single one, and no
             `loss_tolerance`; test data that are the data of `batches`.
 
@@ -118,15 +125,18 @@ def assess(
     key = require_key("key", key)
     risk = {"bounds": error_bounds, "bound": error_bound, "rise": error_rise, "confidence": confidence}
     certifying = certifying_of(predict_fn, params, batches, test_batches, error_fn, **risk)
-    if loss_tolerance is None:
-        loss_tolerance = _spread(MeanLoss(predict_fn, loss_fn), params, batches, weight_fn)
+    statistics = None
+    if out is not None:
+        require_extra()
+    if loss_tolerance is None or out is not None:
+        statistics = loss_statistics(MeanLoss(predict_fn, loss_fn), params, batches, weight_fn=weight_fn)
     question = Question(
         predict_fn=predict_fn,
         loss_fn=loss_fn,
         params=params,
         batches=batches,
         key=key,
-        loss_tolerance=float(loss_tolerance),
+        loss_tolerance=_spread(statistics) if loss_tolerance is None else float(loss_tolerance),
         tolerance=tolerance,
         attained_tolerance=attained_tolerance,
         max_matvecs=max_matvecs,
@@ -138,6 +148,9 @@ def assess(
         settings=settings,
         certifying=certifying,
     )
+    if out is not None and statistics is not None:
+        with _watched(progress) as monitor:
+            return assess_into(Path(out), question, curvatures, statistics, monitor)
     with _watched(progress) as monitor, tempfile.TemporaryDirectory() as folder:
         return answer(Answering(question, Path(folder), False, monitor), curvatures, Performer(monitor))
 
@@ -155,14 +168,9 @@ def _require_curvatures(curvatures: Sequence[str]) -> None:
         raise ValueError(f"curvatures must be some of {', '.join(CURVATURES)}, got {curvatures!r}.")
 
 
-def _spread(
-    loss: MeanLoss,
-    params: PyTree,
-    batches: Iterable[PyTree],
-    weight_fn: Callable[[PyTree], jax.Array] | None,
-) -> float:
+def _spread(statistics: LossStatistics | None) -> float:
     """The paper's loss tolerance."""
-    spread = loss_statistics(loss, params, batches, weight_fn=weight_fn).batch_std
+    spread = math.nan if statistics is None else statistics.batch_std
     if not (spread > 0 and math.isfinite(spread)):
         raise ValueError(
             f"the default loss tolerance, the standard deviation of the batches' losses, is {spread:g}: give "
