@@ -5,6 +5,8 @@ The oracle of losses and errors is NumPy; that of the answers put together are t
 
 import html
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -19,6 +21,10 @@ from jaxlimit.application.question import NO_ERROR, NO_TEST_BATCHES, certifying_
 from jaxlimit.measuring.sweeps import SPARSITIES
 
 KEY = jax.random.key(3)
+PAGE = (Path(__file__).parents[1] / "docs" / "assess.md").read_text()
+# Of an example's call, so that it is quick.
+FEW = 'curvatures=["gauss_newton"], max_products=5,'
+EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 TOLERANCE = 0.02
 
 
@@ -322,3 +328,23 @@ def test_a_folder_of_something_else_is_refused(problem, tmp_path):
     with pytest.raises(ValueError, match=r"not of an assessment \(thesis.tex"):
         assess(problem, out=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param(EXAMPLES[0], marks=pytest.mark.slow, id="bare"),
+        pytest.param(EXAMPLES[1], id="linen"),
+        pytest.param(EXAMPLES[2], marks=pytest.mark.slow, id="equinox"),
+    ],
+)
+def test_the_examples_of_the_page_run(code, tmp_path, monkeypatch, capsys):
+    """After two epochs, of fewer products."""
+    monkeypatch.chdir(tmp_path)
+    assert "epochs=60" in code
+    short = code.replace("epochs=60", "epochs=2").replace(
+        "    test_batches=", f"    {FEW}\n    test_batches="
+    )
+    exec(compile(short, "assess.md", "exec"), {"__name__": "__main__"})
+    assert re.match(r"[Cc]ut to .* as it is; .* with readjustment; ", capsys.readouterr().out)
+    assert (tmp_path / "results" / "bare" / "report.html").exists() == ("out=" in code)

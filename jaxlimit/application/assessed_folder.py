@@ -200,7 +200,7 @@ def plot(found: Assessment) -> "Figure":
     bound = attained.dense_loss + attained.loss_tolerance
     panels = {"loss": {"cut": (grid, np.array(cut.losses, float)), "attained": (tried[:, 0], tried[:, 1])}}
     bounds = {"loss": (bound, "loss before, plus tolerance")}
-    measured = {"cut within the tolerance": cut.sparsity, "attained": attained.sparsity}
+    measured = {"cut within the tolerance": cut.sparsity, "sparsest attained": attained.sparsity}
     if cut.errors is not None and certificate is not None:
         dense = cut.errors[0]
         paired = certificate.bounds[0] < 0
