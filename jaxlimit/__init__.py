@@ -1,8 +1,11 @@
 """How sparse can a trained network be pruned, how sure is that, and is it true?"""
 
 from jaxlimit import geometry
+from jaxlimit.application.assess import assess
+from jaxlimit.application.assessment import Assessment
 from jaxlimit.core.batches import Batches, batched
 from jaxlimit.core.trees import is_kernel
+from jaxlimit.core.version import __version__ as __version__
 from jaxlimit.curvature.makers import gauss_newton, hessian
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.geometry.magnitude import apply_mask, magnitude_mask, removed_norm
@@ -24,9 +27,8 @@ from jaxlimit.spectrum.lanczos import tridiagonalize
 from jaxlimit.spectrum.measure import SpectralMeasure, spectral_measure
 from jaxlimit.spectrum.tridiagonal import Tridiagonal
 
-__version__ = "0.1.0"
-
 __all__ = [
+    "Assessment",
     "Attained",
     "Batches",
     "Certificate",
@@ -42,6 +44,7 @@ __all__ = [
     "Sweep",
     "Tridiagonal",
     "apply_mask",
+    "assess",
     "attained_limit",
     "batched",
     "certify",

@@ -7,13 +7,13 @@ from typing import Any
 
 import jax
 
-import jaxlimit
+from jaxlimit.core.version import __version__
 
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that decide the numbers."""
     # Not that of an installed package: a source tree need not be installed.
-    own = {"python": platform.python_version(), "jaxlimit": jaxlimit.__version__}
+    own = {"python": platform.python_version(), "jaxlimit": __version__}
     return own | {name: version(name) for name in ("jax", "jaxlib", "numpy", "scipy", "flax", "optax")}
 
 

@@ -1,122 +1,29 @@
-"""A run: its stages one after another, each computed once.
+"""A run: its stages one after another, each computed once (see `ledger`)."""
 
-A stage writes its files, and what it found is then entered in limit.json with the seconds it took. A run that
-was interrupted goes through the same stages and loads what is entered.
-"""
-
-import time
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
-from jaxlimit.application import machine, report, run_folder, stage_limits, stage_sweeps, stage_training
+from jaxlimit.application import (
+    report,
+    run_folder,
+    stage_answers,
+    stage_limits,
+    stage_sweeps,
+    stage_training,
+)
+from jaxlimit.application.answering import Answering, with_networks
 from jaxlimit.application.comparison import Comparison, compare
 from jaxlimit.application.job import Job
+from jaxlimit.application.ledger import Ledger, Stage
 from jaxlimit.application.presets import Arrays, Options, Preset
 from jaxlimit.application.spectra import load_spectrum
 from jaxlimit.application.stage_limits import Limits
 from jaxlimit.application.stage_sweeps import Measured
 from jaxlimit.application.stage_training import Trained
 from jaxlimit.application.terminal import Monitor
-from jaxlimit.core.writing import FORMAT, content_of, read_json, remove, write_json
-
-
-class Result(Protocol):
-    """What a stage found."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Its part of limit.json."""
-        ...
-
-
-R = TypeVar("R", bound=Result)
-
-
-@dataclass(frozen=True)
-class Stage(Generic[R]):
-    """A stage of a run.
-
-    Attributes:
-        name: in limit.json.
-        title: on the screen.
-        total: number of units of work that its progress counts.
-        compute: `compute() -> result`.
-        load: `load(limit.json) -> result`, where an earlier process has computed it.
-        told: `told(result)`, the sentence on the screen.
-        checkpoint: folder that is removed once the result is entered, or None.
-    """
-
-    name: str
-    title: str
-    total: int
-    compute: Callable[[], R]
-    load: Callable[[Mapping[str, Any]], R]
-    told: Callable[[R], str]
-    checkpoint: Path | None = None
-
-
-class Ledger:
-    """limit.json of a run under way: what its stages have found so far.
-
-    Args:
-        folder: of the run.
-        command: as typed.
-        monitor: told about the progress.
-    """
-
-    def __init__(self, folder: Path, command: str, monitor: Monitor) -> None:
-        self._path, self._monitor = folder / run_folder.LIMIT, monitor
-        self.document: dict[str, Any] = {
-            "format": FORMAT,
-            "finished": False,
-            "command": command,
-            "network": {},
-            "loss_statistics": {},
-            "loss_tolerance": None,
-            "limits": {},
-            "measured": {},
-            "comparison": [],
-            "seconds": {},
-        }
-        if self._path.exists():
-            self.document = _like(self.document, self._path)
-        self.document |= {"command": command, "versions": machine.versions(), "device": machine.device()}
-
-    def perform(self, stage: Stage[R]) -> R:
-        """The result of a stage: computed and entered, or loaded where it is entered."""
-        entered = stage.name in self.document["seconds"]
-        self._monitor.start(stage.title, 1 if entered else stage.total)
-        start = time.perf_counter()
-        if entered:
-            with content_of(self._path):
-                result = stage.load(self.document)
-        else:
-            result = stage.compute()
-            self._enter(result.to_json())
-            self.document["seconds"][stage.name] = round(time.perf_counter() - start, 2)
-            write_json(self._path, self.document)
-        if stage.checkpoint is not None:
-            remove(stage.checkpoint)
-        self._monitor.finish("loaded" if entered else stage.told(result))
-        return result
-
-    def _enter(self, found: Mapping[str, Any]) -> None:
-        """Limits and thresholds stand beside those of other stages."""
-        for name, value in found.items():
-            both = name in ("limits", "measured")
-            self.document[name] = self.document[name] | value if both else value
-
-
-def _like(empty: dict[str, Any], path: Path) -> dict[str, Any]:
-    """limit.json, with the names of an empty one and values of their kinds."""
-    stored = read_json(path)
-    with content_of(path):
-        for name, value in empty.items():
-            if isinstance(value, dict | list) and not isinstance(stored[name], type(value)):
-                raise TypeError(f"{name} is {stored[name]!r}")
-    return stored
+from jaxlimit.core.writing import FORMAT, content_of, read_json
 
 
 def config_of(preset: Preset, options: Options) -> dict[str, Any]:
@@ -156,6 +63,11 @@ def execute_run(
     measured = ledger.perform(_sweep(job, trained, limits))
     if preset.finetune_steps:
         measured = ledger.perform(_finetuned_sweep(job, trained, limits, measured))
+    with content_of(folder / run_folder.LIMIT):
+        predicted = stage_answers.predicted_of(ledger.document)
+        cut = stage_answers.cut_of(measured.columns, ledger.document["measured"])
+    work = Answering(stage_answers.question_of(job, trained), folder, True, monitor)
+    with_networks(work, predicted, cut, ledger)
     return _finish(job, ledger, measured)
 
 

@@ -3,22 +3,20 @@
 Everything is made from the files of the run's folder (see `run_folder`); nothing is computed anew.
 """
 
-import base64
 from collections.abc import Mapping
 from functools import partial
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jaxlimit import plots
-from jaxlimit.application import run_folder
+from jaxlimit.application import assessed_folder, page, run_folder
 from jaxlimit.application.comparison import COLUMNS, headline, notes, table_groups
 from jaxlimit.application.run_folder import Record
+from jaxlimit.application.stage_answers import assessment_of
 from jaxlimit.core import writing
-from jaxlimit.limits.estimate import LIMITS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,6 +24,7 @@ if TYPE_CHECKING:
 
 THRESHOLDS = {"loss": "loss", "finetuned": "fine-tuned loss"}
 CAPTIONS = {
+    "assessment": assessed_folder.CAPTIONS["assessment"],
     "loss": "Loss of the pruned network. Above: the predicted limits, and where the measured training losses "
     "first exceed the unpruned loss plus the tolerance, without and with fine-tuning. "
     "Fine-tuning pays no L1 term, so that it can go below the unpruned loss.",
@@ -51,7 +50,8 @@ def make_figures(run: Record) -> dict[str, "Figure"]:
     sensitivities = {name: found.sensitivity for name, found in run.spectra.items()}
     ridges = {name: found["ridge"] for name, found in document["limits"].items()}
     halfwidth = next(iter(document["limits"].values()))["transition_halfwidth"]
-    return {
+    assessment = assessment_of(document, run.columns)
+    return ({} if assessment is None else {"assessment": assessed_folder.plot(assessment)}) | {
         "loss": plots.plot_sweep(
             _sweep_curves(run, "loss"),
             ylabel="cross entropy (nats)",
@@ -119,9 +119,9 @@ def write_report(folder: Path, run: Record) -> Path:
             picture = folder / run_folder.FIGURES / f"{name}.png"
             writing.write_file(picture, partial(figure.savefig, format="png", metadata={"Software": None}))
             pictures[name] = picture.read_bytes()
-        page = render(run, pictures)
+        text = render(run, pictures)
     path = folder / run_folder.REPORT
-    writing.write_file(path, page)
+    writing.write_file(path, text)
     return path
 
 
@@ -132,45 +132,28 @@ def render(run: Record, pictures: Mapping[str, bytes]) -> str:
         run: what to report.
         pictures: PNGs by the names of `CAPTIONS`, in the order shown.
     """
-    from jinja2 import Environment, StrictUndefined
-
     document, preset, options = run.document, run.config["preset"], run.config["options"]
-    page = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
-    )
-    page.filters["shown"] = _shown
-    template = resources.files("jaxlimit.application").joinpath("report.html.jinja").read_text()
-    return page.from_string(template).render(
+    sentences, tables = [headline(document)], []
+    assessment = assessment_of(document, run.columns)
+    if assessment is not None:
+        sentences = [*assessment.sentences, f"Recommended: {assessment.recommendation}."]
+        tables = [assessed_folder.table(assessment)]
+    measured = page.Table("Predicted against measured", COLUMNS, table_groups(document), notes(document))
+    kept = [] if assessment is None else [assessed_folder.pruned_table(document["pruned"])]
+    return page.render(
         title=f"Pruning limit: {preset['name']}, seed {options['seed']}",
-        headline=headline(document),
-        columns=COLUMNS,
-        groups=table_groups(document),
-        notes=notes(document),
+        sentences=sentences,
+        tables=[*tables, measured, *kept],
         captions=CAPTIONS,
-        pictures={name: base64.b64encode(png).decode() for name, png in pictures.items()},
+        pictures=pictures,
         details={
             "preset": preset | options,
             "network": document["network"],
-            "Hessian": _details(document, "hessian"),
-            "Gauss-Newton": _details(document, "gauss_newton"),
+            "Hessian": page.details(document, "hessian"),
+            "Gauss-Newton": page.details(document, "gauss_newton"),
             "seconds": document["seconds"],
             "versions": document["versions"],
             "device": document["device"],
         },
         command=document["command"],
-    )
-
-
-def _details(document: Mapping[str, Any], name: str) -> dict[str, Any]:
-    found = document["limits"].get(name, {})
-    return {key: value for key, value in found.items() if key not in (*LIMITS, "reference")}
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "default"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return (
-        f"{value:.5g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
     )

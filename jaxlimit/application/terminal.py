@@ -31,6 +31,30 @@ def make_monitor(interrupt: Interrupt) -> "Bars | Lines":
     return Bars(interrupt) if sys.stderr.isatty() else Lines(interrupt)
 
 
+class Silent:
+    """No progress is shown; Ctrl-C is heard."""
+
+    def __init__(self, interrupt: Interrupt):
+        self._interrupt = interrupt
+
+    def __enter__(self) -> "Silent":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def start(self, title: str, total: int) -> None:
+        """Says nothing."""
+
+    def update(self, done: int, note: str = "") -> None:
+        """Says nothing."""
+        self._interrupt.check()
+
+    def finish(self, note: str) -> None:
+        """Says nothing."""
+        self._interrupt.check()
+
+
 class Lines:
     """Progress where there is no terminal: a line for each stage, and one a minute in a long one."""
 

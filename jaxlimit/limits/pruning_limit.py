@@ -30,7 +30,7 @@ from jaxlimit.limits.estimate import LIMITS, Estimate
 from jaxlimit.limits.lanczos_source import lanczos_source
 from jaxlimit.limits.problem import Problem, fingerprint
 from jaxlimit.limits.readjusted import readjusted_limit
-from jaxlimit.limits.result import PruningLimit
+from jaxlimit.limits.result import Behind, PruningLimit
 from jaxlimit.limits.rises import true_rises
 from jaxlimit.limits.source import Source
 from jaxlimit.limits.status import Findings, status_of
@@ -234,7 +234,5 @@ def _result(
         ridge=problem.ridge(problem.num_removed(solved.width.value)),
         code=code,
         status=status,
-        _problem=problem,
-        _bracket=solved.bracket,
-        _removed=solved.removed,
+        _behind=Behind(problem, solved.bracket, solved.removed),
     )

@@ -2,7 +2,7 @@ r"""What `pruning_limit` returns: the limits, what they rest on, and how far to 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,6 +20,11 @@ from jaxlimit.spectrum.measure import SpectralMeasure
 
 # The window in which the probability falls from 95 % to 5 %.
 ETA = 0.05
+# Of a limit, what is a number or a text: JSON carries it.
+_NUMBERS = (
+    *("loss_tolerance", "tolerance", "num_matvecs", "num_probes", "num_steps", "num_examples", "dim"),
+    *("positive_semidefinite", "method", "reorthogonalized", "largest_eigenvalue", "ridge", "code", "status"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +63,20 @@ class Sensitivity:
     loss_tolerance: NDArray[np.float64]
     width: NDArray[np.float64]
     cone: NDArray[np.float64] | None
+
+
+class Behind(NamedTuple):
+    """What curves and sensitivities are made of.
+
+    Attributes:
+        problem: the question.
+        bracket: of the spectral measure.
+        removed: of the spectral measure seen from c, by the number of removed weights.
+    """
+
+    problem: Problem
+    bracket: SpectralBracket
+    removed: dict[int, SpectralBracket]
 
 
 @dataclass(frozen=True, repr=False)
@@ -104,9 +123,7 @@ class PruningLimit:
     ridge: float
     code: Code
     status: str
-    _problem: Problem = field(repr=False)
-    _bracket: SpectralBracket = field(repr=False)
-    _removed: dict[int, SpectralBracket] = field(repr=False)  # seen from c, by the number of removed weights
+    _behind: Behind | None = field(repr=False)  # None where it was read from JSON
 
     @property
     def transition_halfwidth(self) -> float:
@@ -121,21 +138,21 @@ class PruningLimit:
     def curve(self, sparsities: ArrayLike | None = None) -> LimitCurve:
         """R(s) and delta(s) / D on a grid of sparsities (default: 201 from 0 to 1), for plots."""
         grid = np.linspace(0, 1, 201) if sparsities is None else _numbers(sparsities)
-        counts = num_removed(self.dim, grid)
-        radii = np.sqrt(self._problem.order.squared_norm[counts])
+        behind, counts = self._spectra(), num_removed(self.dim, grid)
+        radii = np.sqrt(behind.problem.order.squared_norm[counts])
 
         ridges = [width_ridge(float(radius), self.loss_tolerance) for radius in radii]
-        width = self._bracket.dimension.map(lambda delta: np.array([delta(a) for a in ridges]))
-        counts = sorted(self._removed)
-        cone = np.array([self._cone_dimension(n) for n in counts])
+        width = behind.bracket.dimension.map(lambda delta: np.array([delta(a) for a in ridges]))
+        counts = sorted(behind.removed)
+        cone = np.array([_cone_dimension(behind, n) for n in counts])
         return LimitCurve(
             grid, radii, width.value, width.lower, width.upper, np.array(counts) / self.dim, cone
         )
 
-    def _cone_dimension(self, n: int) -> float:
-        point = cone_point(self._removed[n], self._problem, n)
-        ridge = self._problem.ridge(n) * np.exp(point.log_rho.value)
-        return self._bracket.dimension.value(ridge)
+    def _spectra(self) -> Behind:
+        if self._behind is None:
+            raise ValueError("a limit read from JSON has no spectrum: curves and sensitivities need one.")
+        return self._behind
 
     def sensitivity(self, loss_tolerances: ArrayLike | None = None) -> Sensitivity:
         """How the limits move with the loss tolerance; costs no product.
@@ -152,26 +169,47 @@ class PruningLimit:
         if not np.all(np.isfinite(grid) & (grid > 0)):
             raise ValueError(f"loss_tolerances must be positive and finite, got {grid}.")
 
-        problems = [replace(self._problem, loss_tolerance=float(eps)) for eps in grid]
+        behind = self._spectra()
+        problems = [replace(behind.problem, loss_tolerance=float(eps)) for eps in grid]
 
         def cone(problem: Problem) -> float:
-            points = [cone_point(bracket, problem, n) for n, bracket in self._removed.items()]
-            return cone_root(self._bracket, problem, points)[0].value
+            points = [cone_point(bracket, problem, n) for n, bracket in behind.removed.items()]
+            return cone_root(behind.bracket, problem, points)[0].value
 
-        width = np.array([width_limit(self._bracket, problem).value for problem in problems])
-        return Sensitivity(grid, width, np.array([cone(x) for x in problems]) if self._removed else None)
+        width = np.array([width_limit(behind.bracket, problem).value for problem in problems])
+        return Sensitivity(grid, width, np.array([cone(x) for x in problems]) if behind.removed else None)
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the arrays, as JSON values."""
-        names = (
-            "loss_tolerance tolerance num_matvecs num_probes num_steps num_examples dim "
-            "positive_semidefinite method reorthogonalized largest_eigenvalue ridge code status "
-            "transition_halfwidth"
-        )
         limits = {name: vars(estimate) for name, estimate in self.estimates().items()}
         # JSON has no number that is not finite.
         rises = {name: rise if np.isfinite(rise) else None for name, rise in self.rises.items()}
-        return {**limits, **{name: getattr(self, name) for name in names.split()}, "rises": rises}
+        numbers = {name: getattr(self, name) for name in (*_NUMBERS, "transition_halfwidth")}
+        return {**limits, **numbers, "rises": rises}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], measure: SpectralMeasure | None = None) -> "PruningLimit":
+        """The inverse of `to_json`, but for the arrays, which JSON does not carry.
+
+        Args:
+            values: what `to_json` returned; other names are ignored.
+            measure: the spectral measure; None: the limit has none, nor `curve` and `sensitivity`.
+
+        Raises:
+            ValueError: the values are not those of a limit.
+        """
+        try:
+            limits = {name: Estimate(**values[name]) if name in values else None for name in LIMITS}
+            # A rise that was not finite.
+            rises = {name: np.nan if rise is None else rise for name, rise in values["rises"].items()}
+            numbers: dict[str, Any] = {name: values[name] for name in _NUMBERS}
+            numbers["code"] = Code(numbers["code"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"these are not the values of a PruningLimit: {type(error).__name__}: {error}."
+            ) from error
+        without: Any = measure
+        return cls(**limits, **numbers, rises=rises, measure=without, _behind=None)
 
     def __repr__(self) -> str:
         kind = "Gauss-Newton" if self.positive_semidefinite else "Hessian"
@@ -196,6 +234,11 @@ class PruningLimit:
             f"status: {self.status}",
         ]
         return "\n".join(lines)
+
+
+def _cone_dimension(behind: Behind, n: int) -> float:
+    point = cone_point(behind.removed[n], behind.problem, n)
+    return behind.bracket.dimension.value(behind.problem.ridge(n) * np.exp(point.log_rho.value))
 
 
 def _numbers(values: ArrayLike) -> NDArray[np.float64]:

@@ -5,6 +5,7 @@ shows it, `figure.savefig(path)` writes it. matplotlib is needed only when a fun
 by their names "hessian" and "gauss_newton" and keep their colours in all figures.
 """
 
+from jaxlimit.plots.assessments import plot_assessment
 from jaxlimit.plots.measurements import plot_sweep
 from jaxlimit.plots.predictions import plot_limit, plot_sensitivity, plot_spectrum, plot_transition
 from jaxlimit.plots.series import plot_methods, plot_series
@@ -16,6 +17,7 @@ __all__ = [
     "STYLES",
     "TITLES",
     "Curve",
+    "plot_assessment",
     "plot_limit",
     "plot_methods",
     "plot_sensitivity",

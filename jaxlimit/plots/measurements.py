@@ -1,6 +1,6 @@
 """Figures of what is measured: how a network does as it is pruned, beside the limits predicted for it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,7 +59,8 @@ def plot_sweep(
         axes.set_yscale("log")
     _zoom(axes, curves, start, logarithmic)
     if rows:
-        _strip(panels[0], axes, marked, measured or {})
+        measured = {f"measured {label}": value for label, value in (measured or {}).items()}
+        draw_limits(panels[0], [axes], marked, measured)
     legend_below(figure, *panels)
     return figure
 
@@ -77,7 +78,9 @@ def _zoom(axes: "Axes", curves: Mapping[str, Curve], start: float, logarithmic: 
         axes.set_ylim(low - 0.04 * (high - low), high + 0.06 * (high - low) + 1e-9)
 
 
-def _strip(strip: "Axes", axes: "Axes", marked: Mapping[str, tuple], measured: Mapping[str, float]) -> None:
+def draw_limits(
+    strip: "Axes", below: Sequence["Axes"], marked: Mapping[str, tuple], measured: Mapping[str, float]
+) -> None:
     """Rows of predicted limits and of measured thresholds, above the axes they belong to."""
     labels = [*marked, "measured"] if measured else list(marked)
     shown: set[str] = set()
@@ -86,7 +89,7 @@ def _strip(strip: "Axes", axes: "Axes", marked: Mapping[str, tuple], measured: M
             label = None if name in shown else name.replace("_", "-")
             shown.add(name)
             strip.plot(limit.value, -row, MARKERS[name], color=colour, markersize=5, label=label, alpha=0.85)
-    for (label, value), marker in zip(measured.items(), ("|", "x"), strict=False):
+    for (label, value), marker in zip(measured.items(), ("|", "x", "*"), strict=False):
         strip.plot(
             value,
             -len(marked),
@@ -94,10 +97,11 @@ def _strip(strip: "Axes", axes: "Axes", marked: Mapping[str, tuple], measured: M
             color="black",
             markersize=9 if marker == "|" else 6,
             markeredgewidth=1.6,
-            label=f"measured {label}",
+            label=label,
         )
-        axes.axvline(value, color="black", linewidth=0.7, linestyle=":")
-    strip.set(ylim=(-len(labels) + 0.4, 0.6), xlim=axes.get_xlim(), yticks=-np.arange(len(labels)))
+        for axes in below:
+            axes.axvline(value, color="black", linewidth=0.7, linestyle=":")
+    strip.set(ylim=(-len(labels) + 0.4, 0.6), xlim=below[0].get_xlim(), yticks=-np.arange(len(labels)))
     strip.set_yticklabels(labels)
     strip.tick_params(length=0, labelbottom=False)
     for side in ("left", "bottom"):

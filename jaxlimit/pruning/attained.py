@@ -67,6 +67,7 @@ def attained_limit(
     settings: Settings = DEFAULT,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: Callable[[Readjusting], None] | None = None,
+    on_network: Callable[[float, PyTree], None] | None = None,
 ) -> Attained:
     r"""The sparsest network that was found within the loss tolerance: a lower bound of what is possible.
 
@@ -94,6 +95,9 @@ def attained_limit(
         settings: as for `prune`.
         checkpoint: as for `prune`.
         progress: called with a `Readjusting` after every step.
+        on_network: called with the sparsity and the parameters of every network that is within the tolerance,
+            in the order in which they are found. One that is handed out when work is interrupted may be
+            handed out again, the same, when it goes on.
 
     Returns:
         The sparsity, the network, and all that were tried.
@@ -145,7 +149,9 @@ def attained_limit(
         while (target := _target(state, problem.dim, tolerance, settings.stage_share)) is not None:
             if state.point.num_products >= max_products:
                 break
-            state = _next(problem, state, target, goal, max_steps)
+            before, state = state, _next(problem, state, target, goal, max_steps)
+            if on_network is not None and state.best is not before.best:  # before it counts as handed out
+                on_network(target / problem.dim, problem.params(state.best.weights))
             store.save_tree("search", state)
             tell("search", int(state.num_removed), state.point, max_products)
         spent = float(state.point.num_products)

@@ -14,7 +14,7 @@ from jaxlimit.core.storage import Checkpoint, ordered_sum
 from jaxlimit.core.trees import Prunable, PyTree, flatten, is_kernel
 from jaxlimit.geometry.magnitude import num_removed
 from jaxlimit.pruning.readjustable import Readjustable, readjustable
-from jaxlimit.pruning.result import Ending, Pruned, Readjusting
+from jaxlimit.pruning.result import Ending, Pruned, Readjusting, kept_share
 from jaxlimit.pruning.trust_region import DEFAULT, Point, Settings
 
 # The last stage ends where two steps running lower the loss by less than this share of it, or of the loss
@@ -188,6 +188,7 @@ def network(problem: Readjustable, point: Point, mask: PyTree, code: Ending, sta
         num_steps=int(point.number),
         code=code,
         status=status,
+        kept_share=kept_share(mask),
     )
 
 

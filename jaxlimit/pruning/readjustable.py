@@ -133,20 +133,26 @@ def readjustable(
 ) -> Readjustable:
     """Checks the problem as `gauss_newton` does. Args: as for `prune`."""
     pruned, _ = partition(params, prunable)
-    paths = _paths(pruned)
-    moving = paths if trainable is None else paths | _paths(partition(params, trainable)[0])
+    paths, moving = _paths(pruned), movable(params, prunable, trainable)
     curvature = gauss_newton(
         predict_fn,
         loss_fn,
         params,
         batches,
-        prunable=lambda path, _: path in moving,
+        prunable=moving,
         weight_fn=weight_fn,
     )
     chosen = jax.tree_util.tree_map_with_path(lambda path, _: path in paths, curvature.weights)
     if scores is not None:
         magnitude_order(pruned, scores)  # refuses those that do not match
     return Readjustable(curvature, chosen, scores, settings)
+
+
+def movable(params: PyTree, prunable: Prunable, trainable: Prunable | None) -> Callable[[tuple, Any], bool]:
+    """Which parameters move: those that may be pruned, and those that are trainable, too."""
+    chosen = [prunable] if trainable is None else [prunable, trainable]
+    paths = set().union(*(_paths(partition(params, some)[0]) for some in chosen))
+    return lambda path, _: path in paths
 
 
 def _paths(tree: PyTree) -> set[tuple]:

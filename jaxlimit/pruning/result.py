@@ -1,6 +1,7 @@
 """What `prune` and `attained_limit` return: networks, what they cost, and how the work ended."""
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -8,6 +9,12 @@ import jax
 import numpy as np
 
 from jaxlimit.core.trees import PyTree
+
+
+def kept_share(mask: PyTree) -> dict[str, float]:
+    """Share of the weights that is kept in each array of a mask, by its name."""
+    leaves = jax.tree_util.tree_leaves_with_path(mask)
+    return {jax.tree_util.keystr(path): float(np.mean(np.asarray(x))) for path, x in leaves}
 
 
 class Ending(enum.StrEnum):
@@ -66,6 +73,7 @@ class Pruned:
         num_steps: steps of the trust region.
         code: how it ended, for programs.
         status: the same in a sentence.
+        kept_share: share of the weights that is kept in each array of the mask, by its name.
     """
 
     params: PyTree
@@ -77,17 +85,21 @@ class Pruned:
     num_steps: int
     code: Ending
     status: str
-
-    @property
-    def kept_share(self) -> dict[str, float]:
-        """Share of the weights that is kept in each array of the mask, by its name."""
-        leaves = jax.tree_util.tree_leaves_with_path(self.mask)
-        return {jax.tree_util.keystr(path): float(np.mean(np.asarray(x))) for path, x in leaves}
+    kept_share: Mapping[str, float]
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the network, as JSON values."""
         numbers = {name: _json(value) for name, value in vars(self).items() if name not in ("params", "mask")}
-        return {**numbers, "kept_share": self.kept_share}
+        return {**numbers, "kept_share": dict(self.kept_share)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], params: PyTree = None, mask: PyTree = None) -> "Pruned":
+        """The inverse of `to_json`; the network, which JSON does not carry, is None unless it is given.
+
+        A loss that was not finite is NaN.
+        """
+        loss, code = _number(values["loss"]), Ending(values["code"])
+        return cls(params=params, mask=mask, **{**values, "loss": loss, "code": code})
 
     def __repr__(self) -> str:
         return (
@@ -132,6 +144,14 @@ class Attained:
         numbers = {name: _json(value) for name, value in vars(self).items() if name != "pruned"}
         return {**numbers, "pruned": self.pruned.to_json()}
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], params: PyTree = None, mask: PyTree = None) -> "Attained":
+        """The inverse of `to_json`, as that of `Pruned`."""
+        found = dict(values)
+        found["tried"] = tuple((sparsity, _number(loss)) for sparsity, loss in values["tried"])
+        found["pruned"] = Pruned.from_json(values["pruned"], params, mask)
+        return cls(**{**found, "code": Ending(values["code"])})
+
     def __repr__(self) -> str:
         lines = [
             f"Attained sparsity {self.sparsity:.4f} for a loss increase of {self.loss_tolerance:.4g}",
@@ -152,3 +172,8 @@ def _json(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_json(x) for x in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _number(value: float | None) -> float:
+    """What `_json` made None is NaN."""
+    return np.nan if value is None else value

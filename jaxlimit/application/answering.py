@@ -1,0 +1,163 @@
+"""The stages that answer a question, for any network: predicted, cut, attained, certified."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxlimit.application import answers, pruned_files, run_folder
+from jaxlimit.application.answers import Cut, Networks
+from jaxlimit.application.assessment import Assessment
+from jaxlimit.application.ledger import Found, Performer, Stage
+from jaxlimit.application.question import Certifying, Question
+from jaxlimit.application.spectra import load_spectrum, save_spectrum
+from jaxlimit.application.terminal import Monitor
+from jaxlimit.core.trees import flatten, partition
+from jaxlimit.limits.dense_source import dense_fits
+from jaxlimit.limits.result import PruningLimit
+from jaxlimit.measuring.certificates import Certificate
+from jaxlimit.measuring.sweeps import SPARSITIES
+from jaxlimit.pruning.result import Attained
+
+NO_NETWORK = "no network within the tolerance was built."
+
+
+@dataclass(frozen=True)
+class Answering:
+    """A question, and where its answers go.
+
+    Attributes:
+        question: what is asked.
+        folder: of the results; of networks on the way, where nothing is kept.
+        kept: whether results, and work that is interrupted, are kept there.
+        monitor: told about the progress.
+    """
+
+    question: Question
+    folder: Path
+    kept: bool
+    monitor: Monitor
+
+    @property
+    def networks(self) -> Networks:
+        """Those on the way to the attained limit."""
+        return Networks(run_folder.checkpoint_path(self.folder, "networks"), self.question)
+
+    def checkpoint(self, stage: str) -> Path | None:
+        """Where a stage keeps what is half done."""
+        return run_folder.checkpoint_path(self.folder, stage) if self.kept else None
+
+
+def answer(work: Answering, curvatures: Sequence[str], performer: Performer) -> Assessment:
+    """All answers, from one stage after the other."""
+    predicted = {name: performer.perform(limit_stage(work, name)).value for name in curvatures}
+    cut = performer.perform(cut_stage(work)).value
+    return with_networks(work, predicted, cut, performer)
+
+
+def with_networks(
+    work: Answering, predicted: Mapping[str, PruningLimit], cut: Cut, performer: Performer
+) -> Assessment:
+    """What is attained and certified, beside what is predicted and cut."""
+    attained = performer.perform(attained_stage(work)).value
+    certificate = performer.perform(certified_stage(work)).value
+    reason = work.question.certifying if isinstance(work.question.certifying, str) else NO_NETWORK
+    return Assessment(predicted, cut, attained, certificate, "" if certificate else reason)
+
+
+def limit_stage(work: Answering, name: str) -> Stage[Found[PruningLimit]]:
+    """The limits that a curvature predicts."""
+    question, checkpoint = work.question, work.checkpoint(name)
+
+    def compute() -> Found[PruningLimit]:
+        limit = answers.predicted(question, name, checkpoint, work.monitor.update)
+        if work.kept:
+            save_spectrum(run_folder.spectrum_path(work.folder, name), limit, SPARSITIES)
+        return Found(limit, {"limits": {name: limit.to_json()}})
+
+    def load(document: Mapping[str, Any]) -> Found[PruningLimit]:
+        spectrum = load_spectrum(run_folder.spectrum_path(work.folder, name))
+        return Found(PruningLimit.from_json(document["limits"][name], spectrum.measure), {})
+
+    dim = flatten(partition(question.params, question.prunable)[0]).size
+    return Stage(
+        f"limit_{name}",
+        f"limit, {name.replace('_', '-')}",
+        dim if dense_fits(dim) else question.max_matvecs,
+        compute,
+        load,
+        lambda found: ", ".join(f"{which} {x.value:.3f}" for which, x in found.value.estimates().items()),
+        checkpoint,
+    )
+
+
+def cut_stage(work: Answering) -> Stage[Found[Cut]]:
+    """Where the loss of the network that is cut leaves the tolerance."""
+
+    def compute() -> Found[Cut]:
+        cut = answers.cut(work.question, work.monitor.update)
+        return Found(cut, {"cut": cut.to_json()})
+
+    return Stage(
+        "cut",
+        "sparsity sweep",
+        answers.NUM_CUTS,
+        compute,
+        lambda document: Found(Cut.from_json(document["cut"]), {}),
+        lambda found: f"loss threshold {found.value.sparsity:.4f}",
+    )
+
+
+def attained_stage(work: Answering) -> Stage[Found[Attained]]:
+    """The sparsest network within the tolerance that is built; it is kept, with its mask."""
+    question, checkpoint = work.question, work.checkpoint("attained")
+    path = work.folder / run_folder.PRUNED
+
+    def compute() -> Found[Attained]:
+        attained = answers.attained(question, work.networks, checkpoint, work.monitor.update)
+        part: dict[str, Any] = {"attained": attained.to_json()}
+        if work.kept:
+            pruned_files.save_pruned(path, attained.pruned)
+            part["pruned"] = pruned_files.sizes(question.params, attained.pruned)
+        return Found(attained, part)
+
+    def load(document: Mapping[str, Any]) -> Found[Attained]:
+        like = partition(question.params, question.prunable)[0]
+        network = pruned_files.load_pruned(path, question.params, like)
+        return Found(Attained.from_json(document["attained"], *network), {})
+
+    return Stage(
+        "attained",
+        "attained limit",
+        round(question.max_products),
+        compute,
+        load,
+        lambda found: f"sparsity {found.value.sparsity:.4f}",
+        checkpoint,
+    )
+
+
+def certified_stage(work: Answering) -> Stage[Found[Certificate | None]]:
+    """How far the networks on the way to it are certified."""
+
+    def compute() -> Found[Certificate | None]:
+        certificate = answers.certified(work.question, work.networks, work.monitor.update)
+        return Found(certificate, {"certificate": None if certificate is None else certificate.to_json()})
+
+    def load(document: Mapping[str, Any]) -> Found[Certificate | None]:
+        stored = document["certificate"]
+        return Found(None if stored is None else Certificate.from_json(stored), {})
+
+    def told(found: Found[Certificate | None]) -> str:
+        none = found.value is None or found.value.sparsity is None
+        return "nothing" if none else f"sparsity {found.value.sparsity:.4f}"  # pyright: ignore
+
+    return Stage(
+        "certified",
+        "certificate",
+        1 if isinstance(work.question.certifying, Certifying) else 0,
+        compute,
+        load,
+        told,
+        run_folder.checkpoint_path(work.folder, "networks"),
+    )

@@ -1,0 +1,221 @@
+"""The folder of an assessment: what it is of, its stages entered in limit.json, and its report.
+
+config.json           what decides the numbers
+limit.json            limits, cut, attained, certificate, versions, seconds; grows stage by stage
+spectrum-NAME.npz     per curvature: spectral measure, delta(s) / D, limits against the loss tolerance
+pruned.safetensors    the attained network, and its masks
+figures/, report.html
+"""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlimit import plots
+from jaxlimit.application import page, run_folder
+from jaxlimit.application.answering import Answering, answer
+from jaxlimit.application.assessment import COLUMNS, Assessment
+from jaxlimit.application.ledger import Found, Ledger, Stage
+from jaxlimit.application.question import Certifying, Question, first_batch
+from jaxlimit.application.run_folder import CONFIG, FIGURES, REPORT
+from jaxlimit.application.spectra import load_spectrum
+from jaxlimit.application.terminal import Monitor
+from jaxlimit.core.storage import Purpose, about, claim, ordered_sum
+from jaxlimit.core.trees import PyTree, flatten, partition
+from jaxlimit.core.writing import write_file
+from jaxlimit.measuring.loss_statistics import LossStatistics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+EXTRA = ("safetensors", "matplotlib", "jinja2")
+COMMAND = "jaxlimit.assess(...)"
+ASSESSMENT = Purpose(
+    "an assessment",
+    CONFIG,
+    "{folder} holds files that are not of an assessment ({file}, ...): name another out.",
+    "{folder} holds an assessment with {values}: give the same arguments to go on, name another out, or "
+    "remove the folder.",
+)
+# Devices may sum the loss up in another order.
+SAME = 1e-4
+CAPTIONS = {
+    "assessment": "Loss and error of the network: cut as it is (line), and readjusted on the way to the "
+    "attained limit (points). Above: the predicted limits, and what was measured.",
+    "transition": "The phase transition. The statistical dimension of the cone falls as weights go; where it "
+    "meets the diagonal, fewer weights are left than it takes to stay within the tolerance.",
+    "spectrum": "Cumulative spectral measure, unsmoothed. Dotted: the ridge a of the width limit.",
+    "sensitivity": "The limits if the loss tolerance were another one, from the same spectra.",
+}
+
+
+def require_extra() -> None:
+    """Raises ImportError where a package that writes the folder is not installed."""
+    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f'out needs {", ".join(missing)}: pip install "jaxlimit[cli]"')
+
+
+def assess_into(
+    folder: Path,
+    question: Question,
+    curvatures: Sequence[str],
+    statistics: LossStatistics,
+    monitor: Monitor,
+) -> Assessment:
+    """The assessment, each stage of which is computed once, whatever interrupts it.
+
+    Args:
+        folder: made if missing.
+        question: what is asked.
+        curvatures: which predict.
+        statistics: of the losses of the batches.
+        monitor: told about the progress.
+
+    Raises:
+        ValueError: the folder is of another assessment or something else, or a file in it is damaged.
+    """
+    held = claim(folder, ASSESSMENT, _identity(question, curvatures, statistics))
+    try:
+        ledger = Ledger(folder, COMMAND, monitor)
+        ledger.document["loss_tolerance"] = question.loss_tolerance
+        ledger.document["network"] = {"train_loss": statistics.mean}
+        found = answer(Answering(question, folder, True, monitor), curvatures, ledger)
+
+        def write(_: Any = None) -> Found[None]:
+            write_report(folder, found, ledger.document)
+            return Found(None, {"finished": True})
+
+        where = str(folder / REPORT)
+        ledger.perform(Stage("report", "report", 1, write, lambda _: Found(None, {}), lambda _: where))
+    finally:
+        held.lock.release()
+    return found
+
+
+def _identity(question: Question, curvatures: Sequence[str], statistics: LossStatistics) -> dict[str, Any]:
+    """What decides the numbers, as JSON values."""
+    certifying: Any = question.certifying
+    if isinstance(certifying, Certifying):
+        names = ("bounds", "bound", "rise", "confidence")
+        certifying = {name: getattr(question.certifying, name) for name in names}
+        certifying["first_batch"] = _checksum(first_batch(question.certifying.batches))  # pyright: ignore
+    key = question.key
+    data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    weights, rest = partition(question.params, question.prunable)
+    numbers = ("tolerance", "attained_tolerance", "max_matvecs", "max_products")
+    return {
+        "dim": flatten(weights).size,
+        "weights": _checksum(weights),
+        "others": _checksum(rest),
+        "scores": None if question.scores is None else _checksum(question.scores),
+        "trainable": question.trainable is not None,
+        "num_examples": statistics.num_examples,
+        "loss": about(statistics.mean, SAME * abs(statistics.mean)),
+        "loss_tolerance": about(question.loss_tolerance, SAME * question.loss_tolerance),
+        "first_batch": _checksum(first_batch(question.batches)),
+        "key": np.asarray(data).tolist(),
+        "curvatures": list(curvatures),
+        "certifying": certifying,
+        **{name: getattr(question, name) for name in numbers},
+        **asdict(question.settings),
+    }
+
+
+def _checksum(tree: PyTree) -> float:
+    numbers = [x for x in jax.tree.leaves(tree) if np.issubdtype(getattr(x, "dtype", object), np.number)]
+    return ordered_sum(flatten(numbers))
+
+
+def write_report(folder: Path, found: Assessment, document: Mapping[str, Any]) -> Path:
+    """Writes figures/*.png and report.html, and returns the path of the latter."""
+    pictures: dict[str, bytes] = {}
+    for name, figure in make_figures(folder, found).items():
+        picture = folder / FIGURES / f"{name}.png"
+        write_file(picture, partial(figure.savefig, format="png", metadata={"Software": None}))
+        pictures[name] = picture.read_bytes()
+    text = page.render(
+        title="How sparse can this network be pruned?",
+        sentences=[*found.sentences, f"Recommended: {found.recommendation}."],
+        tables=[
+            table(found),
+            pruned_table(document["pruned"]),
+        ],
+        captions=CAPTIONS,
+        pictures=pictures,
+        details={
+            "Hessian": page.details(document, "hessian"),
+            "Gauss-Newton": page.details(document, "gauss_newton"),
+            "seconds": document["seconds"],
+            "versions": document["versions"],
+            "device": document["device"],
+        },
+        command=document["command"],
+    )
+    write_file(folder / REPORT, text)
+    return folder / REPORT
+
+
+def table(found: Assessment) -> page.Table:
+    """The table of an assessment, for the page."""
+    return page.Table("Predicted, attained, certified", COLUMNS, found.rows(), found.notes())
+
+
+def pruned_table(sizes: Mapping[str, Any]) -> page.Table:
+    """What is left of the attained network, and how large it is."""
+    rows = [(name, f"{share:.2%}") for name, share in sizes["kept_share"].items()]
+    notes = [
+        f"In {run_folder.PRUNED}: the network, and beside each pruned array NAME its mask, NAME.mask. All "
+        f"parameters take {sizes['bytes']:,} bytes; compressed by zlib {sizes['compressed_bytes']:,}, before "
+        f"pruning {sizes['dense_compressed_bytes']:,}."
+    ]
+    if sizes["vanished"]:
+        notes.append(f"Warning: nothing is left of {', '.join(sizes['vanished'])}.")
+    return page.Table("The pruned network", ("", "kept"), [("Share of the weights kept", rows)], notes)
+
+
+def make_figures(folder: Path, found: Assessment) -> dict[str, "Figure"]:
+    """The figures by name, in the order of `CAPTIONS`."""
+    spectra = {name: load_spectrum(run_folder.spectrum_path(folder, name)) for name in found.predicted}
+    limits = {name: limit.estimates() for name, limit in found.predicted.items()}
+    halfwidth = next(iter(found.predicted.values())).transition_halfwidth
+    ridges = {name: limit.ridge for name, limit in found.predicted.items()}
+    return {
+        "assessment": plot(found),
+        "transition": plots.plot_transition({n: x.curve for n, x in spectra.items()}, limits, halfwidth),
+        "spectrum": plots.plot_spectrum({n: x.measure for n, x in spectra.items()}, ridges),
+        "sensitivity": plots.plot_sensitivity(
+            {n: x.sensitivity for n, x in spectra.items()}, found.attained.loss_tolerance, limits=limits
+        ),
+    }
+
+
+def plot(found: Assessment) -> "Figure":
+    """Loss and error against sparsity, as cut and as attained, below the limits."""
+    cut, attained, certificate = found.cut, found.attained, found.certificate
+    grid = np.array(cut.sparsities)
+    tried = np.array(sorted(attained.tried)).reshape(-1, 2)
+    bound = attained.dense_loss + attained.loss_tolerance
+    panels = {"loss": {"cut": (grid, np.array(cut.losses, float)), "attained": (tried[:, 0], tried[:, 1])}}
+    bounds = {"loss": (bound, "loss before, plus tolerance")}
+    measured = {"cut within the tolerance": cut.sparsity, "sparsest attained": attained.sparsity}
+    if cut.errors is not None and certificate is not None:
+        dense = cut.errors[0]
+        paired = certificate.bounds[0] < 0
+        errors = np.array(certificate.means) + (dense if paired else 0.0)
+        panels["test error"] = {
+            "cut": (grid, np.array(cut.errors)),
+            "attained": (np.array(certificate.sparsities), errors),
+        }
+        bounds["test error"] = (certificate.bound + (dense if paired else 0.0), "bound to be certified")
+        if certificate.sparsity is not None:
+            measured["certified"] = certificate.sparsity
+    limits = {name: limit.estimates() for name, limit in found.predicted.items()}
+    return plots.plot_assessment(panels, limits=limits, measured=measured, bounds=bounds)

@@ -1,0 +1,226 @@
+"""What `assess` returns: predicted, attained and certified side by side, in one table and a few sentences."""
+
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from jaxlimit.application.answers import Cut
+from jaxlimit.core.trees import PyTree
+from jaxlimit.limits.estimate import Estimate
+from jaxlimit.limits.result import PruningLimit
+from jaxlimit.limits.status import Code
+from jaxlimit.measuring.certificates import Certificate
+from jaxlimit.pruning.result import Attained
+from jaxlimit.training.losses import TITLES
+
+# Characters a line, for a terminal of 80 columns.
+WIDTH = 79
+COLUMNS = ("", "predicted", "interval", "attained", "certified")
+fill = partial(textwrap.fill, width=WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+# The unpruned network's loss falls to less than this share of what it was: then training is a part of it.
+UNTRAINED = 0.5
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Assessment:
+    """How sparse a network may be: predicted, attained and certified. Prints as a table.
+
+    Attributes:
+        predicted: limits from the curvature at the trained weights, by curvature: "hessian", "gauss_newton".
+        cut: measured: how far the loss stays within the tolerance when weights are cut and none readjusted.
+        attained: the sparsest network within the tolerance that was built, its kept weights readjusted.
+        certificate: how far the networks on the way to it are certified on new data; None where nothing is
+            to be certified.
+        not_certified: why there is no certificate; empty where there is one.
+    """
+
+    predicted: Mapping[str, PruningLimit]
+    cut: Cut
+    attained: Attained
+    certificate: Certificate | None
+    not_certified: str
+
+    @property
+    def dense_error(self) -> float | None:
+        """Mean risk of the unpruned network on the test data, None where no risk is known."""
+        return None if self.cut.errors is None else self.cut.errors[0]
+
+    @property
+    def recommendation(self) -> str:
+        """The answer in a line."""
+        certified = "nothing is certified"
+        if self.certificate is not None and self.certificate.sparsity is not None:
+            certified = f"certified to {_shown(self.certificate.sparsity)}"
+        cut, attained = _shown(self.cut.sparsity), _shown(self.attained.sparsity)
+        return f"cut to {cut} as it is; {attained} with readjustment; {certified}"
+
+    @property
+    def judged(self) -> tuple[str, str, Estimate] | None:
+        """The prediction that what was attained is compared with: curvature, limit, and its value.
+
+        The Hessian's readjusted limit answers the same question, to second order; cone and width ask for it
+        of a random subspace.
+        """
+        for curvature, limit in self.predicted.items():
+            found = limit.estimates()
+            for name in ("readjusted", "cone", "width"):
+                if name in found and not found[name].crossed:
+                    return curvature, name, found[name]
+        return None
+
+    @property
+    def agreement(self) -> str:
+        """Whether prediction and attainment agree, in a sentence."""
+        if self.judged is None:
+            return (
+                "No limit of readjusted networks was predicted that could be compared with what was attained."
+            )
+        curvature, name, limit = self.judged
+        attained, close = self.attained.sparsity, self.attained.tolerance
+        what = f"the {name} limit of the {TITLES[curvature]}, {limit}"
+        if attained > limit.upper:
+            return (
+                f"They do not agree: a network of sparsity {attained:.4f} was built, beyond {what}; for this "
+                "network the prediction is refuted, and too low."
+            )
+        if attained >= limit.lower - close:
+            return f"They agree: {attained:.4f} was attained, and {what} was predicted."
+        return (
+            f"They differ: {attained:.4f} was attained, below {what}. That refutes nothing: another search "
+            "may find a sparser network."
+        )
+
+    @property
+    def sentences(self) -> tuple[str, str, str]:
+        """What was asked, the answer, and whether prediction and attainment agree."""
+        return self._asked, self._answer, self.agreement
+
+    @property
+    def _asked(self) -> str:
+        first = next(iter(self.predicted.values()))
+        return (
+            f"Asked: how many of {first.dim:,} weights can go while the mean loss of {first.num_examples:,} "
+            f"examples, {self.attained.dense_loss:.4g}, rises by at most {self.attained.loss_tolerance:.4g}."
+        )
+
+    @property
+    def _answer(self) -> str:
+        parts = []
+        if self.judged is not None:
+            parts.append(f"predicted {self.judged[2].value:.4f}")
+        parts.append(f"attained {self.attained.sparsity:.4f} ({self.cut.sparsity:.4f} without readjustment)")
+        certificate = self.certificate
+        if certificate is None:
+            parts.append("certified nothing")
+        elif certificate.sparsity is None:
+            parts.append(f"certified nothing with {certificate.num_examples:,} examples")
+        else:
+            parts.append(f"certified {certificate.sparsity:.4f} on new data")
+        return f"Answer: {', '.join(parts)}."
+
+    def rows(self) -> list[tuple[str, list[tuple[str, ...]]]]:
+        """The cells of the table under `COLUMNS`, by the title of the curvature."""
+        certificate = self.certificate
+        certified = (
+            "-" if certificate is None or certificate.sparsity is None else f"{certificate.sparsity:.4f}"
+        )
+
+        def cells(name: str, limit: Estimate) -> tuple[str, ...]:
+            alone = name == "one_shot"
+            reached = self.cut.sparsity if alone else self.attained.sparsity
+            interval = f"[{limit.lower:.4f}, {limit.upper:.4f}]"
+            return name, f"{limit.value:.4f}", interval, f"{reached:.4f}", "" if alone else certified
+
+        return [
+            (TITLES[name], [cells(which, found) for which, found in limit.estimates().items()])
+            for name, limit in self.predicted.items()
+        ]
+
+    def notes(self) -> list[str]:
+        """What the reader of the table must know, by paragraph."""
+        notes = [
+            "attained: of one_shot the largest sparsity measured at which the loss of the cut network stays "
+            f"within the tolerance (the next one is {self.cut.next:.4f}); of the others that of the sparsest "
+            "network within it that was built, its kept weights readjusted.",
+            self.agreement,
+        ]
+        attained = self.attained
+        unpruned = attained.unpruned_loss
+        if unpruned is not None and unpruned < UNTRAINED * attained.dense_loss:
+            notes.append(
+                f"The same products without pruning lower the loss from {attained.dense_loss:.4g} to "
+                f"{unpruned:.4g}: a part of what was attained is further training."
+            )
+        notes.append(f"attained: {attained.status}")
+        if self.certificate is None:
+            notes.append(f"certified: nothing: {self.not_certified}")
+        else:
+            notes.append(f"certified: {_risk(self.certificate)} {self.certificate.status}")
+        for name, limit in self.predicted.items():
+            if limit.code is not Code.EXACT:
+                notes.append(f"{TITLES[name]}: {limit.status}")
+        return notes
+
+    def __repr__(self) -> str:
+        groups = self.rows()
+        lines = [COLUMNS, *(row for _, rows in groups for row in rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+
+        def text(cells: tuple[str, ...]) -> str:
+            others = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+            return "  ".join([f"  {cells[0]}".ljust(widths[0] + 2), *others]).rstrip()
+
+        head = text(COLUMNS)
+        parts = [fill(f"{self.recommendation[0].upper()}{self.recommendation[1:]}.")]
+        parts += [fill(self._asked), "", head, "-" * len(head)]
+        for title, rows in groups:
+            parts += [title, *map(text, rows)]
+        return "\n".join([*parts, "-" * len(head), *map(fill, self.notes())])
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the arrays, as JSON values."""
+        return {
+            "predicted": {name: limit.to_json() for name, limit in self.predicted.items()},
+            "cut": self.cut.to_json(),
+            "attained": self.attained.to_json(),
+            "certificate": None if self.certificate is None else self.certificate.to_json(),
+            "not_certified": self.not_certified,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], params: PyTree = None, mask: PyTree = None) -> "Assessment":
+        """The inverse of `to_json`, but for spectra, and the network where it is not given.
+
+        Raises:
+            ValueError: the values are not those of an assessment.
+        """
+        try:
+            certificate = values["certificate"]
+            return cls(
+                predicted={name: PruningLimit.from_json(x) for name, x in values["predicted"].items()},
+                cut=Cut.from_json(values["cut"]),
+                attained=Attained.from_json(values["attained"], params, mask),
+                certificate=None if certificate is None else Certificate.from_json(certificate),
+                not_certified=values["not_certified"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"these are not the values of an Assessment: {type(error).__name__}: {error}."
+            ) from error
+
+
+def _risk(certificate: Certificate) -> str:
+    """What is certified, in a sentence."""
+    lower, _ = certificate.bounds
+    what = "the error rises by" if lower < 0 else "the error is"
+    return (
+        f"on new data {what} at most {certificate.bound:.4g}, with a confidence of "
+        f"{certificate.confidence:.10g} ({certificate.num_examples:,} test examples);"
+    )
+
+
+def _shown(sparsity: float) -> str:
+    """As many digits as the search is accurate to, rounded down: no sparser network is meant."""
+    return f"{int(1000 * sparsity + 1e-9) / 1000:.3f}".removeprefix("0")

@@ -1,0 +1,79 @@
+"""A report as one HTML page without external resources: sentences, tables, pictures, how it was made."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any, NamedTuple
+
+from jaxlimit.limits.estimate import LIMITS
+
+
+class Table(NamedTuple):
+    """A table of the page.
+
+    Attributes:
+        heading: above it.
+        columns: their names.
+        groups: rows of cells, by the title of their group.
+        notes: paragraphs below it.
+    """
+
+    heading: str
+    columns: Sequence[str]
+    groups: Sequence[tuple[str, Sequence[Sequence[str]]]]
+    notes: Sequence[str]
+
+
+def render(
+    *,
+    title: str,
+    sentences: Sequence[str],
+    tables: Sequence[Table],
+    captions: Mapping[str, str],
+    pictures: Mapping[str, bytes],
+    details: Mapping[str, Mapping[str, Any]],
+    command: str,
+) -> str:
+    """The page.
+
+    Args:
+        title: of the page.
+        sentences: that open it.
+        tables: in their order.
+        captions: of the pictures, by name.
+        pictures: PNGs by name, in the order shown.
+        details: names and values, by heading.
+        command: that made it.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters["shown"] = _shown
+    template = resources.files("jaxlimit.application").joinpath("report.html.jinja").read_text()
+    return environment.from_string(template).render(
+        title=title,
+        sentences=sentences,
+        tables=tables,
+        captions=captions,
+        pictures={name: base64.b64encode(png).decode() for name, png in pictures.items()},
+        details=details,
+        command=command,
+    )
+
+
+def details(document: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What limit.json knows of a curvature beside its limits."""
+    found = document["limits"].get(name, {})
+    return {key: value for key, value in found.items() if key not in (*LIMITS, "reference")}
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "default"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return (
+        f"{value:.5g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    )

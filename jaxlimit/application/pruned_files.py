@@ -1,0 +1,92 @@
+"""The pruned network on disk: every array by its name, the masks beside them, and how large it is."""
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxlimit.core.leaves import is_array
+from jaxlimit.core.sharding import to_host
+from jaxlimit.core.trees import PyTree
+from jaxlimit.core.writing import write_file
+from jaxlimit.models.torch_state import read_safetensors
+from jaxlimit.pruning.result import Pruned
+
+# After the name of an array: its mask, True where a weight is kept.
+MASK = ".mask"
+
+
+def named_arrays(tree: PyTree) -> dict[str, NDArray[Any]]:
+    """The numbers of a pytree by names like layers.0.kernel.
+
+    Raises:
+        ValueError: two arrays have one name.
+    """
+    found: dict[str, NDArray[Any]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not is_array(leaf) or jnp.issubdtype(getattr(leaf, "dtype", jnp.float32), jax.dtypes.extended):
+            continue  # a function, a text, a random key
+        name = jax.tree_util.keystr(path, simple=True, separator=".") or "params"
+        if name in found:
+            raise ValueError(f"two arrays of params have the name {name}: a file holds one of each name.")
+        found[name] = np.ascontiguousarray(to_host(leaf)).reshape(np.shape(leaf))
+    return found
+
+
+def save_pruned(path: Path, pruned: Pruned) -> None:
+    """Writes the network and its masks as safetensors."""
+    from safetensors.numpy import save
+
+    masks = {f"{name}{MASK}": mask for name, mask in named_arrays(pruned.mask).items()}
+    write_file(path, save({**named_arrays(pruned.params), **masks}))
+
+
+def load_pruned(path: Path, params: PyTree, mask_like: PyTree) -> tuple[PyTree, PyTree]:
+    """The parameters and the mask that `save_pruned` wrote, to the same bits.
+
+    Args:
+        path: the file.
+        params: of the network that it came from.
+        mask_like: pytree of the weights that may be pruned, None elsewhere.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or of another network.
+    """
+    found = read_safetensors(path)
+    try:
+        return _filled(params, found, ""), _filled(mask_like, found, MASK)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} is not of this network: {error}.") from error
+
+
+def _filled(like: PyTree, found: dict[str, NDArray[Any]], suffix: str) -> PyTree:
+    known = named_arrays(like)
+
+    def fill(path: tuple, leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path, simple=True, separator=".") or "params"
+        return jnp.asarray(found[name + suffix]).reshape(np.shape(leaf)) if name in known else leaf
+
+    return jax.tree_util.tree_map_with_path(fill, like)
+
+
+def sizes(dense: PyTree, pruned: Pruned) -> dict[str, Any]:
+    """Bytes of the parameters before and after, as they are and compressed by zlib; and what is kept of each.
+
+    Returns:
+        "bytes", "dense_compressed_bytes", "compressed_bytes", "kept_share" by array, and the names of those
+        of which nothing is left, "vanished".
+    """
+    before, after = (b"".join(x.tobytes() for x in named_arrays(p).values()) for p in (dense, pruned.params))
+    kept = {name: float(np.mean(mask)) for name, mask in named_arrays(pruned.mask).items()}
+    return {
+        "bytes": len(before),
+        "dense_compressed_bytes": len(zlib.compress(before)),
+        "compressed_bytes": len(zlib.compress(after)),
+        "kept_share": kept,
+        "vanished": [name for name, share in kept.items() if share == 0],
+    }

@@ -1,0 +1,205 @@
+"""What is asked of a network: how sparse it may be, as predicted, attained and certified."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlimit.core.batches import batch_length
+from jaxlimit.core.checks import require_positive, require_range
+from jaxlimit.core.trees import Prunable, PyTree, is_kernel
+from jaxlimit.limits.arguments import check_arguments
+from jaxlimit.limits.estimate import LIMITS
+from jaxlimit.limits.pruning_limit import MAX_MATVECS
+from jaxlimit.measuring.risks import Metric
+from jaxlimit.pruning.attained import MAX_PRODUCTS
+from jaxlimit.pruning.trust_region import DEFAULT, Settings
+
+NO_TEST_BATCHES = "no test_batches were given, examples that have had no part in training or pruning."
+NO_ERROR = (
+    "no error_fn was given, and the batches are no (inputs, integer labels) with one row of outputs for each "
+    "example: give error_fn(params, batch) -> (n,)."
+)
+# A point of error: what "as good as before" means to the presets' accuracy threshold, too.
+ERROR_RISE = 0.01
+
+
+@dataclass(frozen=True)
+class Certifying:
+    """What is to be certified of the networks that were attained.
+
+    Attributes:
+        batches: examples that have had no part in training or pruning.
+        error_fn: `error_fn(params, batch) -> (n,)`, the risk of each example, within `bounds`.
+        bounds: lowest and highest risk of an example.
+        bound: what the mean risk is to stay below; None: that it rises by at most `rise`.
+        rise: above the unpruned network's, in units of the risk.
+        confidence: with which probability at least no certificate is wrong.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    batches: Iterable[PyTree]
+    error_fn: Metric
+    bounds: tuple[float, float] = (0.0, 1.0)
+    bound: float | None = None
+    rise: float = ERROR_RISE
+    confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        lower, upper = self.bounds
+        require_range("error_bounds", self.bounds, lower < upper, "two numbers, the second of them larger")
+        inside = self.bound is None or lower < self.bound < upper
+        require_range("error_bound", self.bound, inside, f"between {lower:g} and {upper:g}")
+        most = upper - lower
+        require_range("error_rise", self.rise, 0 < self.rise < most, f"between 0 and {most:g}")
+        require_range("confidence", self.confidence, 0 < self.confidence < 1, "between 0 and 1, as .95")
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """How sparse a network may be while its loss rises by at most `loss_tolerance`.
+
+    Attributes:
+        predict_fn: `predict_fn(params, batch) -> outputs`.
+        loss_fn: `loss_fn(outputs, batch) -> scalar`, the mean over a batch.
+        params: the trained parameters.
+        batches: whose loss is to stay low.
+        key: of the random probes.
+        loss_tolerance: eps, in units of the loss.
+        tolerance: wanted accuracy of the predicted limits, in sparsity.
+        attained_tolerance: wanted accuracy of the attained one.
+        max_matvecs: budget of products for each curvature.
+        max_products: budget of products for what is attained.
+        prunable, trainable, scores, weight_fn: as for `attained_limit`.
+        settings: how networks are readjusted.
+        certifying: what is to be certified, or a sentence why nothing is.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    predict_fn: Callable[[PyTree, PyTree], PyTree]
+    loss_fn: Callable[[PyTree, PyTree], jax.Array]
+    params: PyTree
+    batches: Iterable[PyTree]
+    key: jax.Array
+    loss_tolerance: float
+    tolerance: float = 1e-3
+    attained_tolerance: float = 0.005
+    max_matvecs: int = MAX_MATVECS
+    max_products: float = MAX_PRODUCTS
+    prunable: Prunable = is_kernel
+    trainable: Prunable | None = None
+    scores: PyTree | None = None
+    weight_fn: Callable[[PyTree], jax.Array] | None = None
+    settings: Settings = DEFAULT
+    certifying: Certifying | str = field(default=NO_TEST_BATCHES)
+
+    def __post_init__(self) -> None:
+        require_positive("loss_tolerance", self.loss_tolerance)
+        check_arguments(self.loss_tolerance, self.tolerance, self.max_matvecs, None, LIMITS, None)
+        close = self.attained_tolerance
+        require_range("attained_tolerance", close, 0 < close < 1, "between 0 and 1")
+        require_range("max_products", self.max_products, self.max_products > 0, "positive")
+
+    @property
+    def loss(self) -> "MeanLoss":
+        """The loss as a function of the parameters."""
+        return MeanLoss(self.predict_fn, self.loss_fn)
+
+    @property
+    def selection(self) -> dict[str, Any]:
+        """What may be pruned, and how batches count, as keywords."""
+        return {"prunable": self.prunable, "weight_fn": self.weight_fn}
+
+
+@dataclass(frozen=True)
+class MeanLoss:
+    """`loss(params, batch) -> scalar`, of a loss of outputs."""
+
+    predict_fn: Callable[[PyTree, PyTree], PyTree]
+    loss_fn: Callable[[PyTree, PyTree], jax.Array]
+
+    def __call__(self, params: PyTree, batch: PyTree) -> jax.Array:
+        """The loss of a batch."""
+        return self.loss_fn(self.predict_fn(params, batch), batch)
+
+
+@dataclass(frozen=True)
+class Misclassified:
+    """The error of classification, 1 where the largest output is not that of the label."""
+
+    predict_fn: Callable[[PyTree, PyTree], PyTree]
+
+    def __call__(self, params: PyTree, batch: PyTree) -> jax.Array:
+        """A bool for each example."""
+        return jnp.argmax(self.predict_fn(params, batch), axis=-1) != batch[1]
+
+
+def default_error(
+    predict_fn: Callable[[PyTree, PyTree], PyTree], params: PyTree, batches: Iterable[PyTree]
+) -> Metric | None:
+    """The error of classification, where batches are (inputs, integer labels) and outputs (n, classes)."""
+    batch = first_batch(batches)
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        return None
+    labels = batch[1]
+    count = batch_length(batch)
+    if np.shape(labels) != (count,) or not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
+        return None
+    outputs: Any = jax.eval_shape(lambda batch: predict_fn(params, batch), batch)
+    is_row = isinstance(outputs, jax.ShapeDtypeStruct) and outputs.shape[:1] == (count,)
+    return Misclassified(predict_fn) if is_row and len(outputs.shape) == 2 and outputs.shape[1] > 1 else None
+
+
+def certifying_of(
+    predict_fn: Callable[[PyTree, PyTree], PyTree],
+    params: PyTree,
+    batches: Iterable[PyTree],
+    test_batches: Iterable[PyTree] | None,
+    error_fn: Metric | None,
+    **risk: Any,
+) -> Certifying | str:
+    """What is to be certified with these data, or a sentence why nothing is.
+
+    Raises:
+        ValueError: test data that are the data of `batches`; a number out of range.
+    """
+    if test_batches is None:
+        return NO_TEST_BATCHES
+    require_apart(batches, test_batches)
+    error_fn = error_fn or default_error(predict_fn, params, test_batches)
+    return NO_ERROR if error_fn is None else Certifying(test_batches, error_fn, **risk)
+
+
+def first_batch(batches: Iterable[PyTree]) -> PyTree:
+    """The first batch; a ValueError if there is none."""
+    for batch in islice(iter(batches), 1):
+        return batch
+    raise ValueError("batches hold no examples.")
+
+
+def require_apart(batches: Iterable[PyTree], test_batches: Iterable[PyTree]) -> None:
+    """Raises ValueError where the examples that certify are those that prune.
+
+    Examples:
+        >>> require_apart([np.ones((2, 3))], [np.ones((2, 3))])
+        Traceback (most recent call last):
+        ...
+        ValueError: test_batches begin with the examples of batches: ...
+    """
+    first, tested = (jax.tree.leaves(first_batch(some)) for some in (batches, test_batches))
+    same = len(first) == len(tested) and all(
+        np.array_equal(np.asarray(a)[:1], np.asarray(b)[:1]) for a, b in zip(first, tested, strict=True)
+    )
+    if batches is test_batches or same:
+        raise ValueError(
+            "test_batches begin with the examples of batches: what prunes a network cannot certify it. Give "
+            "examples that have had no part in training or pruning."
+        )

@@ -1,0 +1,101 @@
+"""The figure of an assessment: loss and error against sparsity, as cut and as attained, below the limits."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from jaxlimit.plots.measurements import draw_limits
+from jaxlimit.plots.style import COLOURS, GREEN, GREY, Curve, Limits, first_sparsity, legend_below, new_figure
+from jaxlimit.training.losses import TITLES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Beyond this sparsity the axis is logarithmic in the density, 1 - s; and it ends at this one.
+OPEN, END = 0.9, 0.999
+TICKS = (*np.arange(10) / 10, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
+STYLED = {"cut": ("-", "#000000"), "attained": ("o", GREEN)}
+
+
+def plot_assessment(
+    panels: Mapping[str, Mapping[str, Curve]],
+    *,
+    limits: Limits,
+    measured: Mapping[str, float],
+    bounds: Mapping[str, tuple[float, str]],
+) -> "Figure":
+    """Metrics of the network as cut and as attained, with the predicted limits above them.
+
+    Args:
+        panels: by the label of the vertical axis: (sparsities, values) of "cut" and "attained". The first
+            panel, of losses, has a logarithmic axis.
+        limits: predicted, by curvature and name.
+        measured: sparsities by label: where the cut network leaves the tolerance, attained, certified.
+        bounds: by the label of the axis, a horizontal line: its value and label.
+    """
+    marked = {TITLES[name]: (COLOURS[name], found) for name, found in limits.items()}
+    strip = 0.26 * (len(marked) + 1)
+    figure, rows = new_figure(6.4, strip + 2.9 * len(panels) + 0.4, strip, *[2.9] * len(panels))
+    values = [limit.value for found in limits.values() for limit in found.values()] + list(measured.values())
+    start = first_sparsity(values)
+    for row, (ylabel, curves) in zip(rows[1:], panels.items(), strict=True):
+        for label, (sparsity, found) in curves.items():
+            style, colour = STYLED[label]
+            row.plot(sparsity, found, style, color=colour, label=label, linewidth=1.4, markersize=4)
+        if ylabel in bounds:
+            value, label = bounds[ylabel]
+            row.axhline(value, color=GREY, linestyle="--", linewidth=1, label=label)
+        row.set_ylabel(ylabel)
+        _fit(row, curves, start, logarithmic=row is rows[1])
+        _open(row, start, opened=max(values) > OPEN)
+        row.tick_params(labelbottom=row is rows[-1])
+    rows[-1].set_xlabel("sparsity")
+    _open(rows[0], start, opened=max(values) > OPEN)
+    draw_limits(rows[0], rows[1:], marked, measured)
+    legend_below(figure, *rows)
+    return figure
+
+
+def _fit(axes: "Axes", curves: Mapping[str, Curve], start: float, *, logarithmic: bool) -> None:
+    """Fits the vertical axis to what is in sight, but for the end, where nothing is left of the network."""
+    seen = np.concatenate(
+        [np.asarray(y)[(np.asarray(x) >= start) & (np.asarray(x) < 1)] for x, y in curves.values()]
+    )
+    seen = seen[np.isfinite(seen) & ((seen > 0) | (not logarithmic))]
+    if logarithmic:
+        axes.set_yscale("log")
+    if len(seen):
+        low, high = seen.min(), seen.max()
+        margin = 0.05 * (high - low) + 1e-9
+        axes.set_ylim((low / 1.4, high * 1.4) if logarithmic else (low - margin, high + margin))
+
+
+def _open(axes: "Axes", start: float, *, opened: bool) -> None:
+    """The sparsity axis: beyond OPEN logarithmic in the density, where something lies there."""
+    if not opened:
+        axes.set_xlim(start, 1)
+        return
+    axes.set_xscale("function", functions=(opened_out, _closed))
+    axes.set_xlim(min(start, OPEN - 0.1), END)
+    ticks = [tick for tick in TICKS if tick >= min(start, OPEN - 0.1) - 1e-9]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+
+
+def opened_out(sparsity: ArrayLike) -> NDArray[np.float64]:
+    """S up to .9; beyond, each factor of ten in the density 1 - s takes as much room as .1.
+
+    Examples:
+        >>> opened_out([0.5, 0.9, 0.99, 0.999]).round(3).tolist()
+        [0.5, 0.9, 1.0, 1.1]
+    """
+    s = np.asarray(sparsity, np.float64)
+    density = np.maximum(1 - s, 1e-6)
+    return np.where(s <= OPEN, s, OPEN + 0.1 * np.log10((1 - OPEN) / density))
+
+
+def _closed(position: ArrayLike) -> NDArray[np.float64]:
+    x = np.asarray(position, np.float64)
+    return np.where(x <= OPEN, x, 1 - (1 - OPEN) * 10.0 ** (-10 * (np.minimum(x, 1.4) - OPEN)))
