@@ -14,6 +14,9 @@ from jaxlimit.core.sums import ExampleSum
 from jaxlimit.core.trees import PyTree
 from jaxlimit.curvature.operator import Curvature
 
+# A part of a batch holds as many where there are so many: on fewer, the calls cost more than the products.
+LEAST_EXAMPLES = 128
+
 
 def window(curvature: Curvature, share: float, number: int) -> Curvature:
     """The curvature of a share of the data: whole batches, or a part of one; of a stream at least one.
@@ -52,7 +55,7 @@ def _part_of_a_batch(group: PyTree, share: float, number: int) -> PyTree:
     """Examples of one batch, which stand beside each other; a whole one where devices divide it."""
     num_batches = batch_length(group)
     size = group_length(group) // num_batches
-    count = max(1, round(share * group_length(group)))
+    count = min(size, max(LEAST_EXAMPLES, round(share * group_length(group))))
     if example_sharding(group, axis=1) is not None:
         count = size
     parts = math.ceil(size / count)  # the last ones overlap, so that every example is in one
