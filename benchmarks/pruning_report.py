@@ -6,6 +6,7 @@ from typing import Any
 import common
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from pruning_methods import Variant
 
 from jaxlimit.plots import style
@@ -167,7 +168,6 @@ LINES: dict[str, dict[str, Any]] = {
     DEFAULT: {"color": style.BLUE},
     "jaxlimit, all curvature": {"color": style.BLUE, "linestyle": ":"},
     "jaxlimit, all parameters": {"color": style.SKY},
-    "a tenth for all, all parameters": {"color": style.SKY, "linestyle": "--"},
     "full_batch_adam": {"color": style.GREY, "marker": "."},
     "sgd": {"color": style.ORANGE, "marker": "."},
     "adam": {"color": style.GREEN, "marker": "."},
@@ -192,11 +192,14 @@ def figure(document: Mapping[str, Any]) -> Figure:
                 costs = [point["cost"] for point in points]
                 loss.plot(costs, [point["loss"] for point in points], label=label, **LINES[method])
                 accuracy.plot(costs, [100 * point["test_accuracy"] for point in points], **LINES[method])
-            for panel, key, scale in ((loss, "loss", 1), (accuracy, "test_accuracy", 100)):
-                height = scale * methods["cut"][0]["curve"][0][key]
-                panel.axhline(height, color="#bbbbbb", linewidth=1, label="cut alone", zorder=0)
+            height = methods["cut"][0]["curve"][0]["loss"]
+            loss.axhline(height, color="#bbbbbb", linewidth=1, label="cut alone", zorder=0)
+            # Networks just after a cut are far below all others.
+            best = [max(line.get_ydata()) for line in accuracy.get_lines()]
+            accuracy.set_ylim(max(min(best) - 1, max(best) - 8), max(best) + 0.5)
             loss.set(xscale="log", yscale="log", title=f"{name}, s = {sparsity:g}")
             loss.set_xlim(8, 500)
+            loss.yaxis.set_minor_formatter(NullFormatter())
             if j == 0:
                 loss.set_ylabel("loss")
                 accuracy.set_ylabel("test accuracy in per cent")
@@ -204,7 +207,7 @@ def figure(document: Mapping[str, Any]) -> Figure:
         panel.set_visible(panel.has_data())
     for panel in panels[-1]:
         panel.set_xlabel("cost in gradients")
-    style.legend_below(found, *panels[0])
+    style.legend_below(found, *panels.flat)
     return found
 
 
