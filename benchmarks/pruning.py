@@ -53,8 +53,7 @@ COMMANDS = (
     f"taskset -c 0 python benchmarks/{NAME}.py --work DIR --stages shares",
     f"python benchmarks/{NAME}.py --work DIR",
 )
-# A budget beyond the first three has the learning rate that was best at the one before.
-COSTS, NUM_TUNED = (20, 50, 100, 400), 3
+COSTS = (20, 50, 100, 400)
 
 
 @dataclass(frozen=True)
@@ -65,18 +64,20 @@ class Comparison:
         case: the network, how it is trained, and the examples whose loss is to be low.
         sparsities: at, and beyond the limit of the cut alone.
         costs: at which methods are compared.
+        num_tuned: of them, from the first; the next one has the learning rate that was best at the last.
     """
 
     case: Case
     sparsities: tuple[float, ...]
     costs: tuple[int, ...] = COSTS
+    num_tuned: int = 3
 
 
 LENET = Preset("lenet", "cifar10", "LeNet", replace(SGD, epochs=10, l1=5e-5))
 COMPARISONS = {
     "digits": Comparison(Case(PRESETS["digits"], 1_438, 359), (0.9, 0.94, 0.97)),
     "fc2": Comparison(Case(PRESETS["mnist-fc2"], 10_000, 10_000), (0.9, 0.94, 0.97)),
-    "lenet": Comparison(Case(LENET, 1_280, 2_000), (0.9, 0.95), (20, 50)),
+    "lenet": Comparison(Case(LENET, 1_280, 2_000), (0.9, 0.95), (20, 50, 100), num_tuned=2),
 }
 
 
@@ -143,7 +144,8 @@ class Work:
 
     def trained(self, method: str, sparsity: float) -> None:
         """Training with each rate; beyond the budget before the last, with the best rate alone."""
-        costs, more = self.comparison.costs[:NUM_TUNED], self.comparison.costs[NUM_TUNED:]
+        tuned = self.comparison.num_tuned
+        costs, more = self.comparison.costs[:tuned], self.comparison.costs[tuned:]
         mask, found = self.subject.magnitude_mask(sparsity), {}
         for rate in RATES[optimizer_of(method)]:
             compute = partial(self.with_rate, method, sparsity, mask, rate, costs)

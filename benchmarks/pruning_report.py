@@ -15,7 +15,7 @@ NAME = "pruning"
 # Full-batch Adam, SGD with momentum, Adam: the best of three, which one is chosen by the loss.
 RATES = {"full_batch_adam": (1e-3, 3e-3, 1e-2), "sgd": (0.01, 0.03, 0.1), "adam": (1e-3, 3e-3, 1e-2)}
 
-TRAINED = ("adam", "adam_gradual", "sgd", "full_batch_adam")
+TRAINED = ("adam", "sgd", "full_batch_adam", "adam_gradual")
 # Biases and norms move in minibatches, as usual; without them on the smallest network alone.
 KERNELS_ALONE = ("adam_kernels", "sgd_kernels")
 DEFAULT = "jaxlimit"
