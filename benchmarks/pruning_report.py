@@ -198,7 +198,7 @@ def figure(document: Mapping[str, Any]) -> Figure:
             best = [max(line.get_ydata()) for line in accuracy.get_lines()]
             accuracy.set_ylim(max(min(best) - 1, max(best) - 8), max(best) + 0.5)
             loss.set(xscale="log", yscale="log", title=f"{name}, s = {sparsity:g}")
-            loss.set_xlim(8, 500)
+            loss.set_xlim(1.5, 500)
             loss.yaxis.set_minor_formatter(NullFormatter())
             if j == 0:
                 loss.set_ylabel("loss")
