@@ -12,7 +12,8 @@ The unit of cost is one gradient over all the data. The stages, for each network
     table     all that is there, as results/pruning.json, .md and a figure
 
 DIR holds a folder for each network, and there a file for each part that is done; an interrupted run goes on
-behind them. The ways to train are in pruning_methods.py. MNIST and CIFAR-10 are read from $JAXLIMIT_DATA.
+behind them. The ways to readjust are in pruning_methods.py and pruning_baselines.py.
+MNIST and CIFAR-10 are read from $JAXLIMIT_DATA.
 """
 
 import argparse

@@ -152,15 +152,17 @@ def _furthest(parts: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 
 def tables(document: Mapping[str, Any]) -> dict[str, str]:
-    """Each as results/NAME.md."""
+    """Each as results/NAME.md; that of the attained sparsities only where there are some."""
     networks = document["networks"]
     methods = "\n".join(methods_table(name, network) for name, network in networks.items())
-    return {
+    found = {
         NAME: methods,
         f"{NAME}_choices": choices_table(networks),
         f"{NAME}_shares": shares_table(networks),
-        f"{NAME}_attained": attained_table(networks),
     }
+    if any(network["attained"] for network in networks.values()):
+        found[f"{NAME}_attained"] = attained_table(networks)
+    return found
 
 
 # Colours and lines of the figure.
