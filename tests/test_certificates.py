@@ -472,10 +472,11 @@ def test_pairs_with_a_network_that_diverged_are_refused():
 
 def test_data_that_change_between_networks_are_refused():
     passes = iter([1000, 999])
-    with pytest.raises(
-        ValueError, match=r"changed between two networks: 1,000 examples for the first, 999 now"
-    ):
+    with pytest.raises(ValueError, match=r"changed between two passes: 1000 examples in the first, 999 in"):
         certified(batches=lambda: iter([EXAMPLES[: next(passes)]]))
+    others = iter([EXAMPLES, EXAMPLES + 1])
+    with pytest.raises(ValueError, match=r"changed between two passes: 1000 examples with the checksum"):
+        certified(batches=lambda: iter([next(others)]))
 
 
 def test_a_trained_network_pruned_by_magnitude():
