@@ -139,9 +139,9 @@ class FinetunedNetwork:
         sampled = Sampled(groups)
         self._groups = list(sampled)
         whole, loss = combine(self._weights, self._rest), Traced(loss_fn, quick_in_loops)
-        check_scalar(loss.shape(whole, jax.eval_shape(first_of, self._groups[0])))
         check = ValueCheck(loss_fn, weight_fn, "loss_fn")
         check.few(whole, sampled.batches)
+        check_scalar(loss.shape(whole, jax.eval_shape(first_of, self._groups[0])))
         check.in_memory(whole, self._groups, LEAST_LOSS)
         self._eval_groups = self._groups if eval_batches is None else grouped(eval_batches)
         self._metrics_sum = None
