@@ -23,7 +23,10 @@ def places_itself(fn: Callable, sharding: ExampleSharding | None, *args: Any) ->
     Raises:
         ValueError: it does so by shard_map, which asks for arrays that are divided already.
     """
-    found = primitives(jax.make_jaxpr(fn)(*args).jaxpr)
+    try:
+        found = primitives(jax.make_jaxpr(fn)(*args).jaxpr)
+    except Exception:  # of the caller's function, to be heard where that is used
+        return False
     if sharding is not None and "shard_map" in found and is_explicit(sharding.mesh):
         raise ValueError(
             "the loss calls shard_map on a mesh with explicit axes, over which the examples are divided: "

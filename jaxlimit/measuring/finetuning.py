@@ -18,7 +18,7 @@ from jaxlimit.core.batches import batch_length, first_of, grouped
 from jaxlimit.core.checks import check_scalar, require_count, require_problem, require_weight_fn
 from jaxlimit.core.convolutions import quick_in_loops
 from jaxlimit.core.cuts import Sampled
-from jaxlimit.core.placement import placed_batches
+from jaxlimit.core.placement import placed_batches, placed_groups
 from jaxlimit.core.programs import Program, Traced
 from jaxlimit.core.sums import ExampleSum
 from jaxlimit.core.trees import Prunable, PyTree, combine, is_kernel, partition
@@ -133,19 +133,21 @@ class FinetunedNetwork:
         require_count("num_steps", num_steps)
         self._weights, self._rest = partition(params, prunable)
         self._dim, self._ranks = removal_ranks(self._weights, scores)
-        groups = list(grouped(placed_batches(loss_fn, batches, params)))
+        groups = list(_placed(loss_fn, batches, params))
         if not groups:
             raise ValueError("batches hold no examples.")
         sampled = Sampled(groups)
         self._groups = list(sampled)
         whole, loss = combine(self._weights, self._rest), Traced(loss_fn, quick_in_loops)
-        check_scalar(loss.shape(whole, jax.eval_shape(first_of, self._groups[0])))
         check = ValueCheck(loss_fn, weight_fn, "loss_fn")
         check.few(whole, sampled.batches)
+        check_scalar(loss.shape(whole, jax.eval_shape(first_of, self._groups[0])))
         check.in_memory(whole, self._groups, LEAST_LOSS)
-        self._eval_groups = self._groups if eval_batches is None else grouped(eval_batches)
+        self._eval_groups = self._groups
         self._metrics_sum = None
         if metrics_fn is not None:
+            if eval_batches is not None:
+                self._eval_groups = _placed(metrics_fn, eval_batches, params)
             self._metrics_sum = ExampleSum(_tuned(Traced(scalars(metrics_fn), quick_in_loops)), weight_fn)
             evaluated = Sampled(self._eval_groups)
             for _ in evaluated:
@@ -210,6 +212,11 @@ class _Pace:
     def __exit__(self, *_: object) -> None:
         factor = CALL_SECONDS / max(time.perf_counter() - self._began, 1e-9)
         self.num_batches = max(int(self.num_batches * min(max(factor, 0.5), 2.0)), 1)
+
+
+def _placed(fn: Callable[..., PyTree], batches: Iterable[PyTree], params: PyTree) -> Iterable[PyTree]:
+    """Grouped batches, also of a stream, as the function can work on them."""
+    return placed_groups(fn, grouped(placed_batches(fn, batches, params)), params)
 
 
 def _tuned(metrics_fn: Metrics) -> Callable[[PyTree, PyTree, PyTree], PyTree]:
