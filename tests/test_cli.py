@@ -36,7 +36,7 @@ TINY = presets.Preset(
     finetune_steps=5,
 )
 RUN = ["run", "tiny", "--curvature", "gauss_newton"]
-FIGURES = {"loss.png", "accuracy.png", "transition.png", "spectrum.png", "sensitivity.png"}
+FIGURES = {"assessment.png", "loss.png", "accuracy.png", "transition.png", "spectrum.png", "sensitivity.png"}
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +94,10 @@ def test_a_run_writes_all_its_files(finished):
         "layers.1.kernel": (8, 10),
         "layers.1.bias": (10,),
     }
+    pruned = load_file(folder / "pruned.safetensors")
+    kept = [pruned[f"layers.{i}.kernel.mask"] for i in (0, 1)]
+    assert 592 - sum(map(np.sum, kept)) == round(592 * document["attained"]["sparsity"])
+    assert document["certificate"]["num_examples"] == document["network"]["num_test"]
     with (folder / "curves.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["sparsity"]) for row in rows] == pytest.approx(np.linspace(0, 1, 401))
@@ -248,7 +252,7 @@ def test_every_finished_stage_is_loaded(finished, tmp_path, capsys):
     (folder / "limit.json").write_text(json.dumps(document))
     (folder / "report.html").unlink()
     assert main([*RUN, "--out", str(folder)]) == 0
-    assert capsys.readouterr().err.count("loaded") == 4
+    assert capsys.readouterr().err.count("loaded") == 6
     assert numbers(folder) == numbers(finished[0])
 
 

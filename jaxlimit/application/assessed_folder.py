@@ -145,7 +145,7 @@ def write_report(folder: Path, found: Assessment, document: Mapping[str, Any]) -
         title="How sparse can this network be pruned?",
         sentences=[*found.sentences, f"Recommended: {found.recommendation}."],
         tables=[
-            page.Table("Predicted, attained, certified", COLUMNS, found.rows(), found.notes()),
+            table(found),
             pruned_table(document["pruned"]),
         ],
         captions=CAPTIONS,
@@ -161,6 +161,11 @@ def write_report(folder: Path, found: Assessment, document: Mapping[str, Any]) -
     )
     write_file(folder / REPORT, text)
     return folder / REPORT
+
+
+def table(found: Assessment) -> page.Table:
+    """The table of an assessment, for the page."""
+    return page.Table("Predicted, attained, certified", COLUMNS, found.rows(), found.notes())
 
 
 def pruned_table(sizes: Mapping[str, Any]) -> page.Table:

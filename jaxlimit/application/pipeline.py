@@ -5,7 +5,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jaxlimit.application import report, run_folder, stage_limits, stage_sweeps, stage_training
+from jaxlimit.application import (
+    report,
+    run_folder,
+    stage_answers,
+    stage_limits,
+    stage_sweeps,
+    stage_training,
+)
+from jaxlimit.application.answering import Answering, with_networks
 from jaxlimit.application.comparison import Comparison, compare
 from jaxlimit.application.job import Job
 from jaxlimit.application.ledger import Ledger, Stage
@@ -55,6 +63,11 @@ def execute_run(
     measured = ledger.perform(_sweep(job, trained, limits))
     if preset.finetune_steps:
         measured = ledger.perform(_finetuned_sweep(job, trained, limits, measured))
+    with content_of(folder / run_folder.LIMIT):
+        predicted = stage_answers.predicted_of(ledger.document)
+        cut = stage_answers.cut_of(measured.columns, ledger.document["measured"])
+    work = Answering(stage_answers.question_of(job, trained), folder, True, monitor)
+    with_networks(work, predicted, cut, ledger)
     return _finish(job, ledger, measured)
 
 

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxlimit import plots
-from jaxlimit.application import page, run_folder
+from jaxlimit.application import assessed_folder, page, run_folder
 from jaxlimit.application.comparison import COLUMNS, headline, notes, table_groups
 from jaxlimit.application.run_folder import Record
+from jaxlimit.application.stage_answers import assessment_of
 from jaxlimit.core import writing
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 THRESHOLDS = {"loss": "loss", "finetuned": "fine-tuned loss"}
 CAPTIONS = {
+    "assessment": assessed_folder.CAPTIONS["assessment"],
     "loss": "Loss of the pruned network. Above: the predicted limits, and where the measured training losses "
     "first exceed the unpruned loss plus the tolerance, without and with fine-tuning. "
     "Fine-tuning pays no L1 term, so that it can go below the unpruned loss.",
@@ -48,7 +50,8 @@ def make_figures(run: Record) -> dict[str, "Figure"]:
     sensitivities = {name: found.sensitivity for name, found in run.spectra.items()}
     ridges = {name: found["ridge"] for name, found in document["limits"].items()}
     halfwidth = next(iter(document["limits"].values()))["transition_halfwidth"]
-    return {
+    assessment = assessment_of(document, run.columns)
+    return ({} if assessment is None else {"assessment": assessed_folder.plot(assessment)}) | {
         "loss": plots.plot_sweep(
             _sweep_curves(run, "loss"),
             ylabel="cross entropy (nats)",
@@ -130,12 +133,17 @@ def render(run: Record, pictures: Mapping[str, bytes]) -> str:
         pictures: PNGs by the names of `CAPTIONS`, in the order shown.
     """
     document, preset, options = run.document, run.config["preset"], run.config["options"]
+    sentences, tables = [headline(document)], []
+    assessment = assessment_of(document, run.columns)
+    if assessment is not None:
+        sentences = [*assessment.sentences, f"Recommended: {assessment.recommendation}."]
+        tables = [assessed_folder.table(assessment)]
+    measured = page.Table("Predicted against measured", COLUMNS, table_groups(document), notes(document))
+    kept = [] if assessment is None else [assessed_folder.pruned_table(document["pruned"])]
     return page.render(
         title=f"Pruning limit: {preset['name']}, seed {options['seed']}",
-        sentences=[headline(document)],
-        tables=[
-            page.Table("Predicted against measured", COLUMNS, table_groups(document), notes(document)),
-        ],
+        sentences=sentences,
+        tables=[*tables, measured, *kept],
         captions=CAPTIONS,
         pictures=pictures,
         details={

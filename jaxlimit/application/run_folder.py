@@ -5,6 +5,7 @@
     limit.json            limits, measured thresholds, versions, seconds; grows stage by stage
     spectrum-NAME.npz     per curvature: spectral measure, delta(s) / D, limits against the loss tolerance
     curves.csv            one row a sparsity: loss and accuracy, measured without and with fine-tuning
+    pruned.safetensors    the sparsest network that was attained, and its masks
     figures/, report.html
 
 A stage is entered in limit.json after its other files, so whatever limit.json names is there and whole.
@@ -147,9 +148,9 @@ def prepare_folder(folder: Path, config: Mapping[str, Any], *, overwrite: bool) 
 
 def _remove_run(folder: Path) -> None:
     # limit.json first: without it no stage counts as done, so an interrupt here leaves nothing misleading.
-    for name in (LIMIT, REPORT, CURVES, MODEL):
+    for name in (LIMIT, REPORT, CURVES, MODEL, PRUNED):
         remove(folder / name)
-    for stage in ("training", *CURVATURES, "finetuned"):
+    for stage in ("training", *CURVATURES, "finetuned", "attained", "networks"):
         remove(checkpoint_path(folder, stage))
     for curvature in CURVATURES:
         remove(spectrum_path(folder, curvature))
