@@ -84,7 +84,7 @@ class Row:
     soft: float = 0.0
     trainable: Callable[[Any, Any], bool] | None = None
     statistics: bool = False
-    sparsities: tuple[float, ...] = SPARSITIES
+    sparsities: tuple[float, ...] = (0.0, *SPARSITIES)
     averaged: int = AVERAGED
 
     @property
@@ -250,18 +250,8 @@ MLPNET = Case(
         Published("CHITA++ IHT", (None, None, None, 95.44, 95.33, 94.12, 88.11), 256_000),
     ),
 )
-FEW_IMAGES = Row(
-    "statistics anew, prune, 1,000",
-    120,
-    40,
-    shares(120, 120, 40, step_products=5, damping=0.003),
-    most=1_000,
-    soft=1.0,
-    statistics=True,
-    sparsities=(0.8, 0.9),
-)
 MORE_IMAGES = Row(
-    "statistics anew, prune, 8,000",
+    "cut, statistics anew, prune",
     1000,
     100,
     shares(1000, 500, 100, step_products=5, damping=0.003),
@@ -272,7 +262,7 @@ MORE_IMAGES = Row(
 )
 AFFINE = replace(
     MORE_IMAGES,
-    name="the same, scales and biases move",
+    name="scales and biases move, too",
     trainable=published_networks.is_affine,
     sparsities=(0.9,),
 )
@@ -280,7 +270,7 @@ RESNET20 = Case(
     "ResNet20, CIFAR-10",
     published_networks.resnet20,
     {"magnitude cut": False, "cut, statistics anew": True},
-    (MORE_IMAGES, AFFINE, FEW_IMAGES),
+    (MORE_IMAGES, AFFINE),
     (
         Published("CHITA, better ridge", (90.55, 88.02, 79.76, 61.67, 21.81, None, None), 1000),
         Published("CHITA++ LSB", (None, None, None, 84.13, 70.64, None, None), 8000),
@@ -305,7 +295,7 @@ def results(case: Case, folder: Path) -> dict[str, dict[str, Any]]:
     for name, statistics in case.cuts.items():
         tasks[name] = case.sparsities, lambda s, statistics=statistics: cut_alone(network(), statistics, s)
     for row in case.rows:
-        tasks[row.name] = (*row.sparsities, 0.0), lambda s, row=row: readjusted(network(), row, s)
+        tasks[row.name] = row.sparsities, lambda s, row=row: readjusted(network(), row, s)
     found = {}
     for name, (sparsities, compute) in tasks.items():
         parts = folder / name.replace(" ", "_").replace(",", "")
