@@ -21,7 +21,7 @@ from jaxlimit.pruning.trust_region import DEFAULT, Point, Settings
 # that the network had before it was pruned.
 SETTLED = 1e-3
 # Where each step sees a part of the data, the mean of so many last ones is better than the last alone:
-# 1 point of test accuracy at .8 and at .9 in benchmarks/published.py, at no cost.
+# by .4 to 1.4 points of test accuracy in benchmarks/published.py, at no cost.
 AVERAGED = 6
 # Enough for the loss to settle, also where the data are one batch, so that a step takes 21 products.
 MAX_PRODUCTS = 400.0
