@@ -1,8 +1,8 @@
 """How sparse can a trained network be pruned, how sure is that, and is it true?"""
 
+from typing import TYPE_CHECKING, Any
+
 from jaxlimit import geometry
-from jaxlimit.application.assess import assess
-from jaxlimit.application.assessment import Assessment
 from jaxlimit.core.batches import Batches, batched
 from jaxlimit.core.trees import is_kernel
 from jaxlimit.core.version import __version__ as __version__
@@ -26,6 +26,10 @@ from jaxlimit.reference.paper_code import reference_limit
 from jaxlimit.spectrum.lanczos import tridiagonalize
 from jaxlimit.spectrum.measure import SpectralMeasure, spectral_measure
 from jaxlimit.spectrum.tridiagonal import Tridiagonal
+
+if TYPE_CHECKING:
+    from jaxlimit.application.assess import assess
+    from jaxlimit.application.assessment import Assessment
 
 __all__ = [
     "Assessment",
@@ -64,3 +68,12 @@ __all__ = [
     "spectral_measure",
     "tridiagonalize",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`assess` and what it returns, imported at their first use: all else imports in .9 s, these in .6 more."""
+    if name in ("Assessment", "assess"):
+        from jaxlimit.application import assess, assessment
+
+        return {"Assessment": assessment.Assessment, "assess": assess.assess}[name]
+    raise AttributeError(f"module 'jaxlimit' has no attribute '{name}'")
