@@ -71,7 +71,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`assess` and what it returns, imported at their first use: all else imports in .9 s, these in .6 more."""
+    """`assess` and what it returns, imported when first used: all else takes .9 s, these take .6 more."""
     if name in ("Assessment", "assess"):
         from jaxlimit.application import assess, assessment
 
