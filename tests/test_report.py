@@ -61,6 +61,21 @@ def run(limit, tmp_path_factory):
         "versions": {"jax": "1.2.3"},
         "device": {"platform": "cpu"},
     }
+    kept = {"kept_share": {"kernel": 0.25, "head": 0.0}}
+    numbers = {"sparsity": 0.97, "loss": 0.4, "dense_loss": float(LOSS[0]), "num_products": 9.0}
+    status = {"code": "bracketed", "status": "bracketed: by hand."}
+    document["attained"] = {
+        "sparsity": 0.97,
+        "tried": [(0.5, 0.1), (0.97, 0.4), (0.99, None)],
+        **{"loss_tolerance": 0.5, "tolerance": 0.005, "dense_loss": float(LOSS[0]), "unpruned_loss": None},
+        **{"pruned": {**numbers, **status, **kept, "num_steps": 3}, "num_products": 9.0},
+        **status,
+    }
+    document["certificate"] = None
+    document["pruned"] = {
+        **{"bytes": 1000, "dense_compressed_bytes": 900, "compressed_bytes": 300, "vanished": ["head"]},
+        **kept,
+    }
     document["comparison"] = [vars(row) for row in comparison.compare(document, columns)]
     config = {"preset": {"name": "hand-made", "epochs": 3}, "options": {"seed": 0, "loss_tolerance": None}}
     return run_folder.Record(config, document, columns, {"hessian": spectra.load_spectrum(path)})
@@ -115,6 +130,17 @@ class _Page(HTMLParser):
             self.cells.append(data)
 
 
+def test_the_page_opens_with_the_answer_and_warns_of_what_vanished(run, limit):
+    page = html.unescape(report.render(run, {}))
+    sentences = re.findall(r'<p class="lead">(.*?)</p>', page)
+    assert sentences[0].startswith("Asked: how many of 64 weights can go")
+    assert sentences[1].startswith(f"Answer: predicted {limit.readjusted.value:.4f}, attained 0.9700 (0.8650")
+    assert ("refuted" in sentences[2]) == (limit.readjusted.upper < 0.97)
+    assert sentences[3] == "Recommended: cut to .865 as it is; .970 with readjustment; nothing is certified."
+    assert "compressed by zlib 300, before pruning 900" in page
+    assert "Warning: nothing is left of head." in page
+
+
 def test_the_reference_stands_beside_our_limit(run, limit):
     width = limit.width.value
     sentence = (
@@ -134,8 +160,7 @@ def test_the_page_stands_alone_and_shows_every_figure_and_number(run, limit, tmp
     assert not re.search(
         r"(https?:)?//\w|url\(|@import|<script|<link", re.sub(r"base64,[\w+/=]+", "", source)
     )
-    # A run from before networks were attained has no figure of them.
-    assert len(page.addresses) == len(report.CAPTIONS) - 1 == 5
+    assert len(page.addresses) == len(report.CAPTIONS) == 6
     for name, address in zip(report.CAPTIONS, page.addresses, strict=True):
         head, content = address.split(",")
         assert head == "data:image/png;base64"
