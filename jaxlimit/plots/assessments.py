@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Beyond this sparsity the axis is logarithmic in the density, 1 - s; and it ends at this one.
 OPEN, END = 0.9, 0.999
-TICKS = (*np.arange(10) / 10, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
+TICKS = (*np.arange(9) / 10, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 STYLED = {"cut": ("-", "#000000"), "attained": ("o", GREEN)}
 
 
@@ -85,17 +85,18 @@ def _open(axes: "Axes", start: float, *, opened: bool) -> None:
 
 
 def opened_out(sparsity: ArrayLike) -> NDArray[np.float64]:
-    """S up to .9; beyond, each factor of ten in the density 1 - s takes as much room as .1.
+    """The sparsity up to .9; beyond, logarithmic in the density, and at first as steep as before.
 
     Examples:
         >>> opened_out([0.5, 0.9, 0.99, 0.999]).round(3).tolist()
-        [0.5, 0.9, 1.0, 1.1]
+        [0.5, 0.9, 1.13, 1.361]
     """
     s = np.asarray(sparsity, np.float64)
     density = np.maximum(1 - s, 1e-6)
-    return np.where(s <= OPEN, s, OPEN + 0.1 * np.log10((1 - OPEN) / density))
+    return np.where(s <= OPEN, s, OPEN + (1 - OPEN) * np.log((1 - OPEN) / density))
 
 
 def _closed(position: ArrayLike) -> NDArray[np.float64]:
     x = np.asarray(position, np.float64)
-    return np.where(x <= OPEN, x, 1 - (1 - OPEN) * 10.0 ** (-10 * (np.minimum(x, 1.4) - OPEN)))
+    beyond = np.clip(x - OPEN, 0, 2) / (1 - OPEN)
+    return np.where(x <= OPEN, x, 1 - (1 - OPEN) * np.exp(-beyond))
