@@ -30,7 +30,6 @@ from pruning_baselines import Minibatches, full_batch_adam, reconstructed, share
 from pruning_methods import Subject, Variant, count_with, pruned_path
 from pruning_report import (
     CHOICES,
-    DEFAULT_SHARE,
     KERNELS_ALONE,
     METHODS,
     NAME,
@@ -108,7 +107,7 @@ class Work:
         """A way in which jaxlimit prunes."""
 
         def compute() -> dict[str, Any]:
-            product = count_with(self.shares(), variant.curvature_share)
+            product = count_with(self.shares(), self.subject.share_of_products(variant))
             curve = pruned_path(self.subject, sparsity, variant, product, max_cost)
             return {"method": method, "sparsity": sparsity, "curve": curve}
 
@@ -192,7 +191,7 @@ class Work:
         bound = statistics.mean + statistics.batch_std
 
         def ours() -> dict[str, Any]:
-            product = count_with(self.shares(), DEFAULT_SHARE)
+            product = count_with(self.shares(), subject.share_of_products(Variant()))
             found = jaxlimit.attained_limit(
                 lambda params, batch: problem.predict(params, batch[0]),
                 lambda logits, batch: cross_entropy(logits, batch[1]),

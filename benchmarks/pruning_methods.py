@@ -6,7 +6,7 @@ is measured for each network; an epoch of minibatches counts as one gradient, an
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import jax
@@ -21,13 +21,11 @@ from jaxlimit.pruning import prune as path_of_masks
 from jaxlimit.pruning import trust_region
 from jaxlimit.pruning.readjustable import Readjustable, readjustable
 from jaxlimit.pruning.trust_region import Point, Settings
-from jaxlimit.pruning.windows import window
+from jaxlimit.pruning.windows import LEAST_EXAMPLES, window
 from jaxlimit.training.losses import cross_entropy
 
 # Probes of the diagonal of G, on the share of the data that the curvature comes from.
 PROBES = 20
-# Of the curvature's data: doubled where a step lowers the loss by less than this share of it.
-SMALL_FALL = 0.01
 Curve = list[dict[str, float]]
 
 
@@ -37,7 +35,6 @@ class Variant:
 
     Attributes:
         curvature_share: of the data, for the products.
-        growing: whether that share grows where the steps get small.
         everything: whether biases and norms move, too.
         gradient_share: of the data, for gradient and loss.
         step_products: at most, in a step.
@@ -46,7 +43,6 @@ class Variant:
     """
 
     curvature_share: float = 0.1
-    growing: bool = False
     everything: bool = False
     gradient_share: float = 1.0
     step_products: int = 20
@@ -109,6 +105,10 @@ class Subject:
             settings=Settings(variant.step_products, variant.curvature_share, variant.gradient_share),
         )
 
+    def share_of_products(self, variant: Variant) -> float:
+        """Of the data: few examples are never cut into parts."""
+        return max(variant.curvature_share, min(LEAST_EXAMPLES / self.num_examples, 1.0))
+
     def measured(self, params: PyTree, cost: float) -> dict[str, float]:
         """A point of a curve."""
         loss, accuracy = float(self.mean_loss(params)), float(self.test_error(params))
@@ -126,7 +126,7 @@ def window_share(part: Curvature, whole: Curvature) -> float:
 
 def count_with(seconds: dict[str, float], curvature_share: float) -> float:
     """Makes jaxlimit count with the measured shares; what one of its products costs in gradients."""
-    name = "product" if curvature_share == 1 else "product_with_a_tenth"
+    name = "product" if curvature_share > 0.5 else "product_with_a_tenth"
     product = seconds[name] / seconds["gradient"]
     trust_region.GRADIENT = 1 / product
     trust_region.LOSS = seconds["loss"] / seconds["gradient"] / product
@@ -155,11 +155,7 @@ def pruned_path(
     record(point)
     before = False
     while product * point.num_products < max_cost:
-        small = not point.fall > SMALL_FALL * point.loss
-        if variant.growing and small and problem.settings.curvature_share < 1:
-            share = min(1.0, 2 * problem.settings.curvature_share)
-            problem = replace(problem, settings=replace(problem.settings, curvature_share=share))
-        elif before and path_of_masks.settled(problem, point):
+        if before and path_of_masks.settled(problem, point):
             break
         before = path_of_masks.settled(problem, point)
         point = problem.step(point, mask)

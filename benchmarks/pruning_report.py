@@ -27,7 +27,6 @@ METHODS = {
     "jaxlimit, all parameters": Variant(everything=True),
 }
 CHOICES = {
-    "growing curvature": Variant(growing=True),
     "kept .6": Variant(kept=0.6),
     "kept .9": Variant(kept=0.9),
     "one cut": Variant(kept=0.0),

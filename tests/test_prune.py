@@ -148,10 +148,10 @@ def test_windows_follow_each_other_through_all_the_data(regression):
 
 
 @pytest.mark.parametrize(
-    ("share", "size", "parts"), [(0.1, 256, 10), (0.25, 640, 4), (0.4, 1024, 3), (0.01, 128, 20)]
+    ("share", "size", "parts"), [(0.1, 2048, 10), (0.25, 5120, 4), (0.4, 8192, 3), (0.01, 1024, 20)]
 )
 def test_a_share_of_one_large_batch_is_that_share(share, size, parts):
-    inputs = np.arange(2560, dtype=np.float32)[:, None] / 2560
+    inputs = np.arange(20_480, dtype=np.float32)[:, None] / 20_480
     weights = np.ones((1, 1), np.float32)
     curvature = jaxlimit.gauss_newton(linear, squared_error, weights, batched((inputs, 2 * inputs), 5))
     assert [len(batch) for batch, _ in curvature.groups] == [1]  # data in memory are cut anew

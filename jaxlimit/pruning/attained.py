@@ -184,15 +184,13 @@ def _next(problem: Readjustable, state: _State, target: int, goal: float, max_st
         point, num_steps = problem.cut(state.best._replace(number=used[0], num_products=used[1]), mask), 0
     else:
         point, num_steps = state.point, int(state.num_steps)
-    share = point.share
     if num_steps or point.loss > goal:
         point, num_steps = problem.step(point, mask), num_steps + 1
     loss = point.loss
     if loss <= goal and problem.settings.gradient_share < 1:
         loss = problem.mean_loss(point.weights)
-    # Steps lower the loss by less and less, so one like the last for each that is left is more than can be;
-    # unless the next one knows more of the data.
-    hopeless = not loss - goal <= point.fall * (max_steps - num_steps) and point.share == share
+    # Steps lower the loss by less and less, so one like the last for each that is left is more than can be.
+    hopeless = not loss - goal <= point.fall * (max_steps - num_steps)
     if loss > goal and not hopeless:
         return state._replace(point=point, num_removed=target, num_steps=num_steps)
     tried = np.concatenate([state.tried, [[target / problem.dim, loss]]])

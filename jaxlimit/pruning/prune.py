@@ -204,8 +204,7 @@ def _next(problem: Readjustable, state: _State, counts: list[int], fixed: PyTree
     point, mask, stage = state.point, state.mask, int(state.stage)
     if stage == len(counts):
         point = problem.step(point, mask)
-        grown = point.share > state.point.share
-        done = not grown and settled(problem, point) and settled(problem, state.point)
+        done = settled(problem, point) and settled(problem, state.point)
         return state._replace(point=point, settled=done, average=_averaged(state.average, point))
     mask = problem.mask(point.weights, counts[stage]) if fixed is None else fixed
     point, stage = problem.cut(point, mask), stage + 1

@@ -40,9 +40,7 @@ class Settings:
 
     Attributes:
         step_products: products of a step, at most.
-        curvature_share: share of the data that the curvature is taken from at first; every step takes the
-            next part. With all data for the gradient it doubles after a step that cannot be trusted: the part
-            may not stand for the whole.
+        curvature_share: share of the data that the curvature is taken from; every step takes the next part.
         gradient_share: share of the data that gradient and loss are taken from, likewise.
         stage_share: share of the weights that each stage of a path keeps of those before it.
         damping: the first one, as a share of the curvature along the gradient; .001 is a damping of .003 on
@@ -78,7 +76,6 @@ class Point(NamedTuple):
         loss: there, on the data of the last step or cut; infinite after a cut where steps see parts of them.
         fall: by how much the last step lowered it.
         damping: mu.
-        share: of the data for the curvature of the next step.
         number: steps so far.
         num_products: what they cost, in products with all the data.
     """
@@ -87,7 +84,6 @@ class Point(NamedTuple):
     loss: float
     fall: float
     damping: float
-    share: float
     number: int
     num_products: float
 
@@ -104,13 +100,13 @@ class _Data(NamedTuple):
 def _data(curvature: Curvature, point: Point, settings: Settings) -> _Data:
     here = at(curvature, point.weights)
     seen = window(here, settings.gradient_share, int(point.number))
-    curved = window(here, float(point.share), int(point.number))
+    curved = window(here, settings.curvature_share, int(point.number))
     return _Data(seen, curved, *(x.total_weight / curvature.total_weight for x in (seen, curved)))
 
 
 def first_point(curvature: Curvature, settings: Settings) -> Point:
     """At the weights of the curvature, with a damping that is a share of the curvature along the gradient."""
-    first = Point(curvature.weights, curvature.loss, 0.0, 1.0, settings.curvature_share, 0, 0.0)
+    first = Point(curvature.weights, curvature.loss, 0.0, 1.0, 0, 0.0)
     data = _data(curvature, first, settings)
     gradient = data.seen.gradient
     length = inner(gradient, gradient)
@@ -148,10 +144,9 @@ def step(curvature: Curvature, point: Point, mask: PyTree, settings: Settings) -
     else:
         gradient = data.seen.gradient
     cost = GRADIENT * data.seen_share
-    weights, loss, damping, share = point.weights, start, point.damping, point.share
-    most = share if settings.gradient_share < 1 else 1.0
+    weights, loss, damping = point.weights, start, point.damping
     if not math.isfinite(start):  # no step would be known to lower it
-        return Point(weights, start, math.nan, damping, share, point.number + 1, point.num_products + cost)
+        return Point(weights, start, math.nan, damping, point.number + 1, point.num_products + cost)
     found, num_products = _solved(data.curved.matvec, gradient, mask, damping, settings.step_products)
     cost += num_products * data.curved_share
     for factor in LENGTHS:
@@ -160,14 +155,14 @@ def step(curvature: Curvature, point: Point, mask: PyTree, settings: Settings) -
         cost += LOSS * data.seen_share
         trusted = factor == 1 and start - reached >= DISTRUSTED * found.decrease
         if not trusted:  # also where what is reached is NaN
-            damping, share = damping * GROW, min(2 * point.share, most)
+            damping *= GROW
         if reached <= start:
             weights, loss = trial, reached
             break
     fall = start - loss
     if fall > TRUSTED * found.decrease:
         damping /= SHRINK
-    return Point(weights, loss, fall, damping, share, point.number + 1, point.num_products + cost)
+    return Point(weights, loss, fall, damping, point.number + 1, point.num_products + cost)
 
 
 def at(curvature: Curvature, weights: PyTree) -> Curvature:
