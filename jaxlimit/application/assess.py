@@ -125,9 +125,9 @@ def assess(
     key = require_key("key", key)
     risk = {"bounds": error_bounds, "bound": error_bound, "rise": error_rise, "confidence": confidence}
     certifying = certifying_of(predict_fn, params, batches, test_batches, error_fn, **risk)
-    statistics = None
     if out is not None:
         require_extra()
+    statistics = None
     if loss_tolerance is None or out is not None:
         statistics = loss_statistics(MeanLoss(predict_fn, loss_fn), params, batches, weight_fn=weight_fn)
     question = Question(

@@ -5,6 +5,7 @@ Whether a network with these zeros exists is settled by building one. No quadrat
 
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -155,15 +156,21 @@ def attained_limit(
             store.save_tree("search", state)
             tell("search", int(state.num_removed), state.point, max_products)
         spent = float(state.point.num_products)
-        free = None
-        if unpruned:
-            free = problem.stored(store, "unpruned", start)
-            every = problem.mask(start.weights, 0)
-            while free.num_products < spent and (free.number == 0 or not settled(problem, free)):
-                free = problem.step(free, every)
-                store.save_tree("unpruned", free)
-                tell("unpruned", 0, free, spent)
+        free = _without_pruning(problem, store, spent, partial(tell, "unpruned", 0)) if unpruned else None
     return _result(problem, state, target, free, loss_tolerance, tolerance, spent)
+
+
+def _without_pruning(
+    problem: Readjustable, store: Checkpoint, spent: float, tell: Callable[[Point, float], None]
+) -> Point:
+    """Where the network gets with as many products if no weight goes."""
+    free = problem.stored(store, "unpruned", problem.start)
+    every = problem.mask(problem.start.weights, 0)
+    while free.num_products < spent and (free.number == 0 or not settled(problem, free)):
+        free = problem.step(free, every)
+        store.save_tree("unpruned", free)
+        tell(free, spent)
+    return free
 
 
 def _target(state: _State, dim: int, tolerance: float, share: float) -> int | None:
