@@ -19,7 +19,6 @@ from pruning_methods import Curve, Subject, Variant, window_share
 from jaxlimit.core.trees import PyTree, combine, is_kernel, partition
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.geometry.magnitude import apply_mask, magnitude_order
-from jaxlimit.pruning.trust_region import at
 from jaxlimit.pruning.windows import window
 
 BATCH_SIZE = 128
@@ -157,13 +156,13 @@ def shares(subject: Subject) -> dict[str, float]:
     weights, vector = curvature.weights, jax.tree.map(jnp.ones_like, curvature.weights)
 
     def products(of: Curvature, count: int) -> PyTree:
-        here = at(of, weights)
+        here = replace(of, weights=weights)
         return [here.matvec(vector) for _ in range(count)][-1]
 
     tenth, epoch = window(curvature, 0.1, 0), Minibatches(subject, "sgd", everything=True)
     mask = subject.magnitude_mask(0.5)
     functions = {
-        "gradient": lambda: at(curvature, weights).gradient,
+        "gradient": lambda: replace(curvature, weights=weights).gradient,
         "loss": lambda: curvature.mean_loss(weights),
         "linearisation_and_product": lambda: products(curvature, 1),
         "step_of_20_products": lambda: products(curvature, 20),

@@ -150,13 +150,7 @@ def write_report(folder: Path, found: Assessment, document: Mapping[str, Any]) -
         ],
         captions=CAPTIONS,
         pictures=pictures,
-        details={
-            "Hessian": page.details(document, "hessian"),
-            "Gauss-Newton": page.details(document, "gauss_newton"),
-            "seconds": document["seconds"],
-            "versions": document["versions"],
-            "device": document["device"],
-        },
+        details=page.details(document),
         command=document["command"],
     )
     write_file(folder / REPORT, text)

@@ -63,8 +63,17 @@ def render(
     )
 
 
-def details(document: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What limit.json knows of a curvature beside its limits."""
+def details(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What limit.json knows beside the answers, by heading."""
+    return {
+        "Hessian": _curvature(document, "hessian"),
+        "Gauss-Newton": _curvature(document, "gauss_newton"),
+        **{name: document[name] for name in ("seconds", "versions", "device")},
+    }
+
+
+def _curvature(document: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What it knows of a curvature beside its limits."""
     found = document["limits"].get(name, {})
     return {key: value for key, value in found.items() if key not in (*LIMITS, "reference")}
 

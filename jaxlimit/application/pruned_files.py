@@ -30,11 +30,15 @@ def named_arrays(tree: PyTree) -> dict[str, NDArray[Any]]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not is_array(leaf) or jnp.issubdtype(getattr(leaf, "dtype", jnp.float32), jax.dtypes.extended):
             continue  # a function, a text, a random key
-        name = jax.tree_util.keystr(path, simple=True, separator=".") or "params"
+        name = _name(path)
         if name in found:
             raise ValueError(f"two arrays of params have the name {name}: a file holds one of each name.")
         found[name] = np.ascontiguousarray(to_host(leaf)).reshape(np.shape(leaf))
     return found
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".") or "params"
 
 
 def save_pruned(path: Path, pruned: Pruned) -> None:
@@ -68,7 +72,7 @@ def _filled(like: PyTree, found: dict[str, NDArray[Any]], suffix: str) -> PyTree
     known = named_arrays(like)
 
     def fill(path: tuple, leaf: Any) -> Any:
-        name = jax.tree_util.keystr(path, simple=True, separator=".") or "params"
+        name = _name(path)
         return jnp.asarray(found[name + suffix]).reshape(np.shape(leaf)) if name in known else leaf
 
     return jax.tree_util.tree_map_with_path(fill, like)

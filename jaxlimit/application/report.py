@@ -149,11 +149,7 @@ def render(run: Record, pictures: Mapping[str, bytes]) -> str:
         details={
             "preset": preset | options,
             "network": document["network"],
-            "Hessian": page.details(document, "hessian"),
-            "Gauss-Newton": page.details(document, "gauss_newton"),
-            "seconds": document["seconds"],
-            "versions": document["versions"],
-            "device": document["device"],
+            **page.details(document),
         },
         command=document["command"],
     )

@@ -16,7 +16,7 @@ from jaxlimit.curvature.makers import gauss_newton
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.geometry.magnitude import magnitude_order
 from jaxlimit.limits.problem import SAME_LOSS
-from jaxlimit.pruning.trust_region import Point, Settings, at, cut, first_point, step
+from jaxlimit.pruning.trust_region import Point, Settings, cut, first_point, step
 
 # What devices may differ by in the first damping, relative to it.
 SAME_DAMPING = 1e-2
@@ -87,7 +87,7 @@ class Readjustable:
 
     def mean_loss(self, weights: PyTree) -> float:
         """On all data."""
-        return at(self.curvature, weights).mean_loss(weights)
+        return self.curvature.mean_loss(weights)
 
     def params(self, weights: PyTree) -> PyTree:
         """The whole tree."""

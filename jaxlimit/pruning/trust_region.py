@@ -98,7 +98,7 @@ class _Data(NamedTuple):
 
 
 def _data(curvature: Curvature, point: Point, settings: Settings) -> _Data:
-    here = at(curvature, point.weights)
+    here = replace(curvature, weights=point.weights, loss=math.nan)
     seen = window(here, settings.gradient_share, int(point.number))
     curved = window(here, settings.curvature_share, int(point.number))
     return _Data(seen, curved, *(x.total_weight / curvature.total_weight for x in (seen, curved)))
@@ -163,11 +163,6 @@ def step(curvature: Curvature, point: Point, mask: PyTree, settings: Settings) -
     if fall > TRUSTED * found.decrease:
         damping /= SHRINK
     return Point(weights, loss, fall, damping, point.number + 1, point.num_products + cost)
-
-
-def at(curvature: Curvature, weights: PyTree) -> Curvature:
-    """The same curvature at other weights."""
-    return replace(curvature, weights=weights, loss=float("nan"))
 
 
 def _solved(
