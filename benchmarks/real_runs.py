@@ -34,6 +34,7 @@ RUNS = {
 COLUMNS = {
     "**pruned**": ("measured", "loss", "value"),
     "one_shot": ("limits", "hessian", "one_shot", "value"),
+    "**attained**": ("attained", "sparsity"),
     "**fine-tuned**": ("measured", "finetuned", "value"),
     "width": ("limits", "hessian", "width", "value"),
     "cone": ("limits", "hessian", "cone", "value"),
@@ -76,7 +77,7 @@ def _cell(document: Mapping[str, Any], path: tuple[str, ...]) -> str:
     if not found:
         return "-"
     unresolved = found.get("spread", 0) > document["limits"]["hessian"]["tolerance"]
-    return f"{'~' if unresolved else ''}{found['value']:.3f}"
+    return f"{'~' if unresolved else ''}{found[path[-1]]:.3f}"
 
 
 def main() -> None:

@@ -169,8 +169,7 @@ def _presets(command: Presets, args: Sequence[str], interrupt: Interrupt) -> int
 
 
 def _run(command: "Run", args: Sequence[str], interrupt: Interrupt) -> int:
-    from jaxlimit.application import comparison, pipeline, run_folder, stage_answers
-    from jaxlimit.application.assessment import fill
+    from jaxlimit.application import pipeline, run_folder, stage_answers
     from jaxlimit.application.presets import load_arrays
     from jaxlimit.application.terminal import make_monitor
 
@@ -196,8 +195,8 @@ def _run(command: "Run", args: Sequence[str], interrupt: Interrupt) -> int:
             )
         interrupt.finish()
     assessment = stage_answers.assessment_of(run.document, run.columns)
-    sentences = "" if assessment is None else "\n".join(map(fill, assessment.sentences)) + "\n\n"
-    print(f"\n{sentences}{comparison.comparison_table(run.document)}\n\nreport: {folder / run_folder.REPORT}")
+    told = assessment.text(stage_answers.notes(run.document))
+    print(f"\n{told}\n\nreport: {folder / run_folder.REPORT}")
     return 0
 
 

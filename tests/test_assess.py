@@ -131,6 +131,7 @@ def test_certified_are_networks_on_the_way(problem, assessment):
         for params in (attained.pruned.params, problem.params)
     ]
     assert certificate.means[-1] == pytest.approx(errors[0] - errors[1])
+    assert assessment.attained_error == pytest.approx(errors[0])
 
 
 def test_the_table_says_it_all_and_fits_a_terminal(assessment):
@@ -141,10 +142,11 @@ def test_the_table_says_it_all_and_fits_a_terminal(assessment):
         line.split() for line in lines[: lines.index("Gauss-Newton")] if line.startswith("  readjusted")
     ]
     assert row[1] == f"{readjusted.value:.4f}"
-    assert row[4] == f"{assessment.attained.sparsity:.4f}"
+    assert row[4] == f"{assessment.predicted['hessian'].rises['readjusted']:.3g}"
+    assert row[5] == f"{assessment.attained.sparsity:.4f}"
     shown = "-" if assessment.certificate.sparsity is None else f"{assessment.certificate.sparsity:.4f}"
-    assert row[5] == shown
-    assert lines[0].startswith("Cut to .")
+    assert row[6] == shown
+    assert lines[0].startswith("Asked: how many of 45 weights")
 
 
 def test_a_result_is_read_back(assessment):
@@ -259,7 +261,7 @@ def test_the_folder_has_the_report_and_the_network(folder):
     assert document["pruned"]["bytes"] == 4 * (45 + 3)
     assert document["pruned"]["kept_share"]["first"] == np.mean(stored["first.mask"])
     page = html.unescape((out / "report.html").read_text())
-    for sentence in (*found.sentences, found.recommendation):
+    for sentence in found.sentences:
         assert sentence in page
     assert "http" not in page
 

@@ -14,6 +14,7 @@ import jaxlimit
 from jaxlimit import models
 from jaxlimit.core.trees import flatten
 from jaxlimit.geometry.magnitude import magnitude_mask
+from jaxlimit.limits.estimate import LIMITS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -78,19 +79,21 @@ def test_the_one_shot_limit_shown_is_where_the_quadratic_model_reaches_the_toler
 def test_committed_runs_hold_the_numbers_and_the_claims(seed):
     run = json.loads((ROOT / "benchmarks" / "results" / f"digits-seed{seed}.json").read_text())
     assert run["command"] == f"jaxlimit run --seed {seed}"
-    hessian = {row["limit"]: row for row in run["comparison"] if row["curvature"] == "hessian"}
-    assert abs(hessian["one_shot"]["difference"]) <= 0.01
-    assert abs(hessian["cone"]["difference"]) <= 0.02
-    assert abs(hessian["readjusted"]["difference"]) <= 0.02
+    hessian, cut, attained = run["limits"]["hessian"], run["measured"]["loss"]["value"], run["attained"]
+    assert abs(hessian["one_shot"]["value"] - cut) <= 0.01
     if seed == 0:
         table = blocks("text")[0]
-        for row in run["comparison"]:
-            assert f"{row['predicted']:.4f}  [{row['lower']:.4f}, {row['upper']:.4f}]" in table
-            assert f"{row['difference']:+.4f}" in table
+        for limits in run["limits"].values():
+            for name in LIMITS:
+                limit, rise = limits[name], limits["rises"][name]
+                shown = f"{limit['value']:.4f}  [{limit['lower']:.4f}, {limit['upper']:.4f}]"
+                assert re.search(f"{re.escape(shown)} +{rise:.3g} ", table)
+        assert f"attained {attained['sparsity']:.4f} ({cut:.4f} without readjustment)" in table
+        assert f"errs on {run['attained_error']:.1%}".replace("%", " %") in README
     else:
-        for name in ("one_shot", "cone", "readjusted"):
-            assert f"{hessian[name]['predicted']:.3f}"[1:] in README
-            assert f"{hessian[name]['measured']:.3f}"[1:] in README
+        for value in (*(hessian[name]["value"] for name in ("one_shot", "cone", "readjusted")), cut):
+            assert f"{value:.3f}"[1:] in README
+        assert f"{attained['sparsity']:.3f}"[1:] in README
 
 
 def test_the_documented_commands_are_the_ones_of_continuous_integration():

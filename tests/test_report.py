@@ -14,7 +14,7 @@ import pytest
 
 import jaxlimit
 from jaxlimit import plots
-from jaxlimit.application import comparison, report, run_folder, spectra, stage_sweeps
+from jaxlimit.application import report, run_folder, spectra, stage_answers, stage_sweeps
 from jaxlimit.application.columns import read_columns, write_columns
 from jaxlimit.core import writing
 
@@ -50,7 +50,7 @@ def run(limit, tmp_path_factory):
     document = {
         "command": "jaxlimit run <digits> & more",
         "loss_tolerance": 0.5,
-        "network": {"train_loss": float(LOSS[0]), "test_accuracy": 0.98, "num_weights": 64},
+        "network": {"train_loss": float(LOSS[0]), "test_accuracy": 0.98},
         "limits": {"hessian": limit.to_json() | {"reference": REFERENCE}},
         "measured": {
             "loss": {"value": 0.865, "next": 0.8675},
@@ -76,30 +76,34 @@ def run(limit, tmp_path_factory):
         **{"bytes": 1000, "dense_compressed_bytes": 900, "compressed_bytes": 300, "vanished": ["head"]},
         **kept,
     }
-    document["comparison"] = [vars(row) for row in comparison.compare(document, columns)]
+    document["attained_error"] = 0.03
     config = {"preset": {"name": "hand-made", "epochs": 3}, "options": {"seed": 0, "loss_tolerance": None}}
     return run_folder.Record(config, document, columns, {"hessian": spectra.load_spectrum(path)})
 
 
-def test_limits_are_compared_with_the_threshold_of_their_question(run, limit):
-    rows = {row["limit"]: row for row in run.document["comparison"]}
-    assert {name: row["measured"] for name, row in rows.items()} == {
-        "one_shot": 0.865,
-        "width": 0.95,
-        "cone": 0.95,
-        "readjusted": 0.95,
+def told(run):
+    """What the terminal shows of a run."""
+    assessment = stage_answers.assessment_of(run.document, run.columns)
+    return assessment.text(stage_answers.notes(run.document))
+
+
+def test_limits_stand_beside_the_sparsity_of_their_question(run):
+    """Of one_shot where the network may be cut to, of the others what was attained."""
+    ((_, rows),) = stage_answers.assessment_of(run.document, run.columns).rows()
+    assert {row[0]: row[4] for row in rows} == {
+        "one_shot": "0.8650",
+        "width": "0.9700",
+        "cone": "0.9700",
+        "readjusted": "0.9700",
     }
-    for name, estimate in limit.estimates().items():
-        assert rows[name]["predicted"] == estimate.value
-        assert rows[name]["difference"] == estimate.value - rows[name]["measured"]
-    # The accuracy at the largest grid point that is not above; never measured after fine-tuning here.
-    index = int(np.floor(400 * limit.one_shot.value))
-    assert rows["one_shot"]["test_accuracy"] == 1 - GRID[index] ** 8
-    assert rows["width"]["test_accuracy"] is None
+    text = " ".join(told(run).split())
+    assert f"Error on the test data: 0 unpruned, {0.865**8:.4g} cut to 0.8650, 0.03 attained." in text
+    assert "within one point cut to 0.6000." in text
+    assert "the network stays within the tolerance up to 0.9500 (the next one is 0.9550)" in text
 
 
 def test_the_table_shows_the_numbers_and_fits_a_terminal(run, limit):
-    text = comparison.comparison_table(run.document)
+    text = told(run)
     for name, estimate in limit.estimates().items():
         (line,) = [line for line in text.splitlines() if re.match(rf"  {name} +\d", line)]
         assert f"{estimate.value:.4f}" in line
@@ -147,7 +151,7 @@ def test_the_reference_stands_beside_our_limit(run, limit):
         f"The paper's code would predict 0.900 ({0.9 - width:+.4f} against width): +0.0250 by its binning, "
         f"integer R and 25% of zero rows, {0.875 - width:+.4f} by its 96 Lanczos steps"
     )
-    assert sentence in " ".join(comparison.comparison_table(run.document).split())
+    assert sentence in " ".join(told(run).split())
     assert sentence in html.unescape(report.render(run, {}))
 
 

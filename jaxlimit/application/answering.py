@@ -59,10 +59,10 @@ def with_networks(
     work: Answering, predicted: Mapping[str, PruningLimit], cut: Cut, performer: Performer
 ) -> Assessment:
     """What is attained and certified, beside what is predicted and cut."""
-    attained = performer.perform(attained_stage(work)).value
+    attained, error = performer.perform(attained_stage(work)).value
     certificate = performer.perform(certified_stage(work)).value
     reason = work.question.certifying if isinstance(work.question.certifying, str) else NO_NETWORK
-    return Assessment(predicted, cut, attained, certificate, "" if certificate else reason)
+    return Assessment(predicted, cut, attained, certificate, "" if certificate else reason, error)
 
 
 def limit_stage(work: Answering, name: str) -> Stage[Found[PruningLimit]]:
@@ -108,23 +108,25 @@ def cut_stage(work: Answering) -> Stage[Found[Cut]]:
     )
 
 
-def attained_stage(work: Answering) -> Stage[Found[Attained]]:
-    """The sparsest network within the tolerance that is built; it is kept, with its mask."""
+def attained_stage(work: Answering) -> Stage[Found[tuple[Attained, float | None]]]:
+    """The sparsest network within the tolerance that is built, kept with its mask; and its test error."""
     question, checkpoint = work.question, work.checkpoint("attained")
     path = work.folder / run_folder.PRUNED
 
-    def compute() -> Found[Attained]:
+    def compute() -> Found[tuple[Attained, float | None]]:
         attained = answers.attained(question, work.networks, checkpoint, work.monitor.update)
-        part: dict[str, Any] = {"attained": attained.to_json()}
+        error = answers.error_of(question, attained.pruned.params)
+        part: dict[str, Any] = {"attained": attained.to_json(), "attained_error": error}
         if work.kept:
             pruned_files.save_pruned(path, attained.pruned)
             part["pruned"] = pruned_files.sizes(question.params, attained.pruned)
-        return Found(attained, part)
+        return Found((attained, error), part)
 
-    def load(document: Mapping[str, Any]) -> Found[Attained]:
+    def load(document: Mapping[str, Any]) -> Found[tuple[Attained, float | None]]:
         like = partition(question.params, question.prunable)[0]
         network = pruned_files.load_pruned(path, question.params, like)
-        return Found(Attained.from_json(document["attained"], *network), {})
+        attained = Attained.from_json(document["attained"], *network)
+        return Found((attained, document["attained_error"]), {})
 
     return Stage(
         "attained",
@@ -132,7 +134,7 @@ def attained_stage(work: Answering) -> Stage[Found[Attained]]:
         round(question.max_products),
         compute,
         load,
-        lambda found: f"sparsity {found.value.sparsity:.4f}",
+        lambda found: f"sparsity {found.value[0].sparsity:.4f}",
         checkpoint,
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from jaxlimit.application.question import Certifying, Question
 from jaxlimit.core.storage import Checkpoint
@@ -108,7 +108,7 @@ def cut(question: Question, told: Told) -> Cut:
     last = Sweep(grid, {"loss": losses}).first_crossing("loss", bound)
     after, errors = grid[grid > last], None
     if isinstance(question.certifying, Certifying):
-        errors = _errors(question, question.certifying, grid, told)
+        errors = _errors(question, question.certifying, question.params, grid, told)
     return Cut(
         sparsity=last,
         next=float(after[0]) if len(after) else 1.0,
@@ -132,16 +132,23 @@ def _joined(first: Sweep, second: Sweep, metric: str) -> tuple[NDArray[np.float6
 
 
 def _errors(
-    question: Question, certifying: Certifying, grid: NDArray[np.float64], told: Told
+    question: Question, certifying: Certifying, params: PyTree, grid: ArrayLike, told: Told
 ) -> NDArray[np.float64]:
-    """Mean risk on the test data of the network that is cut."""
+    """Mean risk on the test data of a network that is cut."""
 
     def metrics(params: PyTree, batch: PyTree) -> dict[str, Any]:
         return {"error": jnp.mean(certifying.error_fn(params, batch).astype(jnp.float32))}
 
-    network = PrunedNetwork(question.params, metrics, scores=question.scores, prunable=question.prunable)
-    found = network.sweep(certifying.batches, grid, progress=_told(told, len(grid)))
+    network = PrunedNetwork(params, metrics, scores=question.scores, prunable=question.prunable)
+    found = network.sweep(certifying.batches, grid, progress=_told(told, np.size(grid)))
     return found.metrics["error"]
+
+
+def error_of(question: Question, params: PyTree) -> float | None:
+    """Mean risk of a network on the test data; None where no risk is known."""
+    if not isinstance(question.certifying, Certifying):
+        return None
+    return float(_errors(question, question.certifying, params, [0.0], lambda done, note: None)[0])
 
 
 def _told(told: Told, before: int) -> Callable[[int, int], None]:

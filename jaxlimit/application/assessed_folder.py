@@ -143,11 +143,8 @@ def write_report(folder: Path, found: Assessment, document: Mapping[str, Any]) -
         pictures[name] = picture.read_bytes()
     text = page.render(
         title="How sparse can this network be pruned?",
-        sentences=[*found.sentences, f"Recommended: {found.recommendation}."],
-        tables=[
-            table(found),
-            pruned_table(document["pruned"]),
-        ],
+        sentences=found.sentences,
+        tables=[table(found), pruned_table(document["pruned"])],
         captions=CAPTIONS,
         pictures=pictures,
         details=page.details(document),
@@ -157,9 +154,9 @@ def write_report(folder: Path, found: Assessment, document: Mapping[str, Any]) -
     return folder / REPORT
 
 
-def table(found: Assessment) -> page.Table:
-    """The table of an assessment, for the page."""
-    return page.Table("Predicted, attained, certified", COLUMNS, found.rows(), found.notes())
+def table(found: Assessment, notes: Sequence[str] = ()) -> page.Table:
+    """The table of an assessment, for the page, with further notes."""
+    return page.Table("Predicted, attained, certified", COLUMNS, found.rows(), [*found.notes(), *notes])
 
 
 def pruned_table(sizes: Mapping[str, Any]) -> page.Table:
@@ -203,10 +200,13 @@ def plot(found: Assessment) -> "Figure":
     if cut.errors is not None and certificate is not None:
         dense = cut.errors[0]
         paired = certificate.bounds[0] < 0
-        errors = np.array(certificate.means) + (dense if paired else 0.0)
+        errors = dict(zip(certificate.sparsities, certificate.means, strict=True))
+        points = {s: error + (dense if paired else 0.0) for s, error in errors.items()}
+        if found.attained_error is not None:
+            points[attained.sparsity] = found.attained_error
         panels["test error"] = {
             "cut": (grid, np.array(cut.errors)),
-            "attained": (np.array(certificate.sparsities), errors),
+            "attained": (np.array([*points]), np.array([*points.values()])),
         }
         bounds["test error"] = (certificate.bound + (dense if paired else 0.0), "bound to be certified")
         if certificate.sparsity is not None:

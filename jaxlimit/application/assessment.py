@@ -1,7 +1,7 @@
 """What `assess` returns: predicted, attained and certified side by side, in one table and a few sentences."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,8 +17,12 @@ from jaxlimit.training.losses import TITLES
 
 # Characters a line, for a terminal of 80 columns.
 WIDTH = 79
-COLUMNS = ("", "predicted", "interval", "attained", "certified")
+COLUMNS = ("", "predicted", "interval", "true rise", "attained", "certified")
 fill = partial(textwrap.fill, width=WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+OPTIMISTIC = (
+    "Gauss-Newton calls flat what is flat only to first order in the network: read its width, cone and "
+    "readjusted limits as optimistic."
+)
 # The unpruned network's loss falls to less than this share of what it was: then training is a part of it.
 UNTRAINED = 0.5
 
@@ -34,6 +38,7 @@ class Assessment:
         certificate: how far the networks on the way to it are certified on new data; None where nothing is
             to be certified.
         not_certified: why there is no certificate; empty where there is one.
+        attained_error: mean risk of the attained network on the test data, None where no risk is known.
     """
 
     predicted: Mapping[str, PruningLimit]
@@ -41,6 +46,7 @@ class Assessment:
     attained: Attained
     certificate: Certificate | None
     not_certified: str
+    attained_error: float | None
 
     @property
     def dense_error(self) -> float | None:
@@ -93,9 +99,9 @@ class Assessment:
         )
 
     @property
-    def sentences(self) -> tuple[str, str, str]:
-        """What was asked, the answer, and whether prediction and attainment agree."""
-        return self._asked, self._answer, self.agreement
+    def sentences(self) -> tuple[str, str, str, str]:
+        """What was asked, the answer, whether prediction and attainment agree, and what is recommended."""
+        return self._asked, self._answer, self.agreement, f"Recommended: {self.recommendation}."
 
     @property
     def _asked(self) -> str:
@@ -127,57 +133,72 @@ class Assessment:
             "-" if certificate is None or certificate.sparsity is None else f"{certificate.sparsity:.4f}"
         )
 
-        def cells(name: str, limit: Estimate) -> tuple[str, ...]:
+        def cells(name: str, limit: Estimate, rise: float) -> tuple[str, ...]:
             alone = name == "one_shot"
             reached = self.cut.sparsity if alone else self.attained.sparsity
-            interval = f"[{limit.lower:.4f}, {limit.upper:.4f}]"
-            return name, f"{limit.value:.4f}", interval, f"{reached:.4f}", "" if alone else certified
+            interval, rises = f"[{limit.lower:.4f}, {limit.upper:.4f}]", f"{rise:.3g}"
+            return name, f"{limit.value:.4f}", interval, rises, f"{reached:.4f}", "" if alone else certified
 
         return [
-            (TITLES[name], [cells(which, found) for which, found in limit.estimates().items()])
+            (TITLES[name], [cells(which, x, limit.rises[which]) for which, x in limit.estimates().items()])
             for name, limit in self.predicted.items()
         ]
 
     def notes(self) -> list[str]:
         """What the reader of the table must know, by paragraph."""
+        attained, unpruned = self.attained, self.attained.unpruned_loss
         notes = [
+            "true rise: of the loss at the predicted sparsity, weights cut and none readjusted.",
             "attained: of one_shot the largest sparsity measured at which the loss of the cut network stays "
             f"within the tolerance (the next one is {self.cut.next:.4f}); of the others that of the sparsest "
             "network within it that was built, its kept weights readjusted.",
-            self.agreement,
+            f"attained: {attained.status}",
         ]
-        attained = self.attained
-        unpruned = attained.unpruned_loss
         if unpruned is not None and unpruned < UNTRAINED * attained.dense_loss:
             notes.append(
                 f"The same products without pruning lower the loss from {attained.dense_loss:.4g} to "
                 f"{unpruned:.4g}: a part of what was attained is further training."
             )
-        notes.append(f"attained: {attained.status}")
+        if self.attained_error is not None and self.cut.errors is not None:
+            cut = self.cut.errors[self.cut.sparsities.index(self.cut.sparsity)]
+            notes.append(
+                f"Error on the test data: {self.dense_error:.4g} unpruned, {cut:.4g} cut to "
+                f"{self.cut.sparsity:.4f}, {self.attained_error:.4g} attained."
+            )
         if self.certificate is None:
             notes.append(f"certified: nothing: {self.not_certified}")
         else:
             notes.append(f"certified: {_risk(self.certificate)} {self.certificate.status}")
+        if "gauss_newton" in self.predicted:
+            notes.append(OPTIMISTIC)
         for name, limit in self.predicted.items():
             if limit.code is not Code.EXACT:
                 notes.append(f"{TITLES[name]}: {limit.status}")
         return notes
 
-    def __repr__(self) -> str:
+    def text(self, notes: Sequence[str] = ()) -> str:
+        """Sentences, table and notes for a terminal.
+
+        Args:
+            notes: further ones.
+        """
         groups = self.rows()
         lines = [COLUMNS, *(row for _, rows in groups for row in rows)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
 
-        def text(cells: tuple[str, ...]) -> str:
+        def row(cells: tuple[str, ...]) -> str:
             others = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
             return "  ".join([f"  {cells[0]}".ljust(widths[0] + 2), *others]).rstrip()
 
-        head = text(COLUMNS)
-        parts = [fill(f"{self.recommendation[0].upper()}{self.recommendation[1:]}.")]
-        parts += [fill(self._asked), "", head, "-" * len(head)]
+        head = row(COLUMNS)
+        rule = "-" * len(head)
+        parts = [*map(fill, self.sentences), "", head, rule]
         for title, rows in groups:
-            parts += [title, *map(text, rows)]
-        return "\n".join([*parts, "-" * len(head), *map(fill, self.notes())])
+            parts += [title, *map(row, rows)]
+        return "\n".join([*parts, rule, *map(fill, [*self.notes(), *notes])])
+
+    def __repr__(self) -> str:
+        return self.text()
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the arrays, as JSON values."""
@@ -187,6 +208,7 @@ class Assessment:
             "attained": self.attained.to_json(),
             "certificate": None if self.certificate is None else self.certificate.to_json(),
             "not_certified": self.not_certified,
+            "attained_error": self.attained_error,
         }
 
     @classmethod
@@ -204,6 +226,7 @@ class Assessment:
                 attained=Attained.from_json(values["attained"], params, mask),
                 certificate=None if certificate is None else Certificate.from_json(certificate),
                 not_certified=values["not_certified"],
+                attained_error=values["attained_error"],
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(

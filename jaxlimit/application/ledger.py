@@ -101,7 +101,6 @@ class Ledger(Performer):
             "loss_tolerance": None,
             "limits": {},
             "measured": {},
-            "comparison": [],
             "seconds": {},
         }
         if self._path.exists():

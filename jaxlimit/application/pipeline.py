@@ -1,6 +1,6 @@
 """A run: its stages one after another, each computed once (see `ledger`)."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,8 @@ from jaxlimit.application import (
     stage_training,
 )
 from jaxlimit.application.answering import Answering, with_networks
-from jaxlimit.application.comparison import Comparison, compare
 from jaxlimit.application.job import Job
-from jaxlimit.application.ledger import Ledger, Stage
+from jaxlimit.application.ledger import Found, Ledger, Stage
 from jaxlimit.application.presets import Arrays, Options, Preset
 from jaxlimit.application.spectra import load_spectrum
 from jaxlimit.application.stage_limits import Limits
@@ -61,13 +60,13 @@ def execute_run(
     trained = ledger.perform(_training(job))
     limits = [ledger.perform(_limits(job, trained, name)) for name in options.curvatures]
     measured = ledger.perform(_sweep(job, trained, limits))
-    if preset.finetune_steps:
-        measured = ledger.perform(_finetuned_sweep(job, trained, limits, measured))
     with content_of(folder / run_folder.LIMIT):
         predicted = stage_answers.predicted_of(ledger.document)
         cut = stage_answers.cut_of(measured.columns, ledger.document["measured"])
     work = Answering(stage_answers.question_of(job, trained), folder, True, monitor)
     with_networks(work, predicted, cut, ledger)
+    if preset.finetune_steps:
+        measured = ledger.perform(_finetuned_sweep(job, trained, limits, measured))
     return _finish(job, ledger, measured)
 
 
@@ -104,7 +103,7 @@ def _sweep(job: Job, trained: Trained, limits: list[Limits]) -> Stage[Measured]:
         "sweep",
         "sparsity sweep",
         stage_sweeps.NUM_SWEPT,
-        partial(stage_sweeps.sweep, job, trained, [found.curvature for found in limits]),
+        partial(stage_sweeps.sweep, job, trained, limits),
         partial(stage_sweeps.load_measured, job, names=("loss", "accuracy")),
         lambda found: f"loss threshold {found.thresholds['loss']['value']:.4f}",
     )
@@ -123,31 +122,18 @@ def _finetuned_sweep(job: Job, trained: Trained, limits: list[Limits], swept: Me
     )
 
 
-@dataclass(frozen=True)
-class Reported:
-    """The comparison of predicted and measured, as the report shows it."""
-
-    rows: list[Comparison]
-
-    def to_json(self) -> dict[str, Any]:
-        """Its part of limit.json."""
-        return {"comparison": [asdict(row) for row in self.rows], "finished": True}
-
-
 def _finish(job: Job, ledger: Ledger, measured: Measured) -> run_folder.Record:
     folder, curvatures = job.folder, ledger.document["limits"]
-    with content_of(folder / run_folder.LIMIT):
-        reported = Reported(compare(ledger.document, measured.columns))
     run = run_folder.Record(
         read_json(folder / run_folder.CONFIG),
-        ledger.document | reported.to_json(),
+        ledger.document | {"finished": True},
         measured.columns,
         {name: load_spectrum(run_folder.spectrum_path(folder, name)) for name in curvatures},
     )
 
-    def write(_: Any = None) -> Reported:
+    def write(_: Any = None) -> Found[None]:
         report.write_report(folder, run)
-        return reported
+        return Found(None, {"finished": True})
 
     page = str(folder / run_folder.REPORT)
     ledger.perform(Stage("report", "report", 1, write, write, lambda _: page))

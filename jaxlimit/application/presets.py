@@ -63,7 +63,8 @@ class Preset:
         recipe: how the network is trained. The standard deviation of the losses of its batches is the default
             loss tolerance.
         augment: random crops and flips in training.
-        finetune_steps: full-batch steps of Adam at each sparsity of the fine-tuned sweep; 0 leaves it out.
+        finetune_steps: full-batch steps of Adam at each of some fifty sparsities, to compare with the network
+            that is attained; 0 leaves them out.
 
     Raises:
         ValueError: a setting out of range.
@@ -74,7 +75,7 @@ class Preset:
     network: str
     recipe: Recipe
     augment: bool = False
-    finetune_steps: int = 400
+    finetune_steps: int = 0
 
     def __post_init__(self) -> None:
         if self.finetune_steps < 0:

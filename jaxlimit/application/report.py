@@ -1,4 +1,4 @@
-"""The report of a run: predicted against measured, as a table for the terminal and as one HTML page.
+"""The report of a run as one HTML page: what was predicted, attained and certified, with its figures.
 
 Everything is made from the files of the run's folder (see `run_folder`); nothing is computed anew.
 """
@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from jaxlimit import plots
 from jaxlimit.application import assessed_folder, page, run_folder
-from jaxlimit.application.comparison import COLUMNS, headline, notes, table_groups
 from jaxlimit.application.run_folder import Record
-from jaxlimit.application.stage_answers import assessment_of
+from jaxlimit.application.stage_answers import assessment_of, notes
 from jaxlimit.core import writing
 
 if TYPE_CHECKING:
@@ -50,8 +49,8 @@ def make_figures(run: Record) -> dict[str, "Figure"]:
     sensitivities = {name: found.sensitivity for name, found in run.spectra.items()}
     ridges = {name: found["ridge"] for name, found in document["limits"].items()}
     halfwidth = next(iter(document["limits"].values()))["transition_halfwidth"]
-    assessment = assessment_of(document, run.columns)
-    return ({} if assessment is None else {"assessment": assessed_folder.plot(assessment)}) | {
+    return {
+        "assessment": assessed_folder.plot(assessment_of(document, run.columns)),
         "loss": plots.plot_sweep(
             _sweep_curves(run, "loss"),
             ylabel="cross entropy (nats)",
@@ -133,17 +132,14 @@ def render(run: Record, pictures: Mapping[str, bytes]) -> str:
         pictures: PNGs by the names of `CAPTIONS`, in the order shown.
     """
     document, preset, options = run.document, run.config["preset"], run.config["options"]
-    sentences, tables = [headline(document)], []
     assessment = assessment_of(document, run.columns)
-    if assessment is not None:
-        sentences = [*assessment.sentences, f"Recommended: {assessment.recommendation}."]
-        tables = [assessed_folder.table(assessment)]
-    measured = page.Table("Predicted against measured", COLUMNS, table_groups(document), notes(document))
-    kept = [] if assessment is None else [assessed_folder.pruned_table(document["pruned"])]
     return page.render(
         title=f"Pruning limit: {preset['name']}, seed {options['seed']}",
-        sentences=sentences,
-        tables=[*tables, measured, *kept],
+        sentences=assessment.sentences,
+        tables=[
+            assessed_folder.table(assessment, notes(document)),
+            assessed_folder.pruned_table(document["pruned"]),
+        ],
         captions=CAPTIONS,
         pictures=pictures,
         details={

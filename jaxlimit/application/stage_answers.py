@@ -11,11 +11,13 @@ from jaxlimit.application.answers import Cut
 from jaxlimit.application.assessment import Assessment
 from jaxlimit.application.job import PROBES, Job, in_batches
 from jaxlimit.application.question import Question, certifying_of
+from jaxlimit.application.stage_limits import HALF
 from jaxlimit.application.stage_training import Trained
 from jaxlimit.limits.result import PruningLimit
 from jaxlimit.measuring.certificates import Certificate
 from jaxlimit.pruning.result import Attained
-from jaxlimit.training.losses import cross_entropy
+from jaxlimit.reference.paper_code import ReferenceLimit
+from jaxlimit.training.losses import TITLES, cross_entropy
 
 
 def question_of(job: Job, trained: Trained) -> Question:
@@ -44,13 +46,14 @@ def cut_of(columns: Mapping[str, NDArray[np.float64]], measured: Mapping[str, An
         columns: of curves.csv.
         measured: thresholds, by name.
     """
-    losses = columns["train_loss"].tolist()
+    swept = ~np.isnan(columns["test_accuracy"])
+    losses = columns["train_loss"][swept].tolist()
     return Cut(
         sparsity=measured["loss"]["value"],
         next=measured["loss"]["next"],
-        sparsities=tuple(columns["sparsity"].tolist()),
+        sparsities=tuple(columns["sparsity"][swept].tolist()),
         losses=tuple(x if np.isfinite(x) else None for x in losses),
-        errors=tuple((1 - columns["test_accuracy"]).tolist()),
+        errors=tuple((1 - columns["test_accuracy"][swept]).tolist()),
     )
 
 
@@ -59,17 +62,13 @@ def predicted_of(document: Mapping[str, Any]) -> dict[str, PruningLimit]:
     return {name: PruningLimit.from_json(found) for name, found in document["limits"].items()}
 
 
-def assessment_of(
-    document: Mapping[str, Any], columns: Mapping[str, NDArray[np.float64]]
-) -> Assessment | None:
-    """The assessment in the files of a run; None where it is from before there was any.
+def assessment_of(document: Mapping[str, Any], columns: Mapping[str, NDArray[np.float64]]) -> Assessment:
+    """The assessment in the files of a run.
 
     Args:
         document: limit.json.
         columns: curves.csv.
     """
-    if "attained" not in document:
-        return None
     stored = document["certificate"]
     return Assessment(
         predicted=predicted_of(document),
@@ -77,4 +76,31 @@ def assessment_of(
         attained=Attained.from_json(document["attained"]),
         certificate=None if stored is None else Certificate.from_json(stored),
         not_certified=NO_NETWORK if stored is None else "",
+        attained_error=document["attained_error"],
     )
+
+
+def notes(document: Mapping[str, Any]) -> list[str]:
+    """What a run knows beside the assessment, by paragraph."""
+    measured, network = document["measured"], document["network"]
+    accuracies = {"accuracy": "cut", "finetuned_accuracy": "fine-tuned"}
+    within = [
+        f"{kind} to {measured[key]['value']:.4f}" for key, kind in accuracies.items() if key in measured
+    ]
+    notes = [f"Test accuracy unpruned {network['test_accuracy']:.2%}; within one point {', '.join(within)}."]
+    if "finetuned" in measured:
+        found = measured["finetuned"]
+        notes.append(
+            f"Fine-tuned with Adam at each sparsity, all examples a step, the network stays within the "
+            f"tolerance up to {found['value']:.4f} (the next one is {found['next']:.4f})."
+        )
+    for name, found in document["limits"].items():
+        if "reference" in found:
+            notes.append(ReferenceLimit(**found["reference"]).against(found["width"]["value"]))
+        if HALF in found:
+            half = found[HALF]
+            notes.append(
+                f"{TITLES[name]}: from {found['num_examples']:,} of {network['num_train']:,} training "
+                f"examples. From half of these, width is {half:.4f} ({half - found['width']['value']:+.4f})."
+            )
+    return notes

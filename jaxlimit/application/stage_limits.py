@@ -10,7 +10,6 @@ import jax
 
 from jaxlimit import training
 from jaxlimit.application import run_folder
-from jaxlimit.application.comparison import HALF
 from jaxlimit.application.job import PROBES, Job, in_batches
 from jaxlimit.application.spectra import save_spectrum
 from jaxlimit.application.stage_training import Trained
@@ -22,6 +21,9 @@ from jaxlimit.limits.pruning_limit import MAX_MATVECS, pruning_limit
 from jaxlimit.limits.result import PruningLimit
 from jaxlimit.measuring.sweeps import SPARSITIES
 from jaxlimit.reference.paper_code import reference_limit
+
+# Key of the width limit on the first half of the examples, where not all of them are used.
+HALF = "width_of_half_the_examples"
 
 
 @dataclass(frozen=True)

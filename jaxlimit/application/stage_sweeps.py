@@ -1,4 +1,4 @@
-"""The stages that measure: the pruned network as it is, and after fine-tuning."""
+"""The stages that measure: the pruned network as it is, and, if that is asked for, after fine-tuning."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ import optax
 from numpy.typing import NDArray
 
 from jaxlimit.application import run_folder
+from jaxlimit.application.answers import COARSE
 from jaxlimit.application.columns import read_columns, write_columns
 from jaxlimit.application.job import Job, in_batches
 from jaxlimit.application.spectra import load_spectrum
 from jaxlimit.application.stage_limits import Limits
 from jaxlimit.application.stage_training import Trained
-from jaxlimit.core import trees
 from jaxlimit.core.storage import Checkpoint
 from jaxlimit.geometry.magnitude import removed_norm
 from jaxlimit.measuring.finetuning import FinetunedNetwork
-from jaxlimit.measuring.sweeps import ACCURACY_LOSS, SPARSITIES, Sweep, sparsity_sweep
+from jaxlimit.measuring.sweeps import ACCURACY_LOSS, SPARSITIES, PrunedNetwork, Sweep
 
 Columns = dict[str, NDArray[np.float64]]
 # Sparsities of the fine-tuned sweep: first these (in steps of .01) and the predicted limits, then steps of
@@ -32,8 +32,8 @@ FINETUNED_SWEEP = (*range(10, 50, 10), *range(50, 80, 5), *range(80, 100))
 AROUND = 8
 # Sparsities that are fine-tuned and kept together.
 AT_ONCE = 4
-NUM_SWEPT = 2 * len(SPARSITIES)
-"""Networks that `sweep` measures: each of them on training and on test examples."""
+NUM_SWEPT = 2 * (len(SPARSITIES[::COARSE]) + 2 * COARSE)
+"""Networks that `sweep` measures, about: each of them on training and on test examples."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Measured:
     """Curves over the sparsity, and the thresholds read from them.
 
     Attributes:
-        columns: of curves.csv, each over `SPARSITIES`.
+        columns: of curves.csv, each over `SPARSITIES`, NaN where it was not measured.
         thresholds: by name, the sparsity "value" and the "next" one that was measured.
     """
 
@@ -53,25 +53,49 @@ class Measured:
         return {"measured": {name: dict(found) for name, found in self.thresholds.items()}}
 
 
-def sweep(job: Job, trained: Trained, curvatures: Sequence[str]) -> Measured:
-    """Measures the pruned network on training and test examples."""
-    kernels = trees.partition(trained.params)[0]
-    columns: Columns = {"sparsity": SPARSITIES, "removed_norm": removed_norm(kernels, SPARSITIES)}
+def sweep(job: Job, trained: Trained, limits: Sequence[Limits]) -> Measured:
+    """Measures the pruned network on training and test examples, closer where it crosses a bound.
+
+    First at every `COARSE`-th of `SPARSITIES` and at the predicted limits; then between the two around the
+    crossing of the loss, and around the loss of a point of accuracy.
+    """
+    network = PrunedNetwork(trained.params, trained.metrics)
+    columns: Columns = {"sparsity": SPARSITIES, "removed_norm": removed_norm(network.weights, SPARSITIES)}
+    names = {"loss": "train_loss", "accuracy": "test_accuracy"}
+    rows = {*range(0, len(SPARSITIES), COARSE)} | predicted_rows(limits, 400)
+    columns = _swept(job, network, columns, sorted(rows), 0)
+    crossings = [threshold(trained, columns, name, sorted(rows)) for name in names.values()]
+    between = {row for crossing in crossings for row in range(*(round(400 * s) for s in crossing.values()))}
+    columns = _swept(job, network, columns, sorted(between - rows), len(rows))
+    rows = sorted(rows | between)
+    for limit in limits:
+        spectrum = load_spectrum(run_folder.spectrum_path(job.folder, limit.curvature))
+        columns[f"width_dimension_{limit.curvature}"] = spectrum.curve.width_dimension
+    write_columns(job.folder / run_folder.CURVES, columns)
+    return Measured(columns, {name: threshold(trained, columns, of, rows) for name, of in names.items()})
+
+
+def _swept(job: Job, network: PrunedNetwork, columns: Columns, rows: Sequence[int], before: int) -> Columns:
+    """The columns with loss and accuracy at these rows; `before`: how many rows were measured already."""
+    columns = dict(columns)
     for count, (split, arrays) in enumerate(job.splits.items()):
 
-        def progress(done: int, total: int, before: int = count, split: str = split) -> None:
-            job.monitor.update(before * total + done, split)
+        def progress(done: int, total: int, count: int = count, split: str = split) -> None:
+            job.monitor.update(2 * before + count * total + done, split)
 
-        found = sparsity_sweep(
-            trained.metrics, trained.params, in_batches(arrays), SPARSITIES, progress=progress
-        )
-        columns |= {f"{split}_{name}": values for name, values in found.metrics.items()}
-    for name in curvatures:
-        spectrum = load_spectrum(run_folder.spectrum_path(job.folder, name))
-        columns[f"width_dimension_{name}"] = spectrum.curve.width_dimension
-    write_columns(job.folder / run_folder.CURVES, columns)
-    names = {"loss": "train_loss", "accuracy": "test_accuracy"}
-    return Measured(columns, {name: threshold(trained, columns, of) for name, of in names.items()})
+        found = network.sweep(in_batches(arrays), SPARSITIES[rows], progress=progress)
+        for name, values in found.metrics.items():
+            columns[f"{split}_{name}"] = _entered(columns.get(f"{split}_{name}"), rows, values)
+    return columns
+
+
+def _entered(
+    column: NDArray[np.float64] | None, rows: Sequence[int], values: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """A column with the values at these rows; a new one is NaN elsewhere."""
+    whole = np.full(len(SPARSITIES), np.nan) if column is None else column.copy()
+    whole[rows] = values
+    return whole
 
 
 def sweep_finetuned(
@@ -97,12 +121,15 @@ def load_measured(job: Job, document: Mapping[str, Any], names: Sequence[str]) -
     return Measured(columns, {name: document["measured"][name] for name in names})
 
 
+def predicted_rows(limits: Sequence[Limits], parts: int) -> set[int]:
+    """Rows of `SPARSITIES` at the predicted limits, rounded down to a part of so many."""
+    step = (len(SPARSITIES) - 1) // parts
+    return {step * int(parts * value) for found in limits for value in found.predicted.values()}
+
+
 def finetuned_rows(limits: Sequence[Limits]) -> list[int]:
-    """Rows of `SPARSITIES` that are fine-tuned first."""
-    rows = {4 * percent for percent in FINETUNED_SWEEP}
-    # The predicted limits too, rounded down to .005, so that the accuracy there is known.
-    rows |= {2 * int(200 * value) for found in limits for value in found.predicted.values()}
-    return sorted(rows)
+    """Rows of `SPARSITIES` that are fine-tuned first; the predicted limits too, to .005."""
+    return sorted({4 * percent for percent in FINETUNED_SWEEP} | predicted_rows(limits, 200))
 
 
 def num_finetuning_steps(job: Job, limits: Sequence[Limits]) -> int:
@@ -152,9 +179,7 @@ def _finetuned(
         for name in ("train_accuracy", "test_loss", "test_accuracy"):
             values[name] = found[f"eval_{name}"] * scales[name.split("_")[0]]
         for name, new in values.items():
-            whole = columns.get(f"finetuned_{name}", np.full(len(SPARSITIES), np.nan)).copy()
-            whole[part] = new
-            columns[f"finetuned_{name}"] = whole
+            columns[f"finetuned_{name}"] = _entered(columns.get(f"finetuned_{name}"), part, new)
     return columns
 
 

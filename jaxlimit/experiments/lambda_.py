@@ -27,6 +27,8 @@ from jaxlimit.measuring.sweeps import ACCURACY_LOSS
 
 # In units of the preset's lambda.
 MULTIPLES = (0.0, 0.2, 1.0, 4.0)
+# Steps of Adam, with all examples, on the network that is cut at the cone limit.
+FINETUNE_STEPS = 400
 
 
 def plan(
@@ -41,7 +43,7 @@ def plan(
     Nothing is tuned: the network is trained with lambda, its limits are computed from the training data, and
     it is cut once at each of them. It is compared with itself before the cut and, where lambda = 0 is among
     the lambdas, with the network of the same seed that was trained without L1 term. Cut at the cone limit it
-    is also fine-tuned, as `jaxlimit run` does.
+    is also fine-tuned, by 400 steps of Adam.
 
     Args:
         study: see `Study`.
@@ -63,7 +65,7 @@ def _run(task: Task, seed: int, l1: float) -> dict[str, Any]:
     estimates = found.estimates()
     dense, *accuracies = subject.test_accuracy([0.0, *(estimate.value for estimate in estimates.values())])
     tuned = None
-    if task.preset.finetune_steps and "cone" in estimates:
+    if "cone" in estimates:
         sweep = finetuned_sweep(
             subject.loss,
             subject.params,
@@ -71,7 +73,7 @@ def _run(task: Task, seed: int, l1: float) -> dict[str, Any]:
             [estimates["cone"].value],
             metrics_fn=subject.metrics,
             eval_batches=subject.test,
-            num_steps=task.preset.finetune_steps,
+            num_steps=FINETUNE_STEPS,
         )
         tuned = float(sweep.metrics["eval_accuracy"][0])
     return {
