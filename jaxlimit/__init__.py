@@ -19,6 +19,7 @@ from jaxlimit.measuring.loss_statistics import LossStatistics, loss_statistics
 from jaxlimit.measuring.risks import paired
 from jaxlimit.measuring.sweeps import Sweep, sparsity_sweep
 from jaxlimit.pruning.attained import attained_limit
+from jaxlimit.pruning.masks import keep_zeros, torch_masks
 from jaxlimit.pruning.prune import prune
 from jaxlimit.pruning.result import Attained, Pruned, Readjusting
 from jaxlimit.pruning.trust_region import Settings
@@ -57,6 +58,7 @@ __all__ = [
     "geometry",
     "hessian",
     "is_kernel",
+    "keep_zeros",
     "loss_statistics",
     "magnitude_mask",
     "paired",
@@ -66,6 +68,7 @@ __all__ = [
     "removed_norm",
     "sparsity_sweep",
     "spectral_measure",
+    "torch_masks",
     "tridiagonalize",
 ]
 
