@@ -11,6 +11,7 @@ from jaxlimit.curvature.operator import Curvature
 from jaxlimit.geometry.magnitude import apply_mask, magnitude_mask, removed_norm
 from jaxlimit.limits.budget import Progress
 from jaxlimit.limits.estimate import Estimate
+from jaxlimit.limits.layers import LayerLimits, layer_limits
 from jaxlimit.limits.pruning_limit import pruning_limit
 from jaxlimit.limits.result import PruningLimit
 from jaxlimit.measuring.certificates import Certificate, certify
@@ -39,6 +40,7 @@ __all__ = [
     "Certificate",
     "Curvature",
     "Estimate",
+    "LayerLimits",
     "LossStatistics",
     "Progress",
     "Pruned",
@@ -59,6 +61,7 @@ __all__ = [
     "hessian",
     "is_kernel",
     "keep_zeros",
+    "layer_limits",
     "loss_statistics",
     "magnitude_mask",
     "paired",
