@@ -11,6 +11,7 @@ from jaxlimit.curvature.operator import Curvature
 from jaxlimit.geometry.magnitude import apply_mask, magnitude_mask, removed_norm
 from jaxlimit.limits.budget import Progress
 from jaxlimit.limits.estimate import Estimate
+from jaxlimit.limits.layers import LayerLimits, layer_limits
 from jaxlimit.limits.pruning_limit import pruning_limit
 from jaxlimit.limits.result import PruningLimit
 from jaxlimit.measuring.certificates import Certificate, certify
@@ -19,6 +20,7 @@ from jaxlimit.measuring.loss_statistics import LossStatistics, loss_statistics
 from jaxlimit.measuring.risks import paired
 from jaxlimit.measuring.sweeps import Sweep, sparsity_sweep
 from jaxlimit.pruning.attained import attained_limit
+from jaxlimit.pruning.masks import keep_zeros, torch_masks
 from jaxlimit.pruning.prune import prune
 from jaxlimit.pruning.result import Attained, Pruned, Readjusting
 from jaxlimit.pruning.trust_region import Settings
@@ -38,6 +40,7 @@ __all__ = [
     "Certificate",
     "Curvature",
     "Estimate",
+    "LayerLimits",
     "LossStatistics",
     "Progress",
     "Pruned",
@@ -57,6 +60,8 @@ __all__ = [
     "geometry",
     "hessian",
     "is_kernel",
+    "keep_zeros",
+    "layer_limits",
     "loss_statistics",
     "magnitude_mask",
     "paired",
@@ -66,6 +71,7 @@ __all__ = [
     "removed_norm",
     "sparsity_sweep",
     "spectral_measure",
+    "torch_masks",
     "tridiagonalize",
 ]
 

@@ -13,11 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file
 
 import jaxlimit
+from jaxlimit import models
 from jaxlimit.application import answers, ledger
-from jaxlimit.application.question import NO_ERROR, NO_TEST_BATCHES, certifying_of, default_error
+from jaxlimit.application.answering import Answering, attained_stage
+from jaxlimit.application.assessed_folder import pruned_table
+from jaxlimit.application.question import NO_ERROR, NO_TEST_BATCHES, Question, certifying_of, default_error
+from jaxlimit.application.terminal import Silent
+from jaxlimit.core.interrupt import Interrupt
+from jaxlimit.core.trees import partition
 from jaxlimit.measuring.sweeps import SPARSITIES
 
 KEY = jax.random.key(3)
@@ -264,6 +271,40 @@ def test_the_folder_has_the_report_and_the_network(folder):
     for sentence in found.sentences:
         assert sentence in page
     assert "http" not in page
+
+
+def test_a_network_of_ours_is_also_written_for_pytorch(problem, tmp_path, monkeypatch):
+    """Oracle: the kernels transposed. Also where the folder is from before the model was given."""
+    model = models.FullyConnected([6, 5, 3], rngs=nnx.Rngs(0))
+    params = models.from_nnx(model)[1]
+    mask = jaxlimit.magnitude_mask(partition(params)[0], 0.5)
+    params = jaxlimit.apply_mask(params, mask)
+    numbers = {"dense_loss": 1.0, "num_products": 1.0, "status": ""}
+    network = jaxlimit.Pruned(params, mask, 0.5, 1.1, num_steps=1, code="settled", kept_share={}, **numbers)
+    found = jaxlimit.Attained(0.5, network, (), 0.1, 0.01, unpruned_loss=None, code="bracketed", **numbers)
+    monkeypatch.setattr(answers, "attained", lambda *_: found)
+
+    def stage(model):
+        question = Question(predict, loss, params, problem.batches, KEY, 0.1, model=model)
+        return attained_stage(Answering(question, tmp_path, True, Silent(Interrupt())))
+
+    def require_written():
+        written = load_file(tmp_path / "pruned-torch.safetensors")
+        for number in ("0", "1"):
+            kernel = params["layers"][number]["kernel"]
+            np.testing.assert_array_equal(written[f"linear.{2 * int(number)}.weight"], kernel.T)
+        (tmp_path / "pruned-torch.safetensors").unlink()
+
+    part = stage(model).compute().to_json()
+    assert part["pruned"]["torch"] == "pruned-torch.safetensors"
+    assert "pruned-torch.safetensors" in pruned_table(part["pruned"]).notes[-1]
+    require_written()
+    stage(None).load(part)
+    assert not (tmp_path / "pruned-torch.safetensors").exists()
+    stage(model).load(part)
+    require_written()
+    with pytest.raises(ValueError, match="not those of this FullyConnected"):
+        stage(models.FullyConnected([6, 4, 3], rngs=nnx.Rngs(0)))
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("limits", "cut", "finished")]

@@ -97,6 +97,8 @@ def test_a_run_writes_all_its_files(finished):
     pruned = load_file(folder / "pruned.safetensors")
     kept = [pruned[f"layers.{i}.kernel.mask"] for i in (0, 1)]
     assert 592 - sum(map(np.sum, kept)) == round(592 * document["attained"]["sparsity"])
+    in_torch = load_file(folder / "pruned-torch.safetensors")
+    assert np.array_equal(in_torch["linear.0.weight"], pruned["layers.0.kernel"].T)
     assert document["certificate"]["num_examples"] == document["network"]["num_test"]
     with (folder / "curves.csv").open() as file:
         rows = list(csv.DictReader(file))

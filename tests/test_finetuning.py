@@ -155,3 +155,35 @@ def test_sparsities_side_by_side_are_those_one_after_the_other(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     at_once = finetuned_sweep(loss, *typed(np.float32), [0.2, 0.5, 0.9], num_steps=9, chunk_size=2)
     np.testing.assert_allclose(at_once.metrics["loss"], one_by_one.metrics["loss"], rtol=1e-5)
+
+
+def test_networks_are_kept_and_can_be_certified(monkeypatch):
+    """Oracle: their losses in NumPy are those of the sweep. Trained two by two, as on a GPU."""
+    monkeypatch.setattr(finetuning.jax, "default_backend", lambda: "gpu")
+    params = {"kernel": jnp.asarray(W, jnp.float32), "bias": jnp.full(1, 0.5)}
+
+    def biased(params, batch):
+        return batch[0] @ params["kernel"] + params["bias"] - batch[1]
+
+    def squared(params, batch):
+        return jnp.mean(biased(params, batch) ** 2)
+
+    arrays = X.astype(np.float32), Y.astype(np.float32)
+    options = {"num_steps": 9, "learning_rate": 0.1, "chunk_size": 2}
+    arguments = squared, params, jaxlimit.batched(arrays, 5), [0, 0.5, 0.9]
+    sweep = finetuned_sweep(*arguments, keep=True, **options)
+    plain = finetuned_sweep(*arguments, **options)
+    assert plain.networks is None
+    assert plain.metrics["loss"].tobytes() == sweep.metrics["loss"].tobytes()
+    assert [sparsity for sparsity, _ in sweep.networks] == sweep.sparsities.tolist()
+    for (sparsity, network), expected in zip(sweep.networks, sweep.metrics["loss"], strict=True):
+        assert np.mean((X @ network["kernel"] + 0.5 - Y) ** 2) == pytest.approx(expected, rel=1e-5)
+        assert np.sum(np.asarray(network["kernel"]) == 0) == int(6 * sparsity)
+    certificate = jaxlimit.certify(
+        lambda params, batch: jnp.abs(biased(params, batch))[:, 0] > 10,
+        sweep.networks,
+        jaxlimit.batched((np.tile(arrays[0], (20, 1)), np.tile(arrays[1], (20, 1))), 17),
+        bound=0.1,
+    )
+    assert certificate.sparsities == (0.0, 0.5, 0.9)
+    assert certificate.sparsity == 0.9

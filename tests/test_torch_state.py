@@ -3,6 +3,7 @@
 The golden weights come from the paper's code; the others are random, under PyTorch's names and layouts.
 """
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -11,9 +12,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from numpy.lib.stride_tricks import sliding_window_view
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
+from jaxlimit.core.trees import named_arrays
 from jaxlimit.models import (
+    VGG,
+    AlexNet,
+    CNet,
     Convolution,
     ConvolutionalNetwork,
     FullyConnected,
@@ -22,9 +27,15 @@ from jaxlimit.models import (
     ResNet,
     digits_net,
     fc2,
+    fc5,
+    fc12,
+    fc13,
     from_nnx,
     load_torch_state,
+    save_torch_state,
+    torch_state,
 )
+from jaxlimit.models.torch_state import IGNORED
 
 GOLDEN = Path(__file__).parent / "data"
 
@@ -150,10 +161,33 @@ def resnet_shapes(counts, width, expansion):
 
 
 def compare(network, path, images, expected):
-    predict, params = from_nnx(load_torch_state(network, path))
+    """The outputs; and the state that is written is the one that was read, to the bit."""
+    network = load_torch_state(network, path)
+    predict, params = from_nnx(network)
+    state = torch_state(network)
+    assert_same_arrays(state, stored(path))
+    assert all(array.flags.writeable for array in state.values())  # as torch.from_numpy wants them
     with jax.default_matmul_precision("highest"):
         outputs = predict(params, jnp.asarray(images, jnp.float32))
     np.testing.assert_allclose(outputs, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+def stored(path):
+    """What a file holds that a network has a place for."""
+    state = load_file(path) if path.suffix == ".safetensors" else load_npz(path)
+    return {name: array for name, array in state.items() if not name.endswith(IGNORED)}
+
+
+def load_npz(path):
+    with np.load(path) as file:
+        return dict(file)
+
+
+def assert_same_arrays(found, expected):
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype, name
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
 def test_golden_lenet_gives_the_same_logits():
@@ -192,6 +226,62 @@ def test_resnets(tmp_path, depth, counts, expansion):
     images = np.random.default_rng(1).standard_normal((2, 3, 8, 8))
     expected = resnet(state, images, bottleneck=expansion == 4)
     compare(ResNet(depth, width=2, rngs=nnx.Rngs(0)), path, images.transpose(0, 2, 3, 1), expected)
+
+
+# Small images and few channels keep all but the widest quick.
+NETWORKS = {
+    "digits": digits_net,
+    "fc2": partial(fc2, 20),
+    "LeNet": partial(LeNet, image_shape=(20, 16, 2)),
+    "norms": partial(ConvolutionalNetwork, [Convolution(5), Pool()], [], 3, normalize=True),
+}
+WIDE = {
+    "fc5": partial(fc5, 20),
+    "fc12": partial(fc12, 20),
+    "fc13": partial(fc13, 20),
+    "CNet": CNet,
+    "AlexNet": AlexNet,
+    **{f"VGG{depth}": partial(VGG, depth) for depth in (11, 13, 16, 19)},
+    **{f"ResNet{depth}": partial(ResNet, depth, width=2) for depth in (18, 34, 50, 101, 152)},
+}
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in WIDE)])
+def test_what_is_written_is_read_to_the_bit(tmp_path, name):
+    """Of pruned parameters, and of running statistics that are not those of the start."""
+    make, rng = (NETWORKS | WIDE)[name], np.random.default_rng(0)
+    model = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+    for _, variable in nnx.iter_graph(model):
+        if isinstance(variable, nnx.Param | nnx.BatchStat):
+            variable.set_value(jnp.asarray(rng.random(variable.get_value().shape, np.float32)))
+    _, params = from_nnx(model)
+    pruned = jax.tree.map(lambda x: jnp.where(x < 0.3, 0, x), params)
+    save_torch_state(model, tmp_path / "net.safetensors", pruned)
+    other = nnx.clone(model)
+    for _, variable in nnx.iter_graph(other):
+        if isinstance(variable, nnx.Param | nnx.BatchStat):
+            variable.set_value(jnp.zeros_like(variable.get_value()))
+    again = load_torch_state(other, tmp_path / "net.safetensors")
+    assert_same_arrays(named_arrays(from_nnx(again)[1]), named_arrays(pruned))
+    statistics = [named_arrays(nnx.to_pure_dict(nnx.state(m, nnx.BatchStat))) for m in (again, model)]
+    assert_same_arrays(*statistics)
+    assert bool(statistics[0]) == name.startswith(("norms", "CNet", "VGG", "ResNet"))
+
+
+def test_what_cannot_be_written_is_refused(tmp_path):
+    model = FullyConnected([4, 3], rngs=nnx.Rngs(0))
+    params = from_nnx(model)[1]
+    params["layers"]["0"]["kernel"] = jnp.ones((3, 4))
+    with pytest.raises(ValueError, match=r"not those of this FullyConnected.*at layers\.0\.kernel\."):
+        save_torch_state(model, tmp_path / "net.safetensors", params)
+    del params["layers"]["0"]["bias"]
+    with pytest.raises(ValueError, match=r"at layers\.0\.bias, layers\.0\.kernel\."):
+        torch_state(model, params)
+    with pytest.raises(ValueError, match=r"must be a \.safetensors file"):
+        save_torch_state(model, tmp_path / "net.pt")
+    with pytest.raises(ValueError, match=r"network of jaxlimit\.models, got a Linear"):
+        torch_state(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_model_is_left_as_it_is(tmp_path):

@@ -17,6 +17,7 @@ from jaxlimit.limits.dense_source import dense_fits
 from jaxlimit.limits.result import PruningLimit
 from jaxlimit.measuring.certificates import Certificate
 from jaxlimit.measuring.sweeps import SPARSITIES
+from jaxlimit.models.torch_state import save_torch_state
 from jaxlimit.pruning.result import Attained
 
 NO_NETWORK = "no network within the tolerance was built."
@@ -111,7 +112,7 @@ def cut_stage(work: Answering) -> Stage[Found[Cut]]:
 def attained_stage(work: Answering) -> Stage[Found[tuple[Attained, float | None]]]:
     """The sparsest network within the tolerance that is built, kept with its mask; and its test error."""
     question, checkpoint = work.question, work.checkpoint("attained")
-    path = work.folder / run_folder.PRUNED
+    path, torch_path = work.folder / run_folder.PRUNED, work.folder / run_folder.PRUNED_TORCH
 
     def compute() -> Found[tuple[Attained, float | None]]:
         attained = answers.attained(question, work.networks, checkpoint, work.monitor.update)
@@ -120,11 +121,16 @@ def attained_stage(work: Answering) -> Stage[Found[tuple[Attained, float | None]
         if work.kept:
             pruned_files.save_pruned(path, attained.pruned)
             part["pruned"] = pruned_files.sizes(question.params, attained.pruned)
+            if question.model is not None:
+                save_torch_state(question.model, torch_path, attained.pruned.params)
+                part["pruned"]["torch"] = torch_path.name
         return Found((attained, error), part)
 
     def load(document: Mapping[str, Any]) -> Found[tuple[Attained, float | None]]:
         like = partition(question.params, question.prunable)[0]
         network = pruned_files.load_pruned(path, question.params, like)
+        if question.model is not None and not torch_path.exists():  # the model was not given before
+            save_torch_state(question.model, torch_path, network[0])
         attained = Attained.from_json(document["attained"], *network)
         return Found((attained, document["attained_error"]), {})
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
+from flax import nnx
 
 from jaxlimit.application.answering import Answering, answer
 from jaxlimit.application.assessed_folder import assess_into, require_extra
@@ -57,6 +58,7 @@ def assess(
     max_matvecs: int = MAX_MATVECS,
     max_products: float = MAX_PRODUCTS,
     settings: Settings = DEFAULT,
+    model: nnx.Module | None = None,
     out: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Assessment:
@@ -96,6 +98,8 @@ def assess(
         max_matvecs: budget of each curvature, as for `pruning_limit`.
         max_products: budget of the search, as for `attained_limit`.
         settings: as for `prune`.
+        model: the network of `jaxlimit.models` that `params` are of. With `out` the pruned network is also
+            written under PyTorch's names, as `models.save_torch_state` does.
         out: folder for the results: limit.json, spectra, the pruned network with its mask as safetensors,
             figures and a self-contained report.html. Work that was interrupted goes on with the same call
             and gives the same bits; a folder of another assessment is refused.
@@ -107,7 +111,7 @@ def assess(
     Raises:
         ImportError: `out` needs packages that are not installed.
         ValueError: as for these functions; batches that are all alike, or a single one, and no
-            `loss_tolerance`; test data that are the data of `batches`.
+            `loss_tolerance`; test data that are the data of `batches`; params that are not of `model`.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -147,6 +151,7 @@ def assess(
         weight_fn=weight_fn,
         settings=settings,
         certifying=certifying,
+        model=model,
     )
     if out is not None and statistics is not None:
         with _watched(progress) as monitor:

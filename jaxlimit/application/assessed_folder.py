@@ -4,6 +4,7 @@ config.json           what decides the numbers
 limit.json            limits, cut, attained, certificate, versions, seconds; grows stage by stage
 spectrum-NAME.npz     per curvature: spectral measure, delta(s) / D, limits against the loss tolerance
 pruned.safetensors    the attained network, and its masks
+pruned-torch.safetensors  the same network as a state dict of PyTorch, if it is one of `jaxlimit.models`
 figures/, report.html
 """
 
@@ -167,6 +168,8 @@ def pruned_table(sizes: Mapping[str, Any]) -> page.Table:
         f"parameters take {sizes['bytes']:,} bytes; compressed by zlib {sizes['compressed_bytes']:,}, before "
         f"pruning {sizes['dense_compressed_bytes']:,}."
     ]
+    if sizes.get("torch"):
+        notes.append(f"In {sizes['torch']}: the same network as a state dict of PyTorch.")
     if sizes["vanished"]:
         notes.append(f"Warning: nothing is left of {', '.join(sizes['vanished'])}.")
     return page.Table("The pruned network", ("", "kept"), [("Share of the weights kept", rows)], notes)

@@ -9,36 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlimit.core.leaves import is_array
-from jaxlimit.core.sharding import to_host
-from jaxlimit.core.trees import PyTree
+from jaxlimit.core.trees import PyTree, named_arrays, path_name
 from jaxlimit.core.writing import write_file
 from jaxlimit.models.torch_state import read_safetensors
 from jaxlimit.pruning.result import Pruned
 
 # After the name of an array: its mask, True where a weight is kept.
 MASK = ".mask"
-
-
-def named_arrays(tree: PyTree) -> dict[str, NDArray[Any]]:
-    """The numbers of a pytree by names like layers.0.kernel.
-
-    Raises:
-        ValueError: two arrays have one name.
-    """
-    found: dict[str, NDArray[Any]] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if not is_array(leaf) or jnp.issubdtype(getattr(leaf, "dtype", jnp.float32), jax.dtypes.extended):
-            continue  # a function, a text, a random key
-        name = _name(path)
-        if name in found:
-            raise ValueError(f"two arrays of params have the name {name}: a file holds one of each name.")
-        found[name] = np.ascontiguousarray(to_host(leaf)).reshape(np.shape(leaf))
-    return found
-
-
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".") or "params"
 
 
 def save_pruned(path: Path, pruned: Pruned) -> None:
@@ -72,7 +49,7 @@ def _filled(like: PyTree, found: dict[str, NDArray[Any]], suffix: str) -> PyTree
     known = named_arrays(like)
 
     def fill(path: tuple, leaf: Any) -> Any:
-        name = _name(path)
+        name = path_name(path)
         return jnp.asarray(found[name + suffix]).reshape(np.shape(leaf)) if name in known else leaf
 
     return jax.tree_util.tree_map_with_path(fill, like)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from jaxlimit.core.batches import batch_length
 from jaxlimit.core.checks import require_positive, require_range
@@ -16,6 +17,7 @@ from jaxlimit.limits.arguments import check_arguments
 from jaxlimit.limits.estimate import LIMITS
 from jaxlimit.limits.pruning_limit import MAX_MATVECS
 from jaxlimit.measuring.risks import Metric
+from jaxlimit.models.torch_state import torch_state
 from jaxlimit.pruning.attained import MAX_PRODUCTS
 from jaxlimit.pruning.trust_region import DEFAULT, Settings
 
@@ -79,9 +81,10 @@ class Question:
         prunable, trainable, scores, weight_fn: as for `attained_limit`.
         settings: how networks are readjusted.
         certifying: what is to be certified, or a sentence why nothing is.
+        model: the network of `jaxlimit.models` that the parameters are of, if there is one.
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: a number out of range; parameters that are not of the model.
     """
 
     predict_fn: Callable[[PyTree, PyTree], PyTree]
@@ -100,6 +103,7 @@ class Question:
     weight_fn: Callable[[PyTree], jax.Array] | None = None
     settings: Settings = DEFAULT
     certifying: Certifying | str = field(default=NO_TEST_BATCHES)
+    model: nnx.Module | None = None
 
     def __post_init__(self) -> None:
         require_positive("loss_tolerance", self.loss_tolerance)
@@ -107,6 +111,8 @@ class Question:
         close = self.attained_tolerance
         require_range("attained_tolerance", close, 0 < close < 1, "between 0 and 1")
         require_range("max_products", self.max_products, self.max_products > 0, "positive")
+        if self.model is not None:
+            torch_state(self.model, self.params)
 
     @property
     def loss(self) -> "MeanLoss":

@@ -6,6 +6,7 @@
     spectrum-NAME.npz     per curvature: spectral measure, delta(s) / D, limits against the loss tolerance
     curves.csv            one row a sparsity: loss and accuracy, measured without and with fine-tuning
     pruned.safetensors    the sparsest network that was attained, and its masks
+    pruned-torch.safetensors  the same network as a state dict of PyTorch
     figures/, report.html
 
 A stage is entered in limit.json after its other files, so whatever limit.json names is there and whole.
@@ -27,12 +28,13 @@ from jaxlimit.core.writing import content_of, read_json, remove, write_json
 from jaxlimit.limits.estimate import LIMITS, Estimate
 from jaxlimit.training.losses import CURVATURES
 
-CONFIG, LIMIT, CURVES, MODEL, PRUNED, REPORT = (
+CONFIG, LIMIT, CURVES, MODEL, PRUNED, PRUNED_TORCH, REPORT = (
     "config.json",
     "limit.json",
     "curves.csv",
     "weights.safetensors",
     "pruned.safetensors",
+    "pruned-torch.safetensors",
     "report.html",
 )
 FIGURES = "figures"
@@ -148,7 +150,7 @@ def prepare_folder(folder: Path, config: Mapping[str, Any], *, overwrite: bool) 
 
 def _remove_run(folder: Path) -> None:
     # limit.json first: without it no stage counts as done, so an interrupt here leaves nothing misleading.
-    for name in (LIMIT, REPORT, CURVES, MODEL, PRUNED):
+    for name in (LIMIT, REPORT, CURVES, MODEL, PRUNED, PRUNED_TORCH):
         remove(folder / name)
     for stage in ("training", *CURVATURES, "finetuned", "attained", "networks"):
         remove(checkpoint_path(folder, stage))

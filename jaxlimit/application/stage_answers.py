@@ -36,6 +36,7 @@ def question_of(job: Job, trained: Trained) -> Question:
         loss_tolerance=trained.loss_tolerance,
         tolerance=job.options.tolerance,
         certifying=certifying_of(predict, trained.params, batches, test_batches, None),
+        model=trained.model,
     )
 
 

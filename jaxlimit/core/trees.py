@@ -133,6 +133,28 @@ def _check_weights(weights: PyTree) -> None:
             raise ValueError(f"prunable leaf {jax.tree_util.keystr(path)} holds NaN or infinite weights.")
 
 
+def named_arrays(tree: PyTree) -> dict[str, NDArray[Any]]:
+    """The numbers of a pytree, on the host, by names like layers.0.kernel.
+
+    Raises:
+        ValueError: two arrays have one name.
+    """
+    found: dict[str, NDArray[Any]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not is_array(leaf) or jnp.issubdtype(getattr(leaf, "dtype", jnp.float32), dtypes.extended):
+            continue  # a function, a text, a random key
+        name = path_name(path)
+        if name in found:
+            raise ValueError(f"two arrays of params have the name {name}: a file holds one of each name.")
+        found[name] = np.ascontiguousarray(to_host(leaf)).reshape(np.shape(leaf))
+    return found
+
+
+def path_name(path: tuple) -> str:
+    """The name of a leaf, such as layers.0.kernel; that of a tree which is one array is params."""
+    return jax.tree_util.keystr(path, simple=True, separator=".") or "params"
+
+
 def flatten(weights: PyTree) -> NDArray[np.float64]:
     """All leaves of a pytree, in `jax.tree.leaves` order, as one float64 vector on the host.
 

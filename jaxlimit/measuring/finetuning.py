@@ -8,6 +8,7 @@ between, and the bits do not depend on where the passes were cut.
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -20,6 +21,7 @@ from jaxlimit.core.convolutions import quick_in_loops
 from jaxlimit.core.cuts import Sampled
 from jaxlimit.core.placement import placed_batches, placed_groups
 from jaxlimit.core.programs import Program, Traced
+from jaxlimit.core.sharding import to_host
 from jaxlimit.core.sums import ExampleSum
 from jaxlimit.core.trees import Prunable, PyTree, combine, is_kernel, partition
 from jaxlimit.curvature.products import each
@@ -49,6 +51,7 @@ def finetuned_sweep(
     scores: PyTree | None = None,
     weight_fn: Callable[[PyTree], jax.Array] | None = None,
     chunk_size: int = 8,
+    keep: bool = False,
     progress: Progress | None = None,
 ) -> Sweep:
     """Lowest loss that short training of the kept weights reaches at each sparsity.
@@ -72,11 +75,14 @@ def finetuned_sweep(
         scores: as for `pruning_limit`.
         weight_fn: as for `hessian`.
         chunk_size: sparsities trained side by side; on a CPU one after the other.
+        keep: whether the networks at their lowest loss are in the result, too. That takes one copy of the
+            prunable weights for each sparsity, on the host: too much for a large network, hence the default.
         progress: called about every half second with (passes over the data done, passes in all); each
             sparsity takes num_steps + 1.
 
     Returns:
-        Sweep with the metric "loss" (lowest training loss, the start included), and the eval metrics.
+        Sweep with the metric "loss" (lowest training loss, the start included), and the eval metrics; with
+        `keep` the networks, (sparsity, params) in rising sparsity, as `certify` takes them.
 
     Raises:
         ValueError: as for `sparsity_sweep`; num_steps below 1; a loss that is not a scalar, or not a mean.
@@ -101,7 +107,7 @@ def finetuned_sweep(
         scores=scores,
         weight_fn=weight_fn,
     )
-    return network.sweep(sparsities, chunk_size=chunk_size, progress=progress)
+    return network.sweep(sparsities, chunk_size=chunk_size, keep=keep, progress=progress)
 
 
 class FinetunedNetwork:
@@ -159,24 +165,38 @@ class FinetunedNetwork:
         self.advance = Program(partial(advance, loss, weight_fn), donate_first=True)
         self._pace = _Pace()
 
-    def sweep(self, sparsities: ArrayLike, *, chunk_size: int = 8, progress: Progress | None = None) -> Sweep:
+    def sweep(
+        self,
+        sparsities: ArrayLike,
+        *,
+        chunk_size: int = 8,
+        keep: bool = False,
+        progress: Progress | None = None,
+    ) -> Sweep:
         """As `finetuned_sweep`."""
         grid, removed = removals(self._dim, sparsities)
         size = 1 if jax.default_backend() == "cpu" else chunk_size
         parts: list[dict[str, NDArray[np.float64]]] = []
+        kept: list[PyTree] = []
         for number, (counts, used) in enumerate(chunks(removed, size)):
 
             def told(passes: int, before: int = number * size, used: int = used) -> None:
                 if progress is not None:
                     progress(before * self._num_passes + used * passes, len(grid) * self._num_passes)
 
-            parts.append(self._finetuned(counts, used, told))
-        return joined(grid, parts)
+            part, best = self._finetuned(counts, used, told)
+            parts.append(part)
+            if keep:
+                best = jax.tree.map(to_host, best)
+                kept += [jax.tree.map(lambda x, i=i: x[i], best) for i in range(used)]
+        networks = [combine(weights, self._rest) for weights in kept]
+        found = joined(grid, parts)
+        return replace(found, networks=tuple(zip(grid.tolist(), networks, strict=True))) if keep else found
 
     def _finetuned(
         self, counts: NDArray[np.int32], used: int, told: Callable[[int], None]
-    ) -> dict[str, NDArray[np.float64]]:
-        """The metrics of the first `used` of a chunk."""
+    ) -> tuple[dict[str, NDArray[np.float64]], PyTree]:
+        """The metrics of the first `used` of a chunk, and the weights of all at their lowest losses."""
         state, done = self.first_state(counts), 0
         num_batches = sum(batch_length(group) for group in self._groups)
         while done < self._num_passes * num_batches:
@@ -189,7 +209,7 @@ class FinetunedNetwork:
         if self._metrics_sum is not None:
             values = means(*self._metrics_sum(self._eval_groups, state.best, self._rest), used)
             found |= {f"eval_{name}": value for name, value in values.items()}
-        return found
+        return found, state.best
 
     def first_state(self, counts: NDArray[np.int32]) -> State:
         """Before the first pass."""

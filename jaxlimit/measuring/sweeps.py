@@ -38,6 +38,8 @@ class Sweep:
     Attributes:
         sparsities: (m,) ascending.
         metrics: name -> (m,) float64.
+        networks: (sparsity, params) of each sparsity, as `certify` takes them; None unless they were to be
+            kept.
 
     Examples:
         >>> sweep = Sweep(np.array([0.0, 0.5, 0.9]), {"loss": np.array([0.1, 0.2, 1.0])})
@@ -47,6 +49,7 @@ class Sweep:
 
     sparsities: NDArray[np.float64]
     metrics: dict[str, NDArray[np.float64]]
+    networks: tuple[tuple[float, PyTree], ...] | None = None
 
     def largest_sparsity(self, metric: str, bound: float) -> float:
         """Largest s of the grid at which the metric is at most `bound`; 0 if there is none.

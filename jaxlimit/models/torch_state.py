@@ -1,20 +1,10 @@
-"""Weights of the same networks trained with PyTorch: names and layouts converted.
-
-    tensor        PyTorch                        here
-    dense         (out, in)                      (in, out)
-    convolution   (out, in, height, width)       (height, width, in, out)
-    features      flattened (channel, h, w)      flattened (h, w, channel): rows of the first dense kernel
-
-Names are those of the paper's code: `linear.0.weight`, `conv.3.bias`: the number is the position in the
-sequence, in which batch norm, ReLU and pools count. A ResNet has the names of the public CIFAR networks that
-this code follows: `conv1`, `bn1`, `layer2.0.conv1`, `layer2.0.shortcut.0`, `linear`.
+"""Weights of the same networks trained with PyTorch, read and written under its names: see `torch_layout`.
 
 PyTorch's wrappers put parts of their own into names: `module.` (DataParallel), `_orig_mod.` (compile). Pruned
 by `torch.nn.utils.prune`, a layer has `weight_orig` and `weight_mask`, whose product is its weight.
 """
 
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,9 +13,10 @@ import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
 
-from jaxlimit.models.convolutional import ConvolutionalNetwork, Pool
-from jaxlimit.models.fully_connected import FullyConnected
-from jaxlimit.models.resnet import Normalized, ResNet
+from jaxlimit.core.sharding import to_host
+from jaxlimit.core.trees import PyTree, named_arrays
+from jaxlimit.core.writing import write_file
+from jaxlimit.models.torch_layout import Entry, entries, layers
 
 Model = TypeVar("Model", bound=nnx.Module)
 State = dict[str, NDArray]
@@ -68,12 +59,68 @@ def load_torch_state(model: Model, file: str | Path) -> Model:
         ValueError: a damaged file or one of another kind; names or shapes that are not the network's.
     """
     model = nnx.clone(model)
-    state = _within(_plain(_read(Path(file)), file), next(_layers(model))[0])
-    for prefix, layer, features in _layers(model):
-        _assign(layer, prefix, features, state, file)
+    state = _within(_plain(_read(Path(file)), file), next(layers(model))[0])
+    for entry in entries(model):
+        _assign(entry, state, file)
     if state:
         raise ValueError(f"{file} holds what this network has no place for: {', '.join(sorted(state))}.")
     return model
+
+
+def torch_state(model: nnx.Module, params: PyTree | None = None) -> State:
+    """The state dict of the same network in PyTorch: what `load_torch_state` reads.
+
+    Args:
+        model: a network of `jaxlimit.models`. Running statistics of batch norm are its own.
+        params: parameters to take instead of the model's, for instance pruned ones, as `from_nnx` gives them.
+
+    Returns:
+        Arrays by PyTorch's names, in its layouts, on the host. `num_batches_tracked` of batch norm is left
+        out: PyTorch takes 0 where there is none.
+
+    Raises:
+        ValueError: another model; params that are not of this one.
+
+    Examples:
+        >>> from jaxlimit.models import FullyConnected
+        >>> state = torch_state(FullyConnected([4, 3], rngs=nnx.Rngs(0)))
+        >>> {name: array.shape for name, array in state.items()}
+        {'linear.0.weight': (3, 4), 'linear.0.bias': (3,)}
+    """
+    found = list(entries(model))
+    arrays = {entry.path: to_host(entry.variable.get_value()) for entry in found}
+    if params is not None:
+        known = {e.path: arrays[e.path].shape for e in found if isinstance(e.variable, nnx.Param)}
+        given = named_arrays(params)
+        odd = known.items() ^ {name: array.shape for name, array in given.items()}.items()
+        if odd:
+            raise ValueError(
+                f"params are not those of this {type(model).__name__}, as from_nnx(model) gives them: names "
+                f"or shapes differ at {', '.join(sorted({name for name, _ in odd}))}."
+            )
+        arrays |= given
+    # Copies of their own: torch.from_numpy warns of arrays that may not be written to.
+    return {entry.name: np.array(entry.to_torch(arrays[entry.path]), order="C") for entry in found}
+
+
+def save_torch_state(model: nnx.Module, file: str | Path, params: PyTree | None = None) -> None:
+    """Writes the network so that it loads into the same network in PyTorch, and by `load_torch_state`.
+
+    There: `net.load_state_dict(safetensors.torch.load_file("net.safetensors"))`.
+
+    Args:
+        model: as for `torch_state`.
+        file: .safetensors; written whole or not at all.
+        params: as for `torch_state`.
+
+    Raises:
+        ValueError: a file of another kind; as for `torch_state`.
+    """
+    from safetensors.numpy import save
+
+    if Path(file).suffix != ".safetensors":
+        raise ValueError(f"file must be a .safetensors file, got {file}.")
+    write_file(Path(file), save(torch_state(model, params)))
 
 
 def _plain(found: State, file: str | Path) -> State:
@@ -150,85 +197,16 @@ def _read(path: Path) -> State:
     raise ValueError(f"{path} must be a .safetensors or .npz file. {CONVERT}")
 
 
-Module = nnx.Linear | nnx.Conv | nnx.BatchNorm
-Place = tuple[str, Module, tuple[int, ...] | None]
-
-
-def _layers(model: nnx.Module) -> Iterator[Place]:
-    """PyTorch's name of every layer, the layer, and for a dense one on features their (h, w, c)."""
-    if isinstance(model, FullyConnected):
-        for number, layer in enumerate(model.layers):
-            yield f"linear.{2 * number}", layer, None
-    elif isinstance(model, ConvolutionalNetwork):
-        position, number = 0, 0
-        for layer in model.layers:
-            if not isinstance(layer, Pool):
-                yield f"conv.{position}", model.convolutions[number], None
-                if model.norms:
-                    position += 1
-                    yield f"conv.{position}", model.norms[number], None
-                position, number = position + 1, number + 1  # the ReLU
-            position += 1
-        for number, layer in enumerate(model.dense.layers):
-            yield f"linear.{2 * number}", layer, None if number else model.features
-    elif isinstance(model, ResNet):
-        yield from _normalized(model.stem, "conv1", "bn1")
-        for name, block in zip(_block_names(model), model.blocks, strict=True):
-            for number, layer in enumerate(block.layers, 1):
-                yield from _normalized(layer, f"{name}.conv{number}", f"{name}.bn{number}")
-            for layer in block.shortcut:
-                yield from _normalized(layer, f"{name}.shortcut.0", f"{name}.shortcut.1")
-        yield "linear", model.dense, None
-    else:
-        raise ValueError(f"model must be a network of jaxlimit.models, got a {type(model).__name__}.")
-
-
-def _normalized(layer: Normalized, name: str, norm: str) -> Iterator[Place]:
-    yield name, layer.convolution, None
-    yield norm, layer.norm, None
-
-
-def _block_names(model: ResNet) -> Iterator[str]:
-    for stage, count in enumerate(model.num_blocks, 1):
-        yield from (f"layer{stage}.{number}" for number in range(count))
-
-
-def _assign(
-    layer: Module, prefix: str, features: tuple[int, ...] | None, state: State, file: str | Path
-) -> None:
-    """Moves the layer's arrays from the state into it."""
-
-    def take(variable: nnx.Variable | None, name: str) -> None:
-        if variable is None:
-            return
-        key = f"{prefix}.{name}"
-        if key not in state:
-            raise ValueError(f"{file} has no {key}; it holds {', '.join(sorted(state)) or 'nothing more'}.")
-        array, like = state.pop(key), variable.get_value()
-        array = _converted(array, features)
-        if array.shape != like.shape or not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(
-                f"{key} in {file} must be of floating type and shape {like.shape} (in the layout of this "
-                f"package), got {array.dtype} of shape {array.shape}."
-            )
-        variable.set_value(jnp.asarray(array, like.dtype))
-
-    if isinstance(layer, nnx.BatchNorm):
-        take(layer.scale, "weight")
-        take(layer.mean, "running_mean")
-        take(layer.var, "running_var")
-    else:
-        take(layer.kernel, "weight")
-    take(layer.bias, "bias")
-
-
-def _converted(array: NDArray, features: tuple[int, ...] | None) -> NDArray:
-    """From PyTorch's layout."""
-    if array.ndim == 4:
-        return array.transpose(2, 3, 1, 0)
-    if array.ndim == 2:
-        if features is not None and array.shape[1] == np.prod(features):
-            height, width, channels = features
-            array = array.reshape(-1, channels, height, width).transpose(0, 2, 3, 1).reshape(array.shape)
-        return array.T
-    return array
+def _assign(entry: Entry, state: State, file: str | Path) -> None:
+    """Moves an array from the state into the network."""
+    if entry.name not in state:
+        raise ValueError(
+            f"{file} has no {entry.name}; it holds {', '.join(sorted(state)) or 'nothing more'}."
+        )
+    array, like = entry.from_torch(state.pop(entry.name)), entry.variable.get_value()
+    if array.shape != like.shape or not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(
+            f"{entry.name} in {file} must be of floating type and shape {like.shape} (in the layout of this "
+            f"package), got {array.dtype} of shape {array.shape}."
+        )
+    entry.variable.set_value(jnp.asarray(array, like.dtype))
