@@ -5,7 +5,7 @@
 
 Each draw is a combination of loss, batches, precision, library, devices, weights, labels and question from
 the grammar of `strangers.py`. A fault is a value that is not true, an error that is not ours, and a refusal
-of what docs/trust.md says is supported. With a fault the exit code is 1.
+of what docs/trust.md says is supported. With a fault the exit code is 1. Draws of other seeds are kept.
 """
 
 import argparse
@@ -253,7 +253,9 @@ def main() -> int:
     print(dict(counts))
     if options.keep:
         command = f"python benchmarks/border.py --draws {options.draws} --seed {options.seed}"
-        common.write(NAME, {"command": command, **counts, "draws": draws})
+        known = common.read_document(NAME).get("seeds", {})
+        found = {"command": command, **counts, "environment": common.environment(), "draws": draws}
+        common.write_document(NAME, {"seeds": known | {str(options.seed): found}})
     return int(counts["fault"] > 0)
 
 

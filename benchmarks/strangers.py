@@ -86,7 +86,6 @@ def draw(seed: int, index: int) -> Stranger:
 
 def refusal(stranger: Stranger) -> str | None:
     """Why it may be refused, as docs/trust.md says; None of what is documented as supported."""
-    on_parts = stranger.question not in ("loss_statistics", "finetuned_sweep")
     reasons = {
         "no mean over examples": stranger.loss in NO_MEAN,
         "no weight_fn": stranger.loss in WEIGHTED and stranger.counted == "examples",
@@ -94,9 +93,7 @@ def refusal(stranger: Stranger) -> str | None:
         "labels that are no classes": stranger.labels != "fine",
         "weights of fewer than 32 bits": stranger.dtype == "bf16_kernels",
         "half precision on the way to the loss": stranger.dtype in HALF or stranger.dtype == "f16_loss",
-        "shard_map on explicit axes": "explicit" in stranger.layout
-        and stranger.inside == "shard_map"
-        and on_parts,
+        "shard_map on explicit axes": "explicit" in stranger.layout and stranger.inside == "shard_map",
         "not convex in the outputs": stranger.loss == "sigmoid" and stranger.curvature == "gauss_newton",
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

@@ -2,7 +2,7 @@
 
 Every combination of axes (explicit, which are JAX's default, or automatic), of parameters (placed or not)
 and of batches (cut here, or a list); then losses that say themselves where their arrays lie, kernels that
-are divided, and numbers of examples that four devices do not share evenly.
+are divided, numbers of examples that four devices do not share evenly, and a mesh that `jax.set_mesh` sets.
 """
 
 import itertools
@@ -40,10 +40,15 @@ def measured(loss, weights, batches):
     statistics = jaxlimit.loss_statistics(loss, weights, batches)
     curvature = jaxlimit.hessian(loss, weights, batches)
     certificate = jaxlimit.certify(squares, [(0.5, weights)], batches, bound=0.9)
+    tuned = jaxlimit.finetuned_sweep(loss, weights, batches, [0.5], num_steps=1, learning_rate=0.01)
+    lanczos = jaxlimit.tridiagonalize(curvature.matvec, curvature.weights, 2)
     return {
         "mean": [statistics.mean, statistics.batch_std],
         "sweep": sweep.metrics["loss"].tolist(),
+        "tuned": tuned.metrics["loss"].tolist(),
         "risk": list(certificate.means),
+        "matrix": np.ravel(curvature.dense()).tolist(),
+        "lanczos": [*lanczos.diagonal, *lanczos.off_diagonal],
         "product": np.ravel(curvature.matvec(weights)).tolist(),
         "gradient": np.ravel(curvature.gradient).tolist(),
     }
@@ -66,7 +71,17 @@ def truth(weights, parts):
         pruned = [
             np.where(np.isin(np.arange(w.size), order[: int(s * w.size)]), 0, w.ravel()) for s in SPARSITIES
         ]
+        start = w.ravel() / np.linalg.norm(w)
+        first = start @ matrix @ start
+        residual = matrix @ start - first * start
+        beta = np.linalg.norm(residual)
+        half = pruned[1].reshape(w.shape)
+        # The first step of Adam is the learning rate, against the sign of the gradient.
+        step = half - 0.01 * np.sign(jax.grad(loss)(half, data)) * (half != 0)
         return {
+            "matrix": np.ravel(matrix).tolist(),
+            "lanczos": [first, residual @ matrix @ residual / beta**2, beta],
+            "tuned": [float(min(loss(half, data), loss(step, data)))],
             "mean": [float(loss(w, data)), float(np.std([loss(w, part) for part in parts]))],
             "risk": [float(np.mean(np.tanh(data @ w) ** 2))],
             "sweep": [float(loss(x.reshape(w.shape), data)) for x in pruned],
@@ -112,6 +127,18 @@ def main():
             # Without a mesh: tests/test_prune.py has its oracles.
             "true": {"params": stepped(loss, weights, [even])},
         }
+    for name, axis in AXES.items():
+        mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(axis,) * 2)
+        with jax.set_mesh(mesh):
+            divided = jax.device_put(even, PartitionSpec("data"))
+            kernel = jax.device_put(weights, PartitionSpec(None, "model"))
+            batches = jaxlimit.batched(divided, 8)
+            case(f"{name}, mesh set", fours, loss, weights, batches)
+            case(f"{name}, mesh set, kernels divided", fours, loss, kernel, batches)
+            case(f"{name}, mesh set, batches of 7", sevens, loss, weights, jaxlimit.batched(divided, 7))
+            constrained = jax.sharding.reshard if name == "explicit" else jax.lax.with_sharding_constraint
+            stated = loss_with(lambda z, place=constrained: place(z, PartitionSpec("data")))
+            case(f"{name}, mesh set, a constraint in the loss", fours, stated, weights, batches)
     print(json.dumps(found))
 
 

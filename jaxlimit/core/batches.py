@@ -20,8 +20,9 @@ from jaxlimit.core.checksums import PassCheck
 from jaxlimit.core.leaves import copied, to_arrays
 from jaxlimit.core.passes import in_memory, passes
 from jaxlimit.core.sharding import (
-    automatic,
     example_sharding,
+    is_explicit,
+    require_context,
     sharding_like,
     undivided,
 )
@@ -120,6 +121,7 @@ def grouped(batches: Iterable[PyTree]) -> Iterable[PyTree]:
     """
     if isinstance(batches, Batches):
         size, stop = batches.batch_size, batches.num_examples
+        require_context("batches", batches.arrays)
         arrays, sharding = batches.arrays, example_sharding(batches.arrays)
         if sharding is not None and size % sharding.num_shards:
             arrays = jax.tree.map(undivided, arrays)
@@ -130,6 +132,7 @@ def grouped(batches: Iterable[PyTree]) -> Iterable[PyTree]:
         filled = [batch for batch in in_memory(batches) if batch_length(batch)]
         if not filled:
             raise ValueError("batches is empty: at least one batch with at least one example is needed.")
+        require_context("batches", filled)
         return [_stacked(list(run)) for _, run in itertools.groupby(filled, key=_signature)]
     return _Stream(passes(batches))
 
@@ -139,10 +142,10 @@ def _cut(start: int, stop: int, size: int, x: jax.Array) -> jax.Array:
     sharding = sharding_like(x, new_axes=1)
     if sharding is None:
         return _slices(start, stop, size, x)
+    cut = partial(_slices, start, stop, size)
     # Where axes are explicit JAX refuses to cut what is divided, so meanwhile they are not.
-    here = jax.device_put(x, automatic(x.sharding))  # pyright: ignore[reportArgumentType]
-    cut = jax.jit(partial(_slices, start, stop, size), out_shardings=automatic(sharding))(here)
-    return jax.device_put(cut, sharding)
+    cut = jax.sharding.auto_axes(cut, out_sharding=sharding) if is_explicit(sharding.mesh) else cut
+    return jax.jit(cut, out_shardings=sharding)(x)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -182,6 +185,7 @@ class _Stream:
                     this_pass.end()
                     return
                 batch = to_arrays("a batch", batch)
+                require_context("a batch", batch)
                 if not batch_length(batch):
                     continue
                 batch = copied(batch)

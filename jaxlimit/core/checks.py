@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import dtypes
 
+from jaxlimit.core.sharding import require_context
+
 NOT_FINITE_CAUSES = (
     "Likely causes: NaN or infinity in the data or the parameters, or labels outside the classes, as -1 or "
     "-100 for padding: leave such examples out, or mask them in the loss and count the others with weight_fn."
@@ -121,6 +123,7 @@ def require_problem(call: str, params: Any, **functions: Any) -> None:
         _require_two_arguments(name, function)
     _require_no_module("params", params)
     leaves = jax.tree.leaves(params)
+    require_context("params", leaves)
     is_function = callable(params) and (not leaves or leaves[0] is params)
     if is_function or type(params).__module__.startswith("jaxlimit."):
         raise ValueError(f"params must be a pytree of arrays, got {_kind(params)}: call {call}.")

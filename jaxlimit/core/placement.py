@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import jax
 
-from jaxlimit.core.batches import Batches, first_of
+from jaxlimit.core.batches import Batches, first_of, grouped
 from jaxlimit.core.constraints import places_itself
 from jaxlimit.core.passes import in_memory
 from jaxlimit.core.sharding import ExampleSharding, example_sharding, undivided
@@ -17,17 +17,22 @@ from jaxlimit.core.trees import PyTree
 
 def placed_batches(fn: Callable[..., PyTree], batches: Iterable[PyTree], *args: PyTree) -> Iterable[PyTree]:
     """Batches in memory, placed for `fn(*args, batch)`; streams as they are."""
-    placed = _Placed(fn, args)
+    place = _Placed(fn, args)
     if isinstance(batches, Batches):
-        return Batches(placed(batches.arrays, batches.arrays), batches.batch_size)
+        return Batches(place(batches.arrays, batches.arrays), batches.batch_size)
     if isinstance(batches, (list, tuple)):
-        return [placed(batch, batch) for batch in in_memory(batches)]
+        return [place(batch, batch) for batch in in_memory(batches)]
     return batches
 
 
 def placed_groups(fn: Callable[..., PyTree], groups: Iterable[PyTree], *args: PyTree) -> Iterable[PyTree]:
     """Groups of a stream, placed for `fn(*args, batch)`; those in memory as they are."""
     return groups if isinstance(groups, list) else _PlacedGroups(groups, _Placed(fn, args))
+
+
+def placed(fn: Callable[..., PyTree], batches: Iterable[PyTree], *args: PyTree) -> Iterable[PyTree]:
+    """Groups of batches, also of a stream, as `fn(*args, batch)` can work on them."""
+    return placed_groups(fn, grouped(placed_batches(fn, batches, *args)), *args)
 
 
 class _Placed:
@@ -48,8 +53,8 @@ class _Placed:
 @dataclass(frozen=True, eq=False)
 class _PlacedGroups:
     groups: Iterable[PyTree]
-    placed: _Placed
+    place: _Placed
 
     def __iter__(self) -> Iterator[PyTree]:
         for group in self.groups:
-            yield self.placed(group, jax.eval_shape(first_of, group), axis=1)
+            yield self.place(group, jax.eval_shape(first_of, group), axis=1)

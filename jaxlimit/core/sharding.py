@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike, NDArray
@@ -49,6 +50,33 @@ def example_sharding(tree: Any, axis: int = 0) -> ExampleSharding | None:
             f"same jax.sharding.NamedSharding along the examples; got {sorted(map(str, found))}."
         )
     return found.pop() if found else None
+
+
+def require_context(name: str, tree: Any) -> None:
+    """Raises ValueError where arrays lie elsewhere than on the mesh that `jax.set_mesh` has set."""
+    context = jax.sharding.get_abstract_mesh()
+    if context.empty:
+        return
+    for leaf in jax.tree.leaves(tree):
+        if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer) or not leaf.committed:
+            continue
+        sharding, wanted = _named(leaf), _axes_of(context)
+        if sharding is None and len(leaf.devices()) != context.size:
+            found = f"the device {next(iter(leaf.devices()))}"
+        elif sharding is not None and _axes_of(sharding.mesh) != wanted:
+            found = f"the mesh {_axes_of(sharding.mesh)}"
+        else:
+            continue
+        raise ValueError(
+            f"an array of {name} lies on {found}, but jax.set_mesh has set the mesh {wanted}: place it on "
+            "that one with jax.device_put, or call jaxlimit outside of the block of jax.set_mesh."
+        )
+
+
+def _axes_of(mesh: Any) -> str:
+    """Names, sizes and types of the axes of a mesh."""
+    sizes = zip(mesh.shape.items(), mesh.axis_types, strict=True)
+    return ", ".join(f"{name}={size} ({kind.name})" for (name, size), kind in sizes)
 
 
 def num_shards(sharding: ExampleSharding | None) -> int:
@@ -97,16 +125,15 @@ def zeros(like: jax.ShapeDtypeStruct, dtype: Any = None) -> jax.Array:
     return array if like.sharding is None else jax.sharding.reshard(array, like.sharding)
 
 
+def zeros_beside(x: Any, dtype: Any = None) -> jax.Array:
+    """Of the shape of an array; in programs `jnp.zeros_like` forgets where it lies, from JAX 0.11 on."""
+    like = jax.typeof(x)
+    return zeros(jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=explicit_sharding(like)), dtype)
+
+
 def explicit_sharding(aval: Any) -> NamedSharding | None:
     """Where an array of that abstract value lies, if that is part of its type."""
     return aval.sharding if is_explicit(aval.sharding.mesh) else None
-
-
-def automatic(sharding: NamedSharding) -> NamedSharding:
-    """The same places on a mesh that leaves the layout to the compiler, which cuts as it likes."""
-    mesh: Any = sharding.mesh
-    axis_types = (AxisType.Auto,) * len(mesh.axis_names)
-    return NamedSharding(Mesh(mesh.devices, mesh.axis_names, axis_types=axis_types), sharding.spec)
 
 
 def _shard_map(
@@ -132,7 +159,8 @@ def _axes(leaf: Any, axis: int) -> ExampleSharding | None:
     names = sharding.spec[axis]
     names = names if isinstance(names, tuple) else (names,)
     named = ExampleSharding(sharding.mesh, names)  # pyright: ignore[reportArgumentType]
-    return named if named.num_shards > 1 else None
+    # One part is nothing divided, unless the axis is a part of the array's type all the same.
+    return named if named.num_shards > 1 or is_explicit(named.mesh) else None
 
 
 def _named(leaf: Any) -> NamedSharding | None:

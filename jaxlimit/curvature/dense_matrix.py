@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxlimit.core.sharding import to_host
 from jaxlimit.core.trees import PyTree
 from jaxlimit.curvature.rounding import require_symmetric
 
@@ -32,7 +33,7 @@ def dense_matrix(
         first = max(0, min(start, dim - block_size))
         rows = np.arange(first, min(first + block_size, dim))
         product = jax.tree.leaves(matmat(unit_vectors(rows, like)))
-        matrix[rows] = np.concatenate([np.reshape(x, (len(rows), -1)) for x in product], 1)
+        matrix[rows] = np.concatenate([to_host(x).reshape(len(rows), -1) for x in product], 1)
         if not np.all(np.isfinite(matrix[rows])):
             raise FloatingPointError(
                 "a product with the curvature is not finite: look for overflow in the loss."

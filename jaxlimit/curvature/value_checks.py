@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from jaxlimit.core.batches import batch_length, examples_like, first_of
 from jaxlimit.core.cuts import Sampled, cut_otherwise, mixed, one_batch, samples
 from jaxlimit.core.programs import Program, Traced
-from jaxlimit.core.sharding import example_sharding, undivided
+from jaxlimit.core.sharding import example_sharding
 from jaxlimit.core.sums import ExampleSum, batch_weight, mean_of_sum, weighted
 from jaxlimit.core.trees import PyTree, frozen, thawed
 from jaxlimit.core.widening import coarse_numbers, widened
@@ -48,15 +48,12 @@ class ValueCheck:
         metrics_fn: `metrics_fn(params, batch) -> pytree of scalars`.
         weight_fn: how much a batch counts, or None.
         what: the function's name for the caller.
-        on_parts: whether each device is given its part of a batch that is divided, or all of them the whole.
     """
 
-    def __init__(
-        self, metrics_fn: Metrics, weight_fn: Callable | None, what: str, *, on_parts: bool = True
-    ) -> None:
+    def __init__(self, metrics_fn: Metrics, weight_fn: Callable | None, what: str) -> None:
         as_given = Traced(lambda params, batch: metrics_fn(thawed(params), batch))
         self._as_given, self.metrics_fn = as_given, Traced(as_given, widened)
-        self.weight_fn, self.what, self._on_parts = weight_fn, what, on_parts
+        self.weight_fn, self.what = weight_fn, what
 
     def is_coarse(self, params: PyTree, batch: PyTree) -> bool:
         """Whether `self.metrics_fn` computes in more binary digits than the metrics themselves."""
@@ -84,7 +81,6 @@ class ValueCheck:
         total = ExampleSum(with_sizes, self.weight_fn)
         for group, number in batches:
             one = one_batch(group, number)
-            one = one if self._on_parts else jax.tree.map(undivided, one)
             program = total.program(example_sharding(one, axis=1))
             if any(x.shape for x in jax.tree.leaves(jax.eval_shape(program, (params,), one)[0])):
                 return  # no scalars: refused elsewhere

@@ -10,7 +10,7 @@ import optax
 
 from jaxlimit.core.batches import batch_length, first_of
 from jaxlimit.core.programs import Traced
-from jaxlimit.core.sharding import example_sharding, sum_of_parts
+from jaxlimit.core.sharding import example_sharding, sum_of_parts, zeros_beside
 from jaxlimit.core.sums import batch_weight, weighted
 from jaxlimit.core.trees import PyTree, combine
 from jaxlimit.curvature.products import each
@@ -42,15 +42,14 @@ def start(
     current = jax.vmap(lambda count: pruned(weights, ranks, count))(counts)
     loss = loss_fn.shape(combine(weights, rest), first_of(groups[0]))
     best_loss = jnp.full(counts.shape, jnp.inf, jnp.promote_types(loss.dtype, jnp.float32))
-    optimizer = optax.adam(0.0).init(current)
+    adam = optax.adam(0.0)
+    optimizer = optax.tree_map_params(adam, lambda _, w: zeros_beside(w), adam.init(current), current)
     return State(current, optimizer, current, best_loss, _no_batch(current, best_loss))
 
 
 def _no_batch(current: PyTree, loss: jax.Array) -> _Pass:
     """Sums over no batch, float32 at least."""
-    gradient = jax.tree.map(
-        lambda w: jnp.zeros_like(w, dtype=jnp.promote_types(w.dtype, jnp.float32)), current
-    )
+    gradient = jax.tree.map(lambda w: zeros_beside(w, jnp.promote_types(w.dtype, jnp.float32)), current)
     return _Pass(jnp.zeros((), loss.dtype), jnp.zeros_like(loss), gradient)
 
 

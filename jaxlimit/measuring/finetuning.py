@@ -15,11 +15,11 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jaxlimit.core.batches import batch_length, first_of, grouped
+from jaxlimit.core.batches import batch_length, first_of
 from jaxlimit.core.checks import check_scalar, require_count, require_problem, require_weight_fn
 from jaxlimit.core.convolutions import quick_in_loops
 from jaxlimit.core.cuts import Sampled
-from jaxlimit.core.placement import placed_batches, placed_groups
+from jaxlimit.core.placement import placed
 from jaxlimit.core.programs import Program, Traced
 from jaxlimit.core.sharding import to_host
 from jaxlimit.core.sums import ExampleSum
@@ -139,7 +139,7 @@ class FinetunedNetwork:
         require_count("num_steps", num_steps)
         self._weights, self._rest = partition(params, prunable)
         self._dim, self._ranks = removal_ranks(self._weights, scores)
-        groups = list(_placed(loss_fn, batches, params))
+        groups = list(placed(loss_fn, batches, params))
         if not groups:
             raise ValueError("batches hold no examples.")
         sampled = Sampled(groups)
@@ -153,7 +153,7 @@ class FinetunedNetwork:
         self._metrics_sum = None
         if metrics_fn is not None:
             if eval_batches is not None:
-                self._eval_groups = _placed(metrics_fn, eval_batches, params)
+                self._eval_groups = placed(metrics_fn, eval_batches, params)
             self._metrics_sum = ExampleSum(_tuned(Traced(scalars(metrics_fn), quick_in_loops)), weight_fn)
             evaluated = Sampled(self._eval_groups)
             for _ in evaluated:
@@ -232,11 +232,6 @@ class _Pace:
     def __exit__(self, *_: object) -> None:
         factor = CALL_SECONDS / max(time.perf_counter() - self._began, 1e-9)
         self.num_batches = max(int(self.num_batches * min(max(factor, 0.5), 2.0)), 1)
-
-
-def _placed(fn: Callable[..., PyTree], batches: Iterable[PyTree], params: PyTree) -> Iterable[PyTree]:
-    """Grouped batches, also of a stream, as the function can work on them."""
-    return placed_groups(fn, grouped(placed_batches(fn, batches, params)), params)
 
 
 def _tuned(metrics_fn: Metrics) -> Callable[[PyTree, PyTree, PyTree], PyTree]:

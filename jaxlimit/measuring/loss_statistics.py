@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlimit.core.batches import grouped
 from jaxlimit.core.checks import NOT_FINITE_CAUSES, check_scalar, require_problem, require_weight_fn
 from jaxlimit.core.cuts import Sampled, mixed
+from jaxlimit.core.placement import placed
 from jaxlimit.core.programs import Program, Traced
 from jaxlimit.core.sums import batch_weight, sum_of_weights
 from jaxlimit.core.trees import PyTree, frozen, thawed
@@ -68,7 +68,7 @@ def loss_statistics(
     """
     require_problem("loss_statistics(loss_fn, params, batches)", params, loss_fn=loss_fn)
     require_weight_fn(weight_fn)
-    params, groups = frozen(params), grouped(batches)
+    groups, params = placed(loss_fn, batches, params), frozen(params)
     losses_of = Program(partial(batch_losses, Traced(loss_fn), weight_fn))
     passed = Sampled(groups)
     values, weights = _losses(losses_of, params, passed)
@@ -78,7 +78,7 @@ def loss_statistics(
         bad = int(np.argmin(usable))
         raise ValueError(f"the loss is not finite in batch {bad}. {NOT_FINITE_CAUSES}")
     mean = _mean(values, weights)
-    check = ValueCheck(loss_fn, weight_fn, "loss_fn", on_parts=False)
+    check = ValueCheck(loss_fn, weight_fn, "loss_fn")
     check.few(params, passed.batches)
     if isinstance(groups, list):
         one = mean

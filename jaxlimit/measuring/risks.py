@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlimit.core.batches import batch_length, first_of, grouped
+from jaxlimit.core.batches import batch_length, first_of
 from jaxlimit.core.checks import NOT_FINITE_CAUSES, require_problem
 from jaxlimit.core.convolutions import convolves
 from jaxlimit.core.cuts import Sampled
 from jaxlimit.core.leaves import is_array
 from jaxlimit.core.loops import apart, each_of
-from jaxlimit.core.placement import placed_batches, placed_groups
+from jaxlimit.core.placement import placed
 from jaxlimit.core.programs import Program, Traced
 from jaxlimit.core.sharding import example_sharding, to_host
 from jaxlimit.core.trees import PyTree, as_array, frozen, thawed
@@ -130,8 +130,7 @@ class ExampleRisks:
         """
         params = frozen(params)
         if self._groups is None:
-            placed = placed_batches(self._given, self._batches, thawed(params))
-            self._groups = placed_groups(self._given, grouped(placed), thawed(params))
+            self._groups = placed(self._given, self._batches, thawed(params))
         passed = Sampled(self._groups)
         found = [self._values(params, part) for group in passed for part in self._parts(params, group)]
         if not found:

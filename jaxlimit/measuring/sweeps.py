@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jaxlimit.core.batches import grouped
 from jaxlimit.core.checks import require_problem, require_weight_fn
 from jaxlimit.core.convolutions import quick_in_loops
 from jaxlimit.core.cuts import Sampled
-from jaxlimit.core.placement import placed_batches, placed_groups
+from jaxlimit.core.placement import placed
 from jaxlimit.core.programs import Traced
 from jaxlimit.core.sums import ExampleSum
 from jaxlimit.core.trees import Prunable, PyTree, combine, is_kernel, partition, unflatten
@@ -162,14 +161,13 @@ class PrunedNetwork:
     ) -> Sweep:
         """As `sparsity_sweep`."""
         grid, counts = removals(self.dim, sparsities)
-        given, batches = batches, placed_batches(self.metrics_fn, batches, self.params)
-        groups, parts = placed_groups(self.metrics_fn, grouped(batches), self.params), []
+        groups, parts = placed(self.metrics_fn, batches, self.params), []
         for chunk, used in chunks(counts, chunk_size):
             passed = Sampled(groups)
             found = self._means(passed, chunk)
-            if not any(known is given for known in self._checked):
+            if not any(known is batches for known in self._checked):
                 self._check.metrics(combine(self.weights, self.rest), passed)
-                self._checked.append(given)
+                self._checked.append(batches)
             parts.append({name: values[:used] for name, values in found.items()})
             if progress is not None:
                 progress(min(len(parts) * chunk_size, len(grid)), len(grid))

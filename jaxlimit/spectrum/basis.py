@@ -12,8 +12,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlimit.core.sharding import sharding_like
+from jaxlimit.core.sharding import explicit_sharding, sharding_like
 from jaxlimit.core.trees import PyTree
 
 # Vectors in a panel of the basis: few enough that the last, partly filled one wastes little, and enough that
@@ -75,8 +76,11 @@ def project_out(panel: PyTree, vectors: PyTree) -> PyTree:
 
 def _overlap(basis: jax.Array, vector: jax.Array) -> jax.Array:
     """Q^T r for each run: (P, k, *shape), (P, *shape) -> (P, k)."""
-    contract = jax.vmap(lambda b, v: jnp.tensordot(b, v, v.ndim, precision="highest"))
-    return contract(basis, vector)
+    # JAX asks where the sums lie if the axes that are summed over are divided and explicit.
+    sharding = explicit_sharding(jax.typeof(vector))
+    here = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
+    contract = partial(jnp.tensordot, precision="highest", out_sharding=here)
+    return jax.vmap(lambda b, v: contract(b, v, v.ndim))(basis, vector)
 
 
 def _expand(basis: jax.Array, overlap: jax.Array) -> jax.Array:

@@ -1,9 +1,11 @@
 """Random sign vectors: their mean z^T F z / D is the trace of F over D."""
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxlimit.core.sharding import sharding_like
 from jaxlimit.core.trees import PyTree
@@ -13,17 +15,20 @@ def rademacher(key: jax.Array, like: PyTree, num_probes: int) -> PyTree:
     """Random sign vectors along a leading axis, shaped and placed like the leaves of `like`."""
     leaves, structure = jax.tree.flatten(like)
     keys = jax.random.split(key, len(leaves))
-    signs = [
-        _signs(k, (num_probes, *x.shape), x.dtype, sharding_like(x, new_axes=1))
-        for k, x in zip(keys, leaves, strict=True)
-    ]
-    return structure.unflatten(signs)
+    return structure.unflatten([_signs(k, x, num_probes) for k, x in zip(keys, leaves, strict=True)])
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3))
-def _signs(
-    key: jax.Array, shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding | None
-) -> jax.Array:
+def _signs(key: jax.Array, like: jax.Array, num_probes: int) -> jax.Array:
+    sharding = sharding_like(like, new_axes=1)
+    return _drawn(sharding)(key, (num_probes, *like.shape), like.dtype)
+
+
+@cache
+def _drawn(sharding: NamedSharding | None) -> Callable[..., jax.Array]:
+    """Signs that are drawn on the devices where they are to lie."""
+    return jax.jit(_signs_of_bits, static_argnums=(1, 2), out_shardings=sharding)
+
+
+def _signs_of_bits(key: jax.Array, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
     # The signs of jax.random.rademacher, which under x64 would draw them in float64.
-    signs = 1 - 2 * (jax.random.bits(key, shape, np.uint32) >> 31).astype(dtype)
-    return signs if sharding is None else jax.lax.with_sharding_constraint(signs, sharding)
+    return 1 - 2 * (jax.random.bits(key, shape, np.uint32) >> 31).astype(dtype)
