@@ -6,7 +6,6 @@ from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxlimit.core.sharding import place, sharding_like
@@ -15,6 +14,7 @@ from jaxlimit.core.trees import Prunable, PyTree, combine, flatten, is_kernel, p
 from jaxlimit.curvature.makers import gauss_newton
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.geometry.magnitude import magnitude_order
+from jaxlimit.geometry.patterns import require_mask
 from jaxlimit.limits.problem import SAME_LOSS
 from jaxlimit.pruning.trust_region import Point, Settings, cut, first_point, step
 
@@ -59,14 +59,7 @@ class Readjustable:
 
     def require_mask(self, mask: PyTree) -> PyTree:
         """A mask of the prunable weights, as arrays of bools; a ValueError if it is none."""
-        like = self.prunable(self.curvature.weights)
-        expected, got = (jax.tree.map(np.shape, tree) for tree in (like, mask))
-        if expected != got or any(np.asarray(x).dtype != bool for x in jax.tree.leaves(mask)):
-            raise ValueError(
-                "mask must hold bools in the shapes of the prunable weights, as "
-                f"magnitude_mask(curvature.weights, s) does: expected {expected}, got {got}."
-            )
-        return jax.tree.map(jnp.asarray, mask)
+        return require_mask(self.prunable(self.curvature.weights), mask)
 
     def whole_mask(self, mask: PyTree) -> PyTree:
         """Of all that move; what may not be pruned is kept."""
