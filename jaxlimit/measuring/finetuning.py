@@ -9,6 +9,7 @@ between, and the bits do not depend on where the passes were cut.
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -47,6 +48,7 @@ def finetuned_sweep(
     learning_rate: float = 1e-3,
     prunable: Prunable = is_kernel,
     scores: PyTree | None = None,
+    groups: Any = None,
     weight_fn: Callable[[PyTree], jax.Array] | None = None,
     chunk_size: int = 8,
     progress: Progress | None = None,
@@ -70,6 +72,7 @@ def finetuned_sweep(
         learning_rate: of Adam; its customary .001.
         prunable: as for `hessian`.
         scores: as for `pruning_limit`.
+        groups: as for `sparsity_sweep`.
         weight_fn: as for `hessian`.
         chunk_size: sparsities trained side by side; on a CPU one after the other.
         progress: called about every half second with (passes over the data done, passes in all); each
@@ -99,6 +102,7 @@ def finetuned_sweep(
         learning_rate=learning_rate,
         prunable=prunable,
         scores=scores,
+        groups=groups,
         weight_fn=weight_fn,
     )
     return network.sweep(sparsities, chunk_size=chunk_size, progress=progress)
@@ -125,6 +129,7 @@ class FinetunedNetwork:
         learning_rate: float = 1e-3,
         prunable: Prunable = is_kernel,
         scores: PyTree | None = None,
+        groups: Any = None,
         weight_fn: Callable[[PyTree], jax.Array] | None = None,
     ) -> None:
         functions = {"loss_fn": loss_fn} | ({} if metrics_fn is None else {"metrics_fn": metrics_fn})
@@ -132,7 +137,7 @@ class FinetunedNetwork:
         require_weight_fn(weight_fn)
         require_count("num_steps", num_steps)
         self._weights, self._rest = partition(params, prunable)
-        self._dim, self._ranks = removal_ranks(self._weights, scores)
+        self._order, self._ranks = removal_ranks(self._weights, scores, groups)
         groups = list(_placed(loss_fn, batches, params))
         if not groups:
             raise ValueError("batches hold no examples.")
@@ -161,7 +166,7 @@ class FinetunedNetwork:
 
     def sweep(self, sparsities: ArrayLike, *, chunk_size: int = 8, progress: Progress | None = None) -> Sweep:
         """As `finetuned_sweep`."""
-        grid, removed = removals(self._dim, sparsities)
+        grid, removed = removals(self._order, sparsities)
         size = 1 if jax.default_backend() == "cpu" else chunk_size
         parts: list[dict[str, NDArray[np.float64]]] = []
         for number, (counts, used) in enumerate(chunks(removed, size)):
