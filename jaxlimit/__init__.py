@@ -9,9 +9,11 @@ from jaxlimit.core.version import __version__ as __version__
 from jaxlimit.curvature.makers import gauss_newton, hessian
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.geometry.magnitude import apply_mask, magnitude_mask, removed_norm
+from jaxlimit.geometry.patterns import nm_mask
 from jaxlimit.limits.budget import Progress
 from jaxlimit.limits.estimate import Estimate
 from jaxlimit.limits.layers import LayerLimits, layer_limits
+from jaxlimit.limits.predicted_loss import PredictedLoss, predicted_loss
 from jaxlimit.limits.pruning_limit import pruning_limit
 from jaxlimit.limits.result import PruningLimit
 from jaxlimit.measuring.certificates import Certificate, certify
@@ -42,6 +44,7 @@ __all__ = [
     "Estimate",
     "LayerLimits",
     "LossStatistics",
+    "PredictedLoss",
     "Progress",
     "Pruned",
     "PruningLimit",
@@ -64,7 +67,9 @@ __all__ = [
     "layer_limits",
     "loss_statistics",
     "magnitude_mask",
+    "nm_mask",
     "paired",
+    "predicted_loss",
     "prune",
     "pruning_limit",
     "reference_limit",

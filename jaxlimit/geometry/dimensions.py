@@ -12,7 +12,7 @@ returned as fractions of D.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy.optimize import brentq
@@ -139,39 +139,42 @@ def cone_dimension(
     return effective_dimension(measure, cone_ridge(rank, radius, loss_tolerance))
 
 
-def fixed_point(dimension: Callable[[int], float], dim: int) -> float:
+def fixed_point(dimension: Callable[[int], float], dim: int, counts: Sequence[int] | None = None) -> float:
     """The s that solves the phase-transition equation delta(s) / D = s, where delta falls with s.
 
-    delta depends on s through n = floor(s D) and is constant between; the root of this step function is
-    returned exactly. Cost: log2(D) evaluations.
+    delta depends on s through the removals that it allows and is constant between; the root of this step
+    function is returned exactly. Cost: log2(D) evaluations.
 
     Args:
         dimension: n -> delta / D after n removals; it must not rise with n.
         dim: D.
+        counts: (removals + 1,) weights that n removals remove; None: n, single weights go.
 
     Examples:
         >>> fixed_point(lambda n: 1 - n / 10, dim=10)
         0.5
     """
-    last = last_within(dimension, dim)
-    return min(max(dimension(last), last / dim), (last + 1) / dim, 1.0)
+    counts = range(dim + 1) if counts is None else counts
+    last = last_within(dimension, counts)
+    beyond = counts[last + 1] / dim if last + 1 < len(counts) else 1.0
+    return min(max(dimension(last), counts[last] / dim), beyond, 1.0)
 
 
-def last_within(dimension: Callable[[int], float], dim: int) -> int:
-    """The last n with delta / D >= n / D, by bisection: so many weights can go, one more cannot.
+def last_within(dimension: Callable[[int], float], counts: Sequence[int]) -> int:
+    """The last n with delta / D >= s, by bisection: so many removals can be, one more cannot.
 
     Args:
         dimension: as for `fixed_point`.
-        dim: D.
+        counts: as for `fixed_point`; the last one is D.
 
     Examples:
-        >>> last_within(lambda n: 1 - n / 11, dim=11)
+        >>> last_within(lambda n: 1 - n / 11, range(12))
         5
     """
-    low, high = 0, dim + 1
+    low, high, dim = 0, len(counts), counts[-1]
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if dimension(middle) >= middle / dim else (low, middle)
+        low, high = (middle, high) if dimension(middle) >= counts[middle] / dim else (low, middle)
     return low
 
 

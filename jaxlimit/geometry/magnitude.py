@@ -3,8 +3,15 @@ r"""Global magnitude pruning: which weights go at sparsity s, and how far that m
 One-shot magnitude pruning at sparsity s sets the floor(s D) smallest |w| to zero, ties broken by index.
 The *removed vector* c(s) holds those weights, and R(s) = ||c(s)|| is the removed norm. One sort and one
 cumulative sum give R(s) for every s.
+
+Where groups of weights go together, a *removal* takes a group in the place of a single weight. Groups go in
+the order of the root mean square of their weights, which does not depend on their sizes, and the sparsities
+that can be reached are those after whole removals. Without groups a removal is a weight, and n removals
+remove n weights.
 """
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from jaxlimit.core.sharding import sharding_like, to_host
 from jaxlimit.core.trees import PyTree, flatten, unflatten
+from jaxlimit.geometry.groups import group_labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,15 +31,18 @@ class MagnitudeOrder:
 
     Attributes:
         order: (D,) indices into the flattened weights, smallest magnitude (or score) first, ties by index.
-        rank: (D,) inverse of `order`: weight i is removed iff rank[i] < floor(s D).
-        squared_norm: (D + 1,) R^2 after removing n = 0 ... D weights, float64.
+            Weights of one group stand beside each other.
+        rank: (D,) the removal that takes each weight: weight i is gone after n removals iff rank[i] < n.
+        squared_norm: (removals + 1,) R^2 after n = 0, 1, ... removals, float64.
         like: the pytree of weights, which gives its shape to masks and removed vectors.
+        counts: (removals + 1,) how many weights n removals remove; n itself where single weights go.
     """
 
     order: NDArray[np.int64]
     rank: NDArray[np.int32]
     squared_norm: NDArray[np.float64]
     like: PyTree
+    counts: Sequence[int]
 
     @property
     def dim(self) -> int:
@@ -39,12 +50,30 @@ class MagnitudeOrder:
         return self.order.size
 
     @property
+    def num_removals(self) -> int:
+        """Number of removals that leave no weight: of weights D, or of groups."""
+        return len(self.counts) - 1
+
+    @property
     def num_zeros(self) -> int:
-        """Number of weights that are exactly zero, as far as they are the first to go."""
+        """Number of removals that take nothing but zeros, as far as they are the first to go."""
         return int(np.sum(self.squared_norm[1:] == 0))
 
+    def sparsity(self, num_removed: int) -> float:
+        """S after n removals: the share of the weights that is gone."""
+        return self.counts[num_removed] / self.dim
+
+    def within(self, num_weights: int) -> int:
+        """The most removals that remove no more than so many weights."""
+        return bisect_right(self.counts, num_weights) - 1
+
+    def per_removal(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(removals,) sums over the weights that each takes, of (D,) values in the order of removal."""
+        single = self.num_removals == self.dim
+        return values if single else np.add.reduceat(values, np.asarray(self.counts[:-1]))
+
     def radius(self, num_removed: int) -> float:
-        """R = ||c||, the norm of the first `num_removed` weights to go."""
+        """R = ||c||, the norm of what the first n removals take."""
         return float(np.sqrt(self.squared_norm[num_removed]))
 
     def sort(self, tree: PyTree) -> NDArray[Any]:
@@ -52,33 +81,39 @@ class MagnitudeOrder:
         return flatten(tree)[self.order]
 
     def removed_vector(self, num_removed: int) -> PyTree:
-        """c(s) as a pytree: the first `num_removed` weights to go, and zero elsewhere. Cost O(D)."""
+        """c(s) as a pytree: the weights that the first n removals take, and zero elsewhere. Cost O(D)."""
         flat = flatten(self.like)
         return unflatten(np.where(self.rank < num_removed, flat, 0.0), self.like)
 
     def mask(self, num_removed: int) -> PyTree:
-        """Pytree of bools, False at the first `num_removed` weights to go. Cost O(D)."""
+        """Pytree of bools, False at the weights that the first n removals take. Cost O(D)."""
         booleans = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, bool, sharding=sharding_like(x)), self.like
         )
         return unflatten(self.rank >= num_removed, booleans)
 
 
-def magnitude_order(weights: PyTree, scores: PyTree | None = None) -> MagnitudeOrder:
+def magnitude_order(weights: PyTree, scores: PyTree | None = None, groups: Any = None) -> MagnitudeOrder:
     """Sorts the weights by magnitude once; everything else in this module is read off it.
 
-    Cost: one stable sort of D float64 numbers on the host.
+    Cost: one stable sort of D float64 numbers on the host; with groups one of D integers, too.
 
     Args:
         weights: pytree of the D prunable weights.
         scores: pytree of the same shapes whose magnitudes decide the order instead; None: the weights'.
+        groups: which weights go together, as for `group_labels`; None: every weight by itself. A group goes
+            in the order of the root mean square of its weights (or scores); of equal ones the one that
+            begins first.
 
     Raises:
-        ValueError: no weights, weights or scores that are not finite, or scores of other shapes.
+        ValueError: no weights, weights or scores that are not finite, scores of other shapes, or what
+            `group_labels` refuses.
 
     Examples:
         >>> magnitude_order(np.array([3.0, -4.0, 1.0]), scores=np.array([2.0, 1.0, 3.0])).order.tolist()
         [1, 0, 2]
+        >>> magnitude_order(np.array([3.0, -4.0, 1.0]), groups=np.array([0, 1, 0])).counts
+        [0, 2, 3]
     """
     magnitudes = _magnitudes(weights)
     if magnitudes.size == 0:
@@ -93,11 +128,30 @@ def magnitude_order(weights: PyTree, scores: PyTree | None = None) -> MagnitudeO
         ranking = _magnitudes(scores)
         if not np.all(np.isfinite(ranking)):
             raise ValueError(f"{int(np.sum(~np.isfinite(ranking)))} scores are not finite (NaN or infinity).")
+    if groups is not None:
+        return _grouped(magnitudes, ranking, weights, group_labels(weights, groups))
     order = np.argsort(ranking, kind="stable")
     rank = np.empty(order.size, np.int32)
     rank[order] = np.arange(order.size, dtype=np.int32)
     squared_norm = np.concatenate([[0.0], np.cumsum(magnitudes[order] ** 2)])
-    return MagnitudeOrder(order, rank, squared_norm, weights)
+    return MagnitudeOrder(order, rank, squared_norm, weights, range(order.size + 1))
+
+
+def _grouped(
+    magnitudes: NDArray[np.float64], ranking: NDArray[np.float64], weights: PyTree, labels: PyTree
+) -> MagnitudeOrder:
+    """The order in which whole groups go."""
+    flat = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(labels)])
+    _, begins, group, sizes = np.unique(flat, return_index=True, return_inverse=True, return_counts=True)
+    mean_square = np.bincount(group, ranking**2) / sizes
+    sequence = np.lexsort((begins, mean_square))
+    rank = np.empty(len(sizes), np.int32)
+    rank[sequence] = np.arange(len(sizes), dtype=np.int32)
+    rank = rank[group]
+    order = np.argsort(rank, kind="stable")
+    counts = [0, *np.cumsum(sizes[sequence]).tolist()]
+    squared_norm = np.concatenate([[0.0], np.cumsum(magnitudes[order] ** 2)])[counts]
+    return MagnitudeOrder(order, rank, squared_norm, weights, counts)
 
 
 def _magnitudes(tree: PyTree) -> NDArray[np.float64]:

@@ -24,7 +24,7 @@ class ConePoint:
     """The cone's ridge at one sparsity, in units of the width formula's: rho = a R^2 / (2 eps) >= 1.
 
     Attributes:
-        num_removed: n = floor(s D).
+        num_removed: n removals.
         log_rho: log rho. Its lower bound belongs to that of the dimension, and so on.
     """
 
@@ -55,16 +55,17 @@ def cone_root(
     to 0 like (2 eps / R^2) (c^T |H| c - 2 eps) / c^T H^2 c.
     """
     points = sorted(points, key=lambda point: point.num_removed)
-    at = [point.num_removed for point in points]
+    counts = problem.counts
+    at = [counts[point.num_removed] for point in points]
     log_rhos: Bracketed[tuple[float, ...]] = Bracketed.known(())
     for point in points:
         log_rhos = log_rhos.join(lambda known, x: (*known, x), point.log_rho)
 
     def ridge(log_rho: tuple[float, ...]) -> Ridge:
         shares = np.exp([-x for x in log_rho])
-        return lambda n: problem.ridge(n) / float(np.interp(n, at, shares))
+        return lambda n: problem.ridge(n) / float(np.interp(counts[n], at, shares))
 
-    return dimension_root(bracket, log_rhos.map(ridge), problem.dim)
+    return dimension_root(bracket, log_rhos.map(ridge), problem)
 
 
 def cone_limit(
@@ -94,10 +95,10 @@ def cone_limit(
     Raises:
         BudgetSpent: by `removed`, at the first sparsities.
     """
-    least, dim = problem.least_removed, problem.dim
+    least, most, dim = problem.least_removed, problem.order.num_removals, problem.dim
 
-    def count(sparsity: float) -> int:
-        return min(max(least, round(sparsity * dim)), dim)
+    def removals(sparsity: float) -> int:
+        return min(max(least, problem.order.within(round(sparsity * dim))), most)
 
     brackets: dict[int, SpectralBracket] = {}
     points: list[ConePoint] = []
@@ -107,12 +108,12 @@ def cone_limit(
         points.extend(cone_point(brackets[n], problem, n) for n in counts)
         return cone_root(bracket, problem, points)
 
-    estimate, root = look(sorted({count(1 - (1 - start) * part) for part in FIRST_LOOKS}))
+    estimate, root = look(sorted({removals(1 - (1 - start) * part) for part in FIRST_LOOKS}))
     moves = [root - start]
-    beside = [0.0] if tolerance else [0.0, -1 / dim, 1 / dim]
-    while wanted := [n for n in (count(root + x) for x in beside) if n not in brackets]:
+    beside = [0] if tolerance else [0, -1, 1]
+    while wanted := [n for x in beside if least <= (n := removals(root) + x) <= most and n not in brackets]:
         creeps = len(moves) > 2 and moves[-1] * moves[-2] > moves[-2] ** 2 / 2
-        ahead = count(root + 2 * moves[-1]) if creeps else wanted[0]
+        ahead = removals(root + 2 * moves[-1]) if creeps else wanted[0]
         n = wanted[0] if ahead in brackets else ahead
         try:
             previous, (estimate, root) = root, look([n])

@@ -14,7 +14,7 @@ from scipy.linalg import cho_factor, cho_solve
 from jaxlimit.curvature.dense_matrix import dense_matrix
 from jaxlimit.limits.budget import Budget
 from jaxlimit.limits.eigensystem import Eigensystem, eigensystem
-from jaxlimit.limits.estimate import Estimate
+from jaxlimit.limits.estimate import Estimate, group_share
 from jaxlimit.limits.problem import Problem
 from jaxlimit.spectrum.bracket import NEGATIVE, ROUNDING, SpectralBracket
 from jaxlimit.spectrum.measure import SpectralMeasure
@@ -84,7 +84,8 @@ class DenseSource:
     def removed(self, counts: list[int]) -> list[SpectralBracket]:
         """The spectral measure seen from c after n removals, for each n > 0. Cost: D^2 each."""
         ranks = np.arange(len(self.weights))
-        vectors = np.stack([np.where(ranks < n, self.weights, 0.0) for n in counts], axis=1)
+        removed = [self.problem.counts[n] for n in counts]
+        vectors = np.stack([np.where(ranks < m, self.weights, 0.0) for m in removed], axis=1)
         squares = self.eigensystem.coordinates(vectors).T ** 2
         measures = [SpectralMeasure(self.eigensystem.eigenvalues, x / np.sum(x)) for x in squares]
         return [SpectralBracket.exact(measure, self.rounding) for measure in measures]
@@ -94,16 +95,18 @@ class DenseSource:
 
         Rounding of the products may change the losses by u R^2 / 2, u as in `jaxlimit.spectrum.bracket`.
         """
-        c, dim, eps = self.weights, len(self.weights), self.problem.loss_tolerance
+        c, problem = self.weights, self.problem
         rows = np.tril(self.matrix, -1) @ c  # row n against the n weights removed before it
         losses = np.cumsum(c * rows + np.diag(self.matrix) * c**2 / 2 - self.gradient * c)
+        losses = losses[np.asarray(problem.counts[1:]) - 1]
         norm = float(np.max(np.abs(self.eigensystem.eigenvalues)))
-        error = ROUNDING * self.rounding * norm * self.problem.order.squared_norm[1:] / 2
+        error = ROUNDING * self.rounding * norm * problem.order.squared_norm[1:] / 2
 
         def last(losses: NDArray[np.float64]) -> float:
-            return int(np.argmax(np.append(losses, np.inf) > eps)) / dim
+            return problem.sparsity(int(np.argmax(np.append(losses, np.inf) > problem.loss_tolerance)))
 
-        return Estimate.between(last(losses), last(losses + error), last(losses - error), dim)
+        bounds = last(losses), last(losses + error), last(losses - error)
+        return Estimate.between(*bounds, problem.dim, group_share=group_share(problem.counts))
 
     def minimum(self) -> Callable[[int], tuple[float, float]]:
         """min_x (c - x)^T |H| (c - x) / 2 over vectors x on the kept weights, as a function of n.
@@ -120,10 +123,11 @@ class DenseSource:
         absolute = self.matrix + (vectors * raised) @ vectors.T
 
         def value(n: int) -> tuple[float, float]:
-            c, kept = self.weights[:n], absolute[n:, n:]
-            right = absolute[n:, :n] @ c
+            m = self.problem.counts[n]
+            c, kept = self.weights[:m], absolute[m:, m:]
+            right = absolute[m:, :m] @ c
             gained = right @ cho_solve(cho_factor(kept, lower=True), right) if len(kept) else 0.0
-            loss = max(0.0, float(c @ absolute[:n, :n] @ c - gained) / 2)
+            loss = max(0.0, float(c @ absolute[:m, :m] @ c - gained) / 2)
             return loss, loss
 
         return value

@@ -1,12 +1,20 @@
 """A limit as a number with an interval, and the names of the four."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
+import numpy as np
 
 # From the strongest demand to the weakest.
 LIMITS = ("one_shot", "width", "cone", "readjusted")
+
+
+def group_share(counts: Sequence[int]) -> float | None:
+    """The largest group as a share of the weights, from the weights after each removal; None of weights."""
+    dim = counts[-1]
+    return None if len(counts) == dim + 1 else int(np.max(np.diff(counts))) / dim
 
 
 @partial(
@@ -19,9 +27,11 @@ class Estimate:
     """A limit in units of sparsity, with what is known of its error.
 
     Attributes:
-        value: n / D for the last n that is within the tolerance, as far as it is known.
+        value: n / D for the last n that is within the tolerance, as far as it is known; with groups the last
+            sparsity that whole groups can reach.
         lower, upper: of width and cone the certified bracket, widened by three probe errors and by 2/D: the
             step of R(s) to either side, where rules (floor or ceiling, last within or first beyond) differ.
+            With groups they are sparsities that whole groups can reach, and not widened by 2/D.
             Of one_shot and readjusted from Lanczos, where the search ended: its points were judged by
             estimates (`loss_between`, the lower bound of `readjusted_minimum`). 0 and 1 where the bounds
             cross: then nothing is known.
@@ -54,6 +64,7 @@ class Estimate:
         probe_error: float = 0.0,
         spread: float = 0.0,
         half_bracket: float | None = None,
+        group_share: float | None = None,
     ) -> "Estimate":
         """From bounds of the limit, which are moved apart by 2/D and cut to [0, 1].
 
@@ -67,11 +78,17 @@ class Estimate:
             probe_error: see above.
             spread: see above.
             half_bracket: see above; None: half the distance of the bounds.
+            group_share: where groups go, the share of the largest one, by which a rounding may move a bound.
+                The bounds are then not moved apart, but by a rounding.
         """
         half_bracket = (upper - lower) / 2 if half_bracket is None else half_bracket
-        lower, upper = lower - 2 / dim, upper + 2 / dim
-        if half_bracket < -1 / dim or not lower <= value <= upper:
+        apart = 2 / dim if group_share is None else group_share
+        if half_bracket < -1 / dim or not lower - apart <= value <= upper + apart:
             return cls(value, 0.0, 1.0, probe_error, spread, min(half_bracket, -1 / dim))
+        if group_share is None:
+            lower, upper = lower - apart, upper + apart
+        else:
+            lower, upper = min(lower, value), max(upper, value)
         return cls(value, max(lower, 0.0), min(upper, 1.0), probe_error, spread, max(half_bracket, 0.0))
 
     @property

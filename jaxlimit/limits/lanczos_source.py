@@ -118,11 +118,12 @@ class LanczosSource:
         def error(n: int, run: Tridiagonal) -> float:
             """That of the dimension, by d delta / d log a <= D - delta, and so that of s."""
             point = cone_point(self._bracket([run], None), self.problem, n)
-            return spread(point.log_rho) * (1 - n / self.problem.dim)
+            return spread(point.log_rho) * (1 - self.problem.sparsity(n))
 
         def resolved(runs: list[Tridiagonal]) -> bool:
             errors = [error(n, run) for n, run in zip(counts, runs, strict=True)]
-            self.budget.look(min(counts) / self.problem.dim, max(counts) / self.problem.dim, max(errors))
+            ends = self.problem.sparsity(min(counts)), self.problem.sparsity(max(counts))
+            self.budget.look(*ends, max(errors))
             return max(errors) <= self.tolerance / 2
 
         runs = self.blocks.extend(
@@ -139,15 +140,16 @@ class LanczosSource:
 
         A network that is small enough for a dense matrix gets the n that the matrix would give.
         """
-        dim = self.problem.dim
-        tolerance = 0.0 if dense_fits(dim) and set(self.which) == {"one_shot"} else self.tolerance
+        problem = self.problem
+        tolerance = 0.0 if dense_fits(problem.dim) and set(self.which) == {"one_shot"} else self.tolerance
         self.budget.begin("one_shot", "one_shot", self.tolerance, INTERVALS)
 
         def looked(within: int, beyond: int) -> None:
-            self.budget.look(within / dim, beyond / dim, (beyond - within) / dim)
+            width = (problem.counts[beyond] - problem.counts[within]) / problem.dim
+            self.budget.look(problem.sparsity(within), problem.sparsity(beyond), width)
 
-        path, start = predicted_path(self.problem, self.budget)
-        return one_shot_limit(path, start, self.problem.loss_tolerance, tolerance, looked)
+        path, start = predicted_path(problem, self.budget)
+        return one_shot_limit(path, start, problem.loss_tolerance, tolerance, looked, problem.counts)
 
     def minimum(self) -> Callable[[int], tuple[float, float]]:
         """Bounds on the readjusted loss after n removals, by conjugate gradients.

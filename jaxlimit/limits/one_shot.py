@@ -1,12 +1,12 @@
 """The one-shot limit: the last sparsity up to which the predicted loss of the pruned network is in tolerance.
 
-    q(n) = -g^T c + c^T H c / 2,      c the n smallest weights
+    q(n) = -g^T c + c^T H c / 2,      c what the first n removals take: the n smallest weights, or groups
 
 is no monotone function of n, and every n costs a product with H. It is interpolated between points, and
 where it may cross eps, points are added. The limit is the last n before the first crossing.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxlimit.limits.budget import Budget, BudgetSpent
-from jaxlimit.limits.estimate import Estimate
+from jaxlimit.limits.estimate import Estimate, group_share
 from jaxlimit.limits.problem import Problem
 
 # Intervals of the first grid, and pieces of an interval that is looked at again.
@@ -27,8 +27,9 @@ class PathPoint(NamedTuple):
     Attributes:
         num_removed: n.
         loss: q(n) = -g^T c + c^T H c / 2.
-        slope: (H c - g)_i w_i: what removing weight i adds, to first order, of all D weights or of a span.
-        first: the weight at which the span begins, in order of removal.
+        slope: (H c - g)_i w_i: what removing weight i adds, to first order, summed over the weights of each
+            removal; of all of them or of a span.
+        first: the removal at which the span begins.
     """
 
     num_removed: int
@@ -37,7 +38,7 @@ class PathPoint(NamedTuple):
     first: int = 0
 
     def within(self, start: int, end: int) -> "PathPoint":
-        """The point with the slopes of these weights only, in memory of their own."""
+        """The point with the slopes of these removals only, in memory of their own."""
         span = self.slope[start - self.first : end - self.first].copy()
         return self._replace(slope=span, first=start)
 
@@ -54,10 +55,11 @@ def predicted_path(problem: Problem, budget: Budget) -> tuple[Callable[[int], Pa
         if budget.left < 1:
             raise BudgetSpent
         hc = order.sort(budget.matvec(order.removed_vector(n)))
-        loss = float(weights[:n] @ (hc / 2 - gradient)[:n])
-        return PathPoint(n, loss, (hc - gradient) * weights)
+        m = problem.counts[n]
+        loss = float(weights[:m] @ (hc / 2 - gradient)[:m])
+        return PathPoint(n, loss, order.per_removal((hc - gradient) * weights))
 
-    return path, PathPoint(0, 0.0, -gradient * weights)
+    return path, PathPoint(0, 0.0, order.per_removal(-gradient * weights))
 
 
 def loss_between(left: PathPoint, right: PathPoint) -> tuple[NDArray[np.float64], float]:
@@ -94,6 +96,7 @@ def one_shot_limit(
     loss_tolerance: float,
     tolerance: float,
     looked: Callable[[int, int], None] = lambda within, beyond: None,
+    counts: Sequence[int] | None = None,
 ) -> Estimate:
     """The last n before the predicted loss of the pruned network first exceeds eps.
 
@@ -107,6 +110,7 @@ def one_shot_limit(
         loss_tolerance: eps.
         tolerance: width at which an interval is not divided further, in units of s.
         looked: told between which n the limit lies so far.
+        counts: (removals + 1,) weights that n removals remove; None: n, single weights go.
 
     Returns:
         The limit, between the ends of the last interval; 1 if there is no crossing. Where `path` ran out of
@@ -117,8 +121,12 @@ def one_shot_limit(
         BudgetSpent: by `path`, before a crossing was known.
         FloatingPointError: a predicted loss is not finite.
     """
-    dim = len(start.slope)
-    narrow = max(1, int(tolerance * dim))
+    most = len(start.slope)
+    counts = range(most + 1) if counts is None else counts
+    narrow = max(1, int(tolerance * counts[-1]))
+
+    def is_narrow(left: int, right: int) -> bool:
+        return right - left <= 1 or counts[right] - counts[left] <= narrow
 
     def search(left: PathPoint, grid: Iterable[PathPoint]) -> Estimate | None:
         doubtful: list[Interval] = []
@@ -126,30 +134,30 @@ def one_shot_limit(
             losses, uncertainty = loss_between(left, right)
             losses[-1] = right.loss  # to the last bit
             span = left.num_removed, right.num_removed
-            wide = right.num_removed - left.num_removed > narrow
-            if np.max(losses) + (uncertainty if wide else 0.0) > loss_tolerance:
+            if np.max(losses) + (0.0 if is_narrow(*span) else uncertainty) > loss_tolerance:
                 doubtful.append(Interval(left.within(*span), right.within(*span), losses))
             left = right
             if right.loss > loss_tolerance:
                 break
         for left, right, losses in doubtful:
             looked(left.num_removed, doubtful[-1].right.num_removed)
-            if right.num_removed - left.num_removed <= narrow:
-                return _confirmed(path, left.num_removed, right.num_removed, losses, loss_tolerance, dim)
+            if is_narrow(left.num_removed, right.num_removed):
+                ends = _confirmed(path, left.num_removed, right.num_removed, losses, loss_tolerance)
+                return _estimate(*ends, counts)
             between = _grid(left.num_removed, right.num_removed, PIECES)[:-1]
             try:
                 found = search(left, chain(_points(path, between), [right]))
             except BudgetSpent:
                 if doubtful[-1].right.loss <= loss_tolerance:
                     raise  # they need not cross at all
-                lower, upper = left.num_removed / dim, doubtful[-1].right.num_removed / dim
-                return Estimate.between(lower, lower, upper, dim, spread=upper - lower)
+                ends = left.num_removed, left.num_removed, doubtful[-1].right.num_removed
+                return _estimate(*ends, counts, resolved=False)
             if found is not None:
                 return found
         return None
 
-    whole = search(start, _points(path, _grid(0, dim, INTERVALS)))
-    return whole or Estimate.between(1.0, 1.0, 1.0, dim)
+    whole = search(start, _points(path, _grid(0, most, INTERVALS)))
+    return whole or _estimate(most, most, most, counts)
 
 
 class Interval(NamedTuple):
@@ -171,9 +179,11 @@ def _confirmed(
     right: int,
     losses: NDArray[np.float64],
     loss_tolerance: float,
-    dim: int,
-) -> Estimate:
-    """The last n of an interval before its losses exceed eps, with a product that shows its own not to."""
+) -> tuple[int, int, int]:
+    """The last n of an interval before its losses exceed eps, with a product that shows its own not to.
+
+    Between the left end and the first n that is known to be beyond.
+    """
     crossed = np.append(losses, np.inf) > loss_tolerance
     last, end = min(left + int(np.argmax(crossed)), right), right
     for _ in range(CONFIRMATIONS):
@@ -189,7 +199,22 @@ def _confirmed(
         end, last = last, left + (last - left) // 2
     else:
         last = left
-    return Estimate.between(last / dim, left / dim, end / dim, dim)
+    return last, left, end
+
+
+def _estimate(
+    value: int, lower: int, upper: int, counts: Sequence[int], *, resolved: bool = True
+) -> Estimate:
+    """The limit of these removals; bounds that are left so far apart are its spread.
+
+    The upper one is beyond the tolerance. Of groups the one before it is the last that may be within; of
+    single weights the interval is wider.
+    """
+    dim, share = counts[-1], group_share(counts)
+    upper = upper if share is None else max(value, upper - 1)
+    first, last = counts[lower] / dim, counts[upper] / dim
+    spread = 0.0 if resolved else last - first
+    return Estimate.between(counts[value] / dim, first, last, dim, spread=spread, group_share=share)
 
 
 def _points(path: Callable[[int], PathPoint], counts: NDArray[np.int64]) -> Iterator[PathPoint]:

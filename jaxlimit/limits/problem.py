@@ -1,5 +1,6 @@
 """What is asked of the weights: in which order they go, and by how much the loss may rise."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,13 +33,22 @@ class Problem:
         return self.order.dim
 
     @property
+    def counts(self) -> Sequence[int]:
+        """(removals + 1,) the weights that n removals remove: the sparsities that can be reached, times D."""
+        return self.order.counts
+
+    @property
     def least_removed(self) -> int:
         """The smallest n whose removal moves the weights at all: one more than there are zeros."""
         return self.order.num_zeros + 1
 
+    def sparsity(self, num_removed: int) -> float:
+        """S after n removals."""
+        return self.order.sparsity(num_removed)
+
     def num_removed(self, sparsity: float) -> int:
-        """N = floor(s D), but at least `least_removed`, so that the ridge there is finite."""
-        return max(int(num_removed(self.dim, sparsity)), self.least_removed)
+        """The most removals within s, but at least `least_removed`, so that the ridge there is finite."""
+        return max(self.order.within(int(num_removed(self.dim, sparsity))), self.least_removed)
 
     def radius(self, num_removed: int) -> float:
         """R = ||c|| after n removals, in units of the weights."""

@@ -10,7 +10,7 @@ Small networks are solved from a dense eigendecomposition (`dense_source`), larg
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -55,6 +55,7 @@ def pruning_limit(
     progress: Callable[[Progress], None] | None = None,
     basis_bytes: int | None = None,
     scores: PyTree | None = None,
+    groups: Any = None,
 ) -> PruningLimit:
     r"""How sparse the network can be pruned while its loss rises by at most `loss_tolerance`.
 
@@ -86,13 +87,18 @@ def pruning_limit(
             takes more products. None: half of the device's memory.
         scores: pytree shaped like the weights: the weights go in the order of increasing |score|. None: of
             increasing |weight|, which is magnitude pruning.
+        groups: weights that go together: "output_channels", "input_channels", ("heads", number), ("blocks",
+            shape), or a pytree of integer labels shaped like the weights: see `group_labels`. They go in the
+            order of the root mean square of their weights (or scores), and every limit is the last sparsity
+            within the tolerance that whole groups can reach. None: every weight by itself.
 
     Returns:
         The limits asked for, with brackets, and a status sentence; `print` shows them as a table.
 
     Raises:
-        ValueError: an argument out of range, naming it; weights that are all zero; a foreign checkpoint;
-            nothing but readjusted asked of a Hessian that is too large for it.
+        ValueError: an argument out of range, naming it; weights that are all zero; groups that do not match
+            the weights; a foreign checkpoint; nothing but readjusted asked of a Hessian that is too large for
+            it.
         FloatingPointError: a product with the curvature is not finite.
         MemoryError: a device ran out of memory; says what needs less.
 
@@ -113,8 +119,8 @@ def pruning_limit(
     key = require_key("key", key)
     check_arguments(loss_tolerance, tolerance, max_matvecs, num_probes, which, basis_bytes)
     tolerance, num_probes = float(tolerance), None if num_probes is None else int(num_probes)
-    problem = Problem(magnitude_order(curvature.weights, scores), float(loss_tolerance))
-    if problem.radius(problem.dim) == 0:
+    problem = Problem(magnitude_order(curvature.weights, scores, groups), float(loss_tolerance))
+    if problem.order.squared_norm[-1] == 0:
         raise ValueError("all prunable weights are zero: every sparsity leaves the network as it is.")
     require_readjustable(curvature, which)
     budget = Budget(curvature, int(max_matvecs), progress)
@@ -171,9 +177,11 @@ def _solve(
         minimum, dim = source.minimum(), problem.dim
 
         def looked(within: int, beyond: int) -> None:
-            budget.look(within / dim, beyond / dim, (beyond - within) / dim)
+            ends = problem.sparsity(within), problem.sparsity(beyond)
+            budget.look(*ends, (problem.counts[beyond] - problem.counts[within]) / dim)
 
-        return readjusted_limit(minimum, dim, problem.loss_tolerance, tolerance / 2, width.value, looked)
+        eps, counts = problem.loss_tolerance, problem.counts
+        return readjusted_limit(minimum, dim, eps, tolerance / 2, width.value, looked, counts)
 
     limits: dict[str, Estimate | None] = {"width": width}
     for name, solve in (("one_shot", source.one_shot), ("cone", cone), ("readjusted", readjusted)):
@@ -235,4 +243,5 @@ def _result(
         code=code,
         status=status,
         _behind=Behind(problem, solved.bracket, solved.removed),
+        num_groups=None if problem.order.num_removals == problem.dim else problem.order.num_removals,
     )

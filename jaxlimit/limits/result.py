@@ -101,6 +101,7 @@ class PruningLimit:
         ridge: a = 2 eps / R^2 at the width limit; largest_eigenvalue / ridge is what Lanczos must resolve.
         code: how it ended, for programs.
         status: the same in sentences: converged or not, why, and what to do.
+        num_groups: of weights that went together; None where single weights went.
     """
 
     one_shot: Estimate | None
@@ -124,6 +125,7 @@ class PruningLimit:
     code: Code
     status: str
     _behind: Behind | None = field(repr=False)  # None where it was read from JSON
+    num_groups: int | None = None
 
     @property
     def transition_halfwidth(self) -> float:
@@ -138,16 +140,16 @@ class PruningLimit:
     def curve(self, sparsities: ArrayLike | None = None) -> LimitCurve:
         """R(s) and delta(s) / D on a grid of sparsities (default: 201 from 0 to 1), for plots."""
         grid = np.linspace(0, 1, 201) if sparsities is None else _numbers(sparsities)
-        behind, counts = self._spectra(), num_removed(self.dim, grid)
-        radii = np.sqrt(behind.problem.order.squared_norm[counts])
+        behind = self._spectra()
+        order, removed = behind.problem.order, num_removed(self.dim, grid)
+        radii = np.sqrt(order.squared_norm[[order.within(n) for n in removed]])
 
         ridges = [width_ridge(float(radius), self.loss_tolerance) for radius in radii]
         width = behind.bracket.dimension.map(lambda delta: np.array([delta(a) for a in ridges]))
         counts = sorted(behind.removed)
         cone = np.array([_cone_dimension(behind, n) for n in counts])
-        return LimitCurve(
-            grid, radii, width.value, width.lower, width.upper, np.array(counts) / self.dim, cone
-        )
+        at = np.array([order.sparsity(n) for n in counts])
+        return LimitCurve(grid, radii, width.value, width.lower, width.upper, at, cone)
 
     def _spectra(self) -> Behind:
         if self._behind is None:
@@ -185,7 +187,8 @@ class PruningLimit:
         # JSON has no number that is not finite.
         rises = {name: rise if np.isfinite(rise) else None for name, rise in self.rises.items()}
         numbers = {name: getattr(self, name) for name in (*_NUMBERS, "transition_halfwidth")}
-        return {**limits, **numbers, "rises": rises}
+        groups = {} if self.num_groups is None else {"num_groups": self.num_groups}
+        return {**limits, **numbers, **groups, "rises": rises}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], measure: SpectralMeasure | None = None) -> "PruningLimit":
@@ -209,14 +212,16 @@ class PruningLimit:
                 f"these are not the values of a PruningLimit: {type(error).__name__}: {error}."
             ) from error
         without: Any = measure
-        return cls(**limits, **numbers, rises=rises, measure=without, _behind=None)
+        groups = values.get("num_groups")
+        return cls(**limits, **numbers, rises=rises, measure=without, _behind=None, num_groups=groups)
 
     def __repr__(self) -> str:
         kind = "Gauss-Newton" if self.positive_semidefinite else "Hessian"
         absolute = "" if self.positive_semidefinite and self.code is not Code.NOT_SEMIDEFINITE else ", |H|"
+        groups = "" if self.num_groups is None else f" in {counted(self.num_groups, 'group')}"
         lines = [
             f"Pruning limit for a loss increase of {self.loss_tolerance:.4g} "
-            f"({self.dim:,} weights, {self.num_examples:,} examples)",
+            f"({self.dim:,} weights{groups}, {self.num_examples:,} examples)",
             f"{'':12}{'sparsity':>9}  {'interval':^18}{'probe error':>12}{'spread':>9}{'true rise':>11}",
         ]
         for name, limit in self.estimates().items():

@@ -25,8 +25,9 @@ def true_rises(
         problem: order of the weights.
         limits: by name; those that are None are left out.
     """
-    counts = {name: round(x.value * problem.dim) for name, x in limits.items() if x is not None}
-    counts[EVERYTHING] = problem.dim
+    within, dim = problem.order.within, problem.dim
+    counts = {name: within(round(x.value * dim)) for name, x in limits.items() if x is not None}
+    counts[EVERYTHING] = problem.order.num_removals
     rises = {n: _rise(curvature, problem, n) for n in sorted(set(counts.values()))}
     return {name: rises[n] for name, n in counts.items()}
 

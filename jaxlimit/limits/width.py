@@ -16,7 +16,7 @@ dense eigendecomposition and Lanczos.
 from collections.abc import Callable
 
 from jaxlimit.geometry.dimensions import fixed_point, last_within
-from jaxlimit.limits.estimate import Estimate
+from jaxlimit.limits.estimate import Estimate, group_share
 from jaxlimit.limits.problem import Problem
 from jaxlimit.spectrum.bracket import Bracketed, EffectiveDimension, SpectralBracket, spread
 
@@ -32,26 +32,29 @@ def width_limit(bracket: SpectralBracket, problem: Problem) -> Estimate:
         bracket: of the spectral measure.
         problem: order of the weights, and eps.
     """
-    return dimension_root(bracket, Bracketed.known(problem.ridge), problem.dim)[0]
+    return dimension_root(bracket, Bracketed.known(problem.ridge), problem)[0]
 
 
-def dimension_root(bracket: SpectralBracket, ridge: Bracketed[Ridge], dim: int) -> tuple[Estimate, float]:
+def dimension_root(
+    bracket: SpectralBracket, ridge: Bracketed[Ridge], problem: Problem
+) -> tuple[Estimate, float]:
     """Root of delta(a(s)) / D = s, with its bracket, probe error and spread; and to less than a weight.
 
     Args:
         bracket: of the spectral measure.
         ridge: n -> a, the ridge after n removals.
-        dim: D.
+        problem: the sparsities that can be reached.
     """
+    dim, counts = problem.dim, problem.counts
 
     def dimension(delta: EffectiveDimension, ridge: Ridge, standard_errors: float) -> Callable[[int], float]:
         return lambda n: delta(ridge(n)) + standard_errors * bracket.probe_error(ridge(n))
 
     def root(delta: EffectiveDimension, ridge: Ridge, standard_errors: float = 0.0) -> float:
-        return fixed_point(dimension(delta, ridge, standard_errors), dim)
+        return fixed_point(dimension(delta, ridge, standard_errors), dim, counts)
 
     def last(delta: EffectiveDimension, ridge: Ridge, standard_errors: float = 0.0) -> float:
-        return last_within(dimension(delta, ridge, standard_errors), dim) / dim
+        return problem.sparsity(last_within(dimension(delta, ridge, standard_errors), counts))
 
     # A limit and its bounds are numbers of weights; their errors are finer than one.
     delta = bracket.dimension
@@ -64,5 +67,6 @@ def dimension_root(bracket: SpectralBracket, ridge: Bracketed[Ridge], dim: int) 
         probe_error=(root(delta.value, ridge.value, 1) - root(delta.value, ridge.value, -1)) / 2,
         spread=spread(roots),
         half_bracket=(roots.upper - roots.lower) / 2,
+        group_share=group_share(problem.counts),
     )
     return estimate, roots.value

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,6 +50,7 @@ def finetuned_sweep(
     learning_rate: float = 1e-3,
     prunable: Prunable = is_kernel,
     scores: PyTree | None = None,
+    groups: Any = None,
     weight_fn: Callable[[PyTree], jax.Array] | None = None,
     chunk_size: int = 8,
     keep: bool = False,
@@ -73,6 +75,7 @@ def finetuned_sweep(
         learning_rate: of Adam; its customary .001.
         prunable: as for `hessian`.
         scores: as for `pruning_limit`.
+        groups: as for `sparsity_sweep`.
         weight_fn: as for `hessian`.
         chunk_size: sparsities trained side by side; on a CPU one after the other.
         keep: whether the networks at their lowest loss are in the result, too. That takes one copy of the
@@ -105,6 +108,7 @@ def finetuned_sweep(
         learning_rate=learning_rate,
         prunable=prunable,
         scores=scores,
+        groups=groups,
         weight_fn=weight_fn,
     )
     return network.sweep(sparsities, chunk_size=chunk_size, keep=keep, progress=progress)
@@ -131,6 +135,7 @@ class FinetunedNetwork:
         learning_rate: float = 1e-3,
         prunable: Prunable = is_kernel,
         scores: PyTree | None = None,
+        groups: Any = None,
         weight_fn: Callable[[PyTree], jax.Array] | None = None,
     ) -> None:
         functions = {"loss_fn": loss_fn} | ({} if metrics_fn is None else {"metrics_fn": metrics_fn})
@@ -138,11 +143,11 @@ class FinetunedNetwork:
         require_weight_fn(weight_fn)
         require_count("num_steps", num_steps)
         self._weights, self._rest = partition(params, prunable)
-        self._dim, self._ranks = removal_ranks(self._weights, scores)
-        groups = list(placed(loss_fn, batches, params))
-        if not groups:
+        self._order, self._ranks = removal_ranks(self._weights, scores, groups)
+        cut = list(placed(loss_fn, batches, params))
+        if not cut:
             raise ValueError("batches hold no examples.")
-        sampled = Sampled(groups)
+        sampled = Sampled(cut)
         self._groups = list(sampled)
         whole, loss = combine(self._weights, self._rest), Traced(loss_fn, quick_in_loops)
         check = ValueCheck(loss_fn, weight_fn, "loss_fn")
@@ -174,7 +179,7 @@ class FinetunedNetwork:
         progress: Progress | None = None,
     ) -> Sweep:
         """As `finetuned_sweep`."""
-        grid, removed = removals(self._dim, sparsities)
+        grid, removed = removals(self._order, sparsities)
         size = 1 if jax.default_backend() == "cpu" else chunk_size
         parts: list[dict[str, NDArray[np.float64]]] = []
         kept: list[PyTree] = []

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from jaxlimit.core.sums import ExampleSum
 from jaxlimit.core.trees import Prunable, PyTree, combine, is_kernel, partition, unflatten
 from jaxlimit.curvature.products import each
 from jaxlimit.curvature.value_checks import ValueCheck
-from jaxlimit.geometry.magnitude import magnitude_order, num_removed
+from jaxlimit.geometry.magnitude import MagnitudeOrder, magnitude_order, num_removed
 from jaxlimit.measuring.metrics import Metrics, require_known, require_numbers, scalars
 
 # Sparsities at which thresholds are measured: steps of .0025.
@@ -81,6 +82,7 @@ def sparsity_sweep(
     *,
     prunable: Prunable = is_kernel,
     scores: PyTree | None = None,
+    groups: Any = None,
     chunk_size: int = 8,
     weight_fn: Callable[[PyTree], jax.Array] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -99,6 +101,8 @@ def sparsity_sweep(
         sparsities: fractions of the prunable weights to remove, in [0, 1]; sorted on return.
         prunable: as for `hessian`.
         scores: as for `pruning_limit`: another order than that of the magnitudes.
+        groups: as for `pruning_limit`: weights that go together. The sparsities of the result are then those
+            that whole groups reach: the largest ones that do not exceed those that were given.
         chunk_size: sparsities of a call, evaluated side by side; on a CPU one after the other.
         weight_fn: how much a batch counts, as for `hessian`.
         progress: called after each chunk with (sparsities done, sparsities in all).
@@ -116,7 +120,9 @@ def sparsity_sweep(
     """
     call = "sparsity_sweep(metrics_fn, params, batches, sparsities)"
     require_problem(call, params, metrics_fn=metrics_fn)
-    network = PrunedNetwork(params, metrics_fn, prunable=prunable, scores=scores, weight_fn=weight_fn)
+    network = PrunedNetwork(
+        params, metrics_fn, prunable=prunable, scores=scores, groups=groups, weight_fn=weight_fn
+    )
     return network.sweep(batches, sparsities, chunk_size=chunk_size, progress=progress)
 
 
@@ -128,6 +134,7 @@ class PrunedNetwork:
         metrics_fn: as for `sparsity_sweep`.
         prunable: as for `sparsity_sweep`.
         scores: as for `sparsity_sweep`.
+        groups: as for `sparsity_sweep`.
         weight_fn: as for `sparsity_sweep`.
 
     Raises:
@@ -141,6 +148,7 @@ class PrunedNetwork:
         *,
         prunable: Prunable = is_kernel,
         scores: PyTree | None = None,
+        groups: Any = None,
         weight_fn: Callable[[PyTree], jax.Array] | None = None,
     ) -> None:
         require_weight_fn(weight_fn)
@@ -149,7 +157,7 @@ class PrunedNetwork:
         self.metrics_sum = ExampleSum(_PrunedMetrics(Traced(metrics, quick_in_loops)), weight_fn)
         self._check, self._checked = ValueCheck(metrics, weight_fn, "metrics_fn"), []
         self.weights, self.rest = partition(params, prunable)
-        self.dim, self.ranks = removal_ranks(self.weights, scores)
+        self.order, self.ranks = removal_ranks(self.weights, scores, groups)
 
     def sweep(
         self,
@@ -160,7 +168,7 @@ class PrunedNetwork:
         progress: Callable[[int, int], None] | None = None,
     ) -> Sweep:
         """As `sparsity_sweep`."""
-        grid, counts = removals(self.dim, sparsities)
+        grid, counts = removals(self.order, sparsities)
         groups, parts = placed(self.metrics_fn, batches, self.params), []
         for chunk, used in chunks(counts, chunk_size):
             passed = Sampled(groups)
@@ -178,20 +186,26 @@ class PrunedNetwork:
         return means(total, weight, len(counts))
 
 
-def removal_ranks(weights: PyTree, scores: PyTree | None) -> tuple[int, PyTree]:
-    """Number of weights, and when each of them is removed, shaped like them."""
-    order = magnitude_order(weights, scores)
+def removal_ranks(weights: PyTree, scores: PyTree | None, groups: Any) -> tuple[MagnitudeOrder, PyTree]:
+    """The order of the weights, and the removal that takes each of them, shaped like them."""
+    order = magnitude_order(weights, scores, groups)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.int32), order.like)
-    return order.dim, unflatten(order.rank, like)
+    return order, unflatten(order.rank, like)
 
 
-def removals(dim: int, sparsities: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """The sparsities, ascending, and how many weights each removes; a ValueError if there are none."""
+def removals(order: MagnitudeOrder, sparsities: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """The sparsities, ascending, and how many removals each allows; a ValueError if there are none.
+
+    Where groups go, the sparsities are those that they reach.
+    """
     grid = np.unique(np.asarray(sparsities))
     if grid.size == 0:
         raise ValueError("sparsities is empty.")
-    counts = num_removed(dim, grid)  # knows the precision in which they were given
-    return grid.astype(np.float64), counts
+    counts = num_removed(order.dim, grid)  # knows the precision in which they were given
+    if order.num_removals == order.dim:
+        return grid.astype(np.float64), counts
+    reached = np.unique([order.within(count) for count in counts])
+    return np.array([order.sparsity(n) for n in reached]), reached
 
 
 def chunks(counts: NDArray[np.int64], size: int) -> Iterable[tuple[NDArray[np.int32], int]]:

@@ -6,7 +6,7 @@ Whether a network with these zeros exists is settled by building one. No quadrat
 import os
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -61,6 +61,7 @@ def attained_limit(
     prunable: Prunable = is_kernel,
     trainable: Prunable | None = None,
     scores: PyTree | None = None,
+    groups: Any = None,
     weight_fn: Callable[[PyTree], jax.Array] | None = None,
     max_products: float = MAX_PRODUCTS,
     max_steps: int = MAX_STEPS,
@@ -89,6 +90,7 @@ def attained_limit(
         prunable: as for `prune`.
         trainable: as for `prune`.
         scores: as for `prune`.
+        groups: as for `prune`; the search ends, too, where no whole group lies between.
         weight_fn: as for `prune`.
         max_products: budget of the search, counted as in `prune`.
         max_steps: steps that a network has.
@@ -127,6 +129,7 @@ def attained_limit(
         prunable=prunable,
         trainable=trainable,
         scores=scores,
+        groups=groups,
         weight_fn=weight_fn,
         settings=settings,
     )
@@ -147,7 +150,7 @@ def attained_limit(
         start = problem.start
         first = _State(start, 0, 0, start, 0, problem.dim + 1, np.zeros((0, 2)))
         state = problem.stored(store, "search", first)
-        while (target := _target(state, problem.dim, tolerance, settings.stage_share)) is not None:
+        while (target := _target(problem, state, tolerance)) is not None:
             if state.point.num_products >= max_products:
                 break
             before, state = state, _next(problem, state, target, goal, max_steps)
@@ -173,14 +176,16 @@ def _without_pruning(
     return free
 
 
-def _target(state: _State, dim: int, tolerance: float, share: float) -> int | None:
+def _target(problem: Readjustable, state: _State, tolerance: float) -> int | None:
     """How many weights go next: on the path while no network failed, else between; None at the end."""
     if state.num_steps > 0:  # not done with this one
         return int(state.num_removed)
-    best, failed = int(state.best_removed), int(state.failed)
+    best, failed, dim = int(state.best_removed), int(state.failed), problem.dim
     if failed - best <= max(1, tolerance * dim):
         return None
-    return path(dim, dim, share, best)[0] if failed > dim else (best + failed) // 2
+    between = failed <= dim
+    wanted = (best + failed) // 2 if between else path(dim, dim, problem.settings.stage_share, best)[0]
+    return problem.reachable(state.best.weights, wanted, best, failed)
 
 
 def _next(problem: Readjustable, state: _State, target: int, goal: float, max_steps: int) -> _State:

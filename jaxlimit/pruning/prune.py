@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -55,6 +55,7 @@ def prune(
     prunable: Prunable = is_kernel,
     trainable: Prunable | None = None,
     scores: PyTree | None = None,
+    groups: Any = None,
     mask: PyTree | None = None,
     weight_fn: Callable[[PyTree], jax.Array] | None = None,
     max_products: float = MAX_PRODUCTS,
@@ -85,6 +86,8 @@ def prune(
             none do, so biases, normalisation and running statistics stay as they are.
         scores: pytree like the prunable weights: these go in the order of increasing |score|. None: of
             increasing |weight|, looked at anew at every stage.
+        groups: weights that go together, as for `pruning_limit`: at every stage as many whole groups as do
+            not exceed its sparsity.
         mask: pytree of bools like the prunable weights, False where a weight is to go, in the place of
             `sparsity`: it is cut at once.
         weight_fn: how much a batch counts, as for `hessian`.
@@ -101,7 +104,7 @@ def prune(
 
     Raises:
         ValueError: as for `gauss_newton`; a sparsity outside [0, 1], a mask that does not match, both of them
-            or neither; a foreign checkpoint.
+            or neither; groups with a mask, or that do not match; a foreign checkpoint.
 
     Examples:
         Two weights do the same; the one that is kept learns to do the work of both.
@@ -119,6 +122,8 @@ def prune(
     2017) without its schedule.
     """
     _require_one(sparsity, mask)
+    if mask is not None and groups is not None:
+        raise ValueError("prune takes groups with a sparsity: a mask says itself which weights go.")
     require_range("max_products", max_products, max_products > 0, "must be positive")
     problem = readjustable(
         predict_fn,
@@ -128,6 +133,7 @@ def prune(
         prunable=prunable,
         trainable=trainable,
         scores=scores,
+        groups=groups,
         weight_fn=weight_fn,
         settings=settings,
     )
@@ -151,8 +157,7 @@ def prune(
             state = _next(problem, state, counts, mask)
             store.save_tree("path", state)
             if progress is not None:
-                done = counts[min(state.stage, len(counts)) - 1] / problem.dim
-                point = state.point
+                point, done = state.point, float(np.mean(flatten(state.mask) == 0))
                 progress(Readjusting("path", done, point.loss, np.inf, point.num_products, max_products))
     return _result(problem, state)
 

@@ -6,7 +6,6 @@ from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxlimit.core.sharding import place, sharding_like
@@ -14,7 +13,9 @@ from jaxlimit.core.storage import Checkpoint, about, ordered_sum
 from jaxlimit.core.trees import Prunable, PyTree, combine, flatten, is_kernel, partition
 from jaxlimit.curvature.makers import gauss_newton
 from jaxlimit.curvature.operator import Curvature
-from jaxlimit.geometry.magnitude import magnitude_order
+from jaxlimit.geometry.groups import group_labels
+from jaxlimit.geometry.magnitude import MagnitudeOrder, magnitude_order
+from jaxlimit.geometry.patterns import require_mask
 from jaxlimit.limits.problem import SAME_LOSS
 from jaxlimit.pruning.trust_region import Point, Settings, cut, first_point, step
 
@@ -32,12 +33,14 @@ class Readjustable:
         scores: the order in which weights go, like the prunable ones; None: by magnitude, chosen anew from
             the readjusted weights at every sparsity.
         settings: how steps are made.
+        groups: integer labels like the prunable weights, which go together where these are equal; or None.
     """
 
     curvature: Curvature
     chosen: PyTree
     scores: PyTree | None
     settings: Settings
+    groups: PyTree | None = None
 
     @cached_property
     def start(self) -> Point:
@@ -54,19 +57,25 @@ class Readjustable:
         return jax.tree.map(lambda chosen, x: x if chosen else None, self.chosen, weights)
 
     def mask(self, weights: PyTree, num_removed: int) -> PyTree:
-        """Of the prunable ones: the first to go are False."""
-        return magnitude_order(self.prunable(weights), self.scores).mask(num_removed)
+        """Of the prunable ones: the first to go are False, so many of them, or as whole groups allow."""
+        order = self._order(weights)
+        return order.mask(order.within(num_removed))
+
+    def reachable(self, weights: PyTree, wanted: int, more_than: int, less_than: int) -> int | None:
+        """The number of weights that can go which is next to a wanted one; None if there is none between."""
+        if self.groups is None:
+            return wanted
+        order = self._order(weights)
+        at = max(order.within(wanted), order.within(more_than) + 1)
+        found = order.counts[at] if at < len(order.counts) else less_than
+        return found if found < less_than else None
+
+    def _order(self, weights: PyTree) -> MagnitudeOrder:
+        return magnitude_order(self.prunable(weights), self.scores, self.groups)
 
     def require_mask(self, mask: PyTree) -> PyTree:
         """A mask of the prunable weights, as arrays of bools; a ValueError if it is none."""
-        like = self.prunable(self.curvature.weights)
-        expected, got = (jax.tree.map(np.shape, tree) for tree in (like, mask))
-        if expected != got or any(np.asarray(x).dtype != bool for x in jax.tree.leaves(mask)):
-            raise ValueError(
-                "mask must hold bools in the shapes of the prunable weights, as "
-                f"magnitude_mask(curvature.weights, s) does: expected {expected}, got {got}."
-            )
-        return jax.tree.map(jnp.asarray, mask)
+        return require_mask(self.prunable(self.curvature.weights), mask)
 
     def whole_mask(self, mask: PyTree) -> PyTree:
         """Of all that move; what may not be pruned is kept."""
@@ -108,6 +117,9 @@ class Readjustable:
         """What tells one network with its data from another, as JSON values."""
         flat, curvature = flatten(self.curvature.weights), self.curvature
         order = None if self.scores is None else ordered_sum(flatten(self.scores))
+        groups = {}
+        if self.groups is not None:
+            groups["groups"] = ordered_sum(np.unique(flatten(self.groups), return_inverse=True)[1])
         return {
             "dim": self.dim,
             "num_examples": curvature.num_examples,
@@ -116,6 +128,7 @@ class Readjustable:
             "scores": order,
             "damping": about(self.start.damping, SAME_DAMPING * self.start.damping),
             **vars(self.settings),
+            **groups,
         }
 
 
@@ -128,6 +141,7 @@ def readjustable(
     prunable: Prunable = is_kernel,
     trainable: Prunable | None = None,
     scores: PyTree | None = None,
+    groups: Any = None,
     weight_fn: Callable[[PyTree], jax.Array] | None = None,
     settings: Settings,
 ) -> Readjustable:
@@ -145,7 +159,8 @@ def readjustable(
     chosen = jax.tree_util.tree_map_with_path(lambda path, _: path in paths, curvature.weights)
     if scores is not None:
         magnitude_order(pruned, scores)  # refuses those that do not match
-    return Readjustable(curvature, chosen, scores, settings)
+    labels = None if groups is None else group_labels(pruned, groups)
+    return Readjustable(curvature, chosen, scores, settings, labels)
 
 
 def movable(params: PyTree, prunable: Prunable, trainable: Prunable | None) -> Callable[[tuple, Any], bool]:
