@@ -57,6 +57,7 @@ def prune(
     scores: PyTree | None = None,
     mask: PyTree | None = None,
     weight_fn: Callable[[PyTree], jax.Array] | None = None,
+    statistics_fn: Callable[[PyTree], PyTree] | None = None,
     max_products: float = MAX_PRODUCTS,
     settings: Settings = DEFAULT,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -88,6 +89,10 @@ def prune(
         mask: pytree of bools like the prunable weights, False where a weight is to go, in the place of
             `sparsity`: it is cut at once.
         weight_fn: how much a batch counts, as for `hessian`.
+        statistics_fn: `statistics_fn(params) -> params`, the whole tree with the running statistics of its
+            batch norm taken anew, in a forward pass over some training inputs, say. It is called after every
+            cut and for the network that is returned, and must give the same each time; parameters that move
+            are left as they are. What it costs is not counted. None: statistics are held.
         max_products: budget, in products with all the data: a gradient counts as one, a loss as a third, a
             product with a share of the data as that share. The step that crosses it is completed, and all
             stages have one step.
@@ -129,6 +134,7 @@ def prune(
         trainable=trainable,
         scores=scores,
         weight_fn=weight_fn,
+        statistics_fn=statistics_fn,
         settings=settings,
     )
     if mask is None:
@@ -179,10 +185,10 @@ def network(problem: Readjustable, point: Point, mask: PyTree, code: Ending, sta
     """The network at a point, with its loss on all data."""
     flat = flatten(mask)
     return Pruned(
-        params=problem.params(point.weights),
+        params=problem.params(point),
         mask=mask,
         sparsity=float(np.mean(flat == 0)),
-        loss=problem.mean_loss(point.weights),
+        loss=problem.mean_loss(point),
         dense_loss=problem.curvature.loss,
         num_products=float(point.num_products),
         num_steps=int(point.number),
@@ -239,4 +245,4 @@ def _result(problem: Readjustable, state: _State) -> Pruned:
     point = state.point
     if state.average is not None and state.average.number:
         point = point._replace(weights=state.average.weights)
-    return network(problem, point, state.mask, code, status)
+    return network(problem, problem.with_statistics(point), state.mask, code, status)

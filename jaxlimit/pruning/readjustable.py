@@ -1,7 +1,7 @@
 """What `prune` and `attained_limit` work on: a network, what may be pruned of it, and what may move."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,8 @@ from jaxlimit.curvature.makers import gauss_newton
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.geometry.magnitude import magnitude_order
 from jaxlimit.limits.problem import SAME_LOSS
-from jaxlimit.pruning.trust_region import Point, Settings, cut, first_point, step
+from jaxlimit.pruning.statistics import Statistics, statistics
+from jaxlimit.pruning.trust_region import Point, Settings, first_point, measured, step, without
 
 # What devices may differ by in the first damping, relative to it.
 SAME_DAMPING = 1e-2
@@ -32,17 +33,20 @@ class Readjustable:
         scores: the order in which weights go, like the prunable ones; None: by magnitude, chosen anew from
             the readjusted weights at every sparsity.
         settings: how steps are made.
+        statistics: takes those of batch norm anew; None: they are held.
     """
 
     curvature: Curvature
     chosen: PyTree
     scores: PyTree | None
     settings: Settings
+    statistics: Statistics | None = None
 
     @cached_property
     def start(self) -> Point:
-        """At the trained weights."""
-        return first_point(self.curvature, self.settings)
+        """At the trained weights, with the statistics that came with them."""
+        point = first_point(self.curvature, self.settings)
+        return point if self.statistics is None else point._replace(rest=self.curvature.rest)
 
     @cached_property
     def dim(self) -> int:
@@ -78,20 +82,31 @@ class Readjustable:
         )
 
     def cut(self, point: Point, mask: PyTree) -> Point:
-        """The point without the weights that go, and its loss."""
-        return cut(self.curvature, point, self.whole_mask(mask), self.settings)
+        """The point without the weights that go, with statistics of its own, and its loss."""
+        point = self.with_statistics(without(point, self.whole_mask(mask)))
+        return measured(self._around(point), point, self.settings)
 
     def step(self, point: Point, mask: PyTree) -> Point:
         """The next point with this mask."""
-        return step(self.curvature, point, self.whole_mask(mask), self.settings)
+        return step(self._around(point), point, self.whole_mask(mask), self.settings)
 
-    def mean_loss(self, weights: PyTree) -> float:
+    def mean_loss(self, point: Point) -> float:
         """On all data."""
-        return self.curvature.mean_loss(weights)
+        return self._around(point).mean_loss(point.weights)
 
-    def params(self, weights: PyTree) -> PyTree:
+    def params(self, point: Point) -> PyTree:
         """The whole tree."""
-        return combine(weights, self.curvature.rest)
+        return combine(point.weights, self._around(point).rest)
+
+    def with_statistics(self, point: Point) -> Point:
+        """The point with statistics that are those of its own weights, where they are not held."""
+        if self.statistics is None:
+            return point
+        return point._replace(rest=self.statistics(point.weights, point.rest))
+
+    def _around(self, point: Point) -> Curvature:
+        """The curvature among the parameters that do not move, as they are at a point."""
+        return self.curvature if point.rest is None else replace(self.curvature, rest=point.rest)
 
     def stored(self, store: Checkpoint, name: str, first: PyTree) -> PyTree:
         """What a checkpoint holds of a tree like `first`, on its devices; `first` if it holds nothing."""
@@ -115,6 +130,7 @@ class Readjustable:
             "weights": ordered_sum(flat),
             "scores": order,
             "damping": about(self.start.damping, SAME_DAMPING * self.start.damping),
+            "statistics": None if self.statistics is None else self.statistics.identity,
             **vars(self.settings),
         }
 
@@ -129,11 +145,13 @@ def readjustable(
     trainable: Prunable | None = None,
     scores: PyTree | None = None,
     weight_fn: Callable[[PyTree], jax.Array] | None = None,
+    statistics_fn: Callable[[PyTree], PyTree] | None = None,
     settings: Settings,
 ) -> Readjustable:
     """Checks the problem as `gauss_newton` does. Args: as for `prune`."""
     pruned, _ = partition(params, prunable)
     paths, moving = _paths(pruned), movable(params, prunable, trainable)
+    anew = None if statistics_fn is None else statistics(statistics_fn, *partition(params, moving))
     curvature = gauss_newton(
         predict_fn,
         loss_fn,
@@ -145,7 +163,7 @@ def readjustable(
     chosen = jax.tree_util.tree_map_with_path(lambda path, _: path in paths, curvature.weights)
     if scores is not None:
         magnitude_order(pruned, scores)  # refuses those that do not match
-    return Readjustable(curvature, chosen, scores, settings)
+    return Readjustable(curvature, chosen, scores, settings, anew)
 
 
 def movable(params: PyTree, prunable: Prunable, trainable: Prunable | None) -> Callable[[tuple, Any], bool]:
