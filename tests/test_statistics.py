@@ -62,48 +62,45 @@ def called(network):
     return predict, cross_entropy, params, list(batched(arrays, 15))
 
 
-def require_own_statistics(params, inputs):
-    for name, expected in in_numpy(params, inputs).items():
-        np.testing.assert_allclose(params[name], expected, rtol=1e-4, atol=1e-4)
-
-
 def same_bits(one, other):
     return all(jax.tree.leaves(jax.tree.map(np.array_equal, one, other)))
 
 
-def test_the_pruned_network_has_statistics_of_its_own(network, anew):
+def num_zeros(params):
+    return sum(int(np.sum(np.asarray(params[name]) == 0)) for name in "ab")
+
+
+@pytest.mark.parametrize("trainable", [(), ("scale", "shift")])
+def test_the_statistics_are_those_of_the_network_after_its_last_cut(network, anew, trainable):
     params, (inputs, labels) = network
-    found = prune(*called(network), 0.8, statistics_fn=anew)
-    require_own_statistics(found.params, inputs)
-    assert not np.allclose(found.params["mean"], params["mean"], atol=0.1)
-    outputs = predict(found.params, (inputs, labels))
-    assert found.loss == pytest.approx(float(cross_entropy(outputs, (inputs, labels))), rel=1e-5)
-    for name in ("scale", "shift"):
-        np.testing.assert_array_equal(found.params[name], params[name])
+    seen, told = [], []
 
-
-def test_every_stage_takes_them_anew_and_without_the_function_they_are_held(network, anew):
-    seen = []
-
-    def counted(params):
-        seen.append(sum(int(np.sum(np.asarray(params[name]) == 0)) for name in "ab"))
+    def recorded(params):
+        seen.append(params)
         return anew(params)
 
-    told = []
-    prune(*called(network), 0.8, statistics_fn=counted, progress=told.append)
+    found = prune(
+        *called(network),
+        0.8,
+        statistics_fn=recorded,
+        trainable=(lambda path, _: path[-1].key in trainable) if trainable else None,
+        progress=told.append,
+    )
     cuts = sorted({round(216 * x.sparsity) for x in told})
-    assert seen == [0, *cuts, cuts[-1]]
-    held = prune(*called(network), 0.8)
+    assert [num_zeros(x) for x in seen] == [0, *cuts]
+    for name, expected in in_numpy(seen[-1], inputs).items():
+        np.testing.assert_allclose(found.params[name], expected, rtol=1e-4, atol=1e-4)
+    assert not np.allclose(found.params["mean"], params["mean"], atol=0.1)
+    for name in ("scale", "shift"):
+        assert np.array_equal(found.params[name], params[name]) != (name in trainable)
+    outputs = predict(found.params, (inputs, labels))
+    assert found.loss == pytest.approx(float(cross_entropy(outputs, (inputs, labels))), rel=1e-5)
+
+
+def test_without_the_function_they_are_held(network):
+    held = prune(*called(network), 0.8, max_products=10)
     for name in ("mean", "var"):
         np.testing.assert_array_equal(held.params[name], network[0][name])
-
-
-def test_parameters_that_are_trainable_move_along(network, anew):
-    params, (inputs, _) = network
-    chosen = lambda path, _: path[-1].key in ("scale", "shift")  # noqa: E731
-    found = prune(*called(network), 0.8, statistics_fn=anew, trainable=chosen)
-    require_own_statistics(found.params, inputs)
-    assert not np.array_equal(found.params["scale"], params["scale"])
 
 
 class Stop(Exception):

@@ -91,8 +91,8 @@ def prune(
         weight_fn: how much a batch counts, as for `hessian`.
         statistics_fn: `statistics_fn(params) -> params`, the whole tree with the running statistics of its
             batch norm taken anew, in a forward pass over some training inputs, say. It is called after every
-            cut and for the network that is returned, and must give the same each time; parameters that move
-            are left as they are. What it costs is not counted. None: statistics are held.
+            cut, and steps hold what it gives; it must give the same each time, and leave parameters that move
+            as they are. What it costs is not counted. None: the statistics are held throughout.
         max_products: budget, in products with all the data: a gradient counts as one, a loss as a third, a
             product with a share of the data as that share. The step that crosses it is completed, and all
             stages have one step.
@@ -245,4 +245,4 @@ def _result(problem: Readjustable, state: _State) -> Pruned:
     point = state.point
     if state.average is not None and state.average.number:
         point = point._replace(weights=state.average.weights)
-    return network(problem, problem.with_statistics(point), state.mask, code, status)
+    return network(problem, point, state.mask, code, status)

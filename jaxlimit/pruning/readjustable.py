@@ -83,7 +83,9 @@ class Readjustable:
 
     def cut(self, point: Point, mask: PyTree) -> Point:
         """The point without the weights that go, with statistics of its own, and its loss."""
-        point = self.with_statistics(without(point, self.whole_mask(mask)))
+        point = without(point, self.whole_mask(mask))
+        if self.statistics is not None:
+            point = point._replace(rest=self.statistics(point.weights, point.rest))
         return measured(self._around(point), point, self.settings)
 
     def step(self, point: Point, mask: PyTree) -> Point:
@@ -97,12 +99,6 @@ class Readjustable:
     def params(self, point: Point) -> PyTree:
         """The whole tree."""
         return combine(point.weights, self._around(point).rest)
-
-    def with_statistics(self, point: Point) -> Point:
-        """The point with statistics that are those of its own weights, where they are not held."""
-        if self.statistics is None:
-            return point
-        return point._replace(rest=self.statistics(point.weights, point.rest))
 
     def _around(self, point: Point) -> Curvature:
         """The curvature among the parameters that do not move, as they are at a point."""
