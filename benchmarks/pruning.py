@@ -30,6 +30,8 @@ from pruning_baselines import Minibatches, full_batch_adam, reconstructed, share
 from pruning_methods import Subject, Variant, count_with, pruned_path
 from pruning_report import (
     CHOICES,
+    DEFAULT,
+    EVERYTHING,
     KERNELS_ALONE,
     METHODS,
     NAME,
@@ -65,19 +67,30 @@ class Comparison:
         sparsities: at, and beyond the limit of the cut alone.
         costs: at which methods are compared.
         num_tuned: of them, from the first; the next one has the learning rate that was best at the last.
+        methods: of jaxlimit; of examples that are too few to be cut into parts, all have the same curvature.
+        trained: what they are compared with.
     """
 
     case: Case
     sparsities: tuple[float, ...]
     costs: tuple[int, ...] = COSTS
     num_tuned: int = 3
+    methods: tuple[str, ...] = tuple(METHODS)
+    trained: tuple[str, ...] = TRAINED
 
 
 LENET = Preset("lenet", "cifar10", "LeNet", replace(SGD, epochs=10, l1=5e-5))
 COMPARISONS = {
     "digits": Comparison(Case(PRESETS["digits"], 1_438, 359), (0.9, 0.94, 0.97)),
     "fc2": Comparison(Case(PRESETS["mnist-fc2"], 10_000, 10_000), (0.9, 0.94, 0.97)),
-    "lenet": Comparison(Case(LENET, 1_280, 2_000), (0.9, 0.95), (20, 50, 100), num_tuned=2),
+    "lenet": Comparison(
+        Case(LENET, 640, 2_000),
+        (0.9, 0.95),
+        (20, 50),
+        num_tuned=1,
+        methods=(DEFAULT, EVERYTHING),
+        trained=("adam", "sgd", "full_batch_adam"),
+    ),
 }
 
 
@@ -119,12 +132,12 @@ class Work:
         for sparsity in self.comparison.sparsities:
             mask = self.subject.magnitude_mask(sparsity)
             self.once("cut", sparsity, lambda mask=mask: apply_mask(self.subject.params, mask))
-            if "layers" in self.subject.params:
+            if {"layers", "dense"} & self.subject.params.keys():
                 self.once("reconstruction", sparsity, lambda mask=mask: reconstructed(self.subject, mask))
         for sparsity in self.comparison.sparsities:
-            for method, variant in METHODS.items():
-                self.path("methods", method, variant, sparsity, self.comparison.costs[-1])
-            for method in (*TRAINED, *(KERNELS_ALONE if self.name == "digits" else ())):
+            for method in self.comparison.methods:
+                self.path("methods", method, METHODS[method], sparsity, self.comparison.costs[-1])
+            for method in (*self.comparison.trained, *(KERNELS_ALONE if self.name == "digits" else ())):
                 self.trained(method, sparsity)
 
     def once(self, method: str, sparsity: float, compute: Callable[[], Any]) -> None:

@@ -128,10 +128,12 @@ def reconstructed(subject: Subject, mask: PyTree) -> PyTree:
 
     X are the inputs of the layer in the network that is pruned so far, as SparseGPT takes them (Frantar and
     Alistarh 2023), W its trained kernel. Each column is solved exactly on its kept weights, without their
-    blocks of columns. For fully connected networks with ReLU between the layers.
+    blocks of columns. For dense layers with ReLU between them; convolutions before them are cut alone.
     """
-    layers, masks = subject.params["layers"], mask["layers"]
-    hidden, found = np.asarray(subject.arrays[0], np.float64), {}
+    convolutional = "dense" in subject.params
+    layers, masks = ((tree["dense"] if convolutional else tree)["layers"] for tree in (subject.params, mask))
+    cut, found = apply_mask(subject.params, mask), {}
+    hidden = np.asarray(_features(subject, cut) if convolutional else subject.arrays[0], np.float64)
     for number in sorted(layers, key=int):
         kernel = np.asarray(layers[number]["kernel"], np.float64)
         keep = np.asarray(masks[number]["kernel"])
@@ -143,7 +145,16 @@ def reconstructed(subject: Subject, mask: PyTree) -> PyTree:
             solved[rows, column] = np.linalg.solve(moments[np.ix_(rows, rows)], wanted[rows, column])
         found[number] = layers[number] | {"kernel": jnp.asarray(solved, jnp.float32)}
         hidden = np.maximum(hidden @ solved + np.asarray(layers[number]["bias"], np.float64), 0)
-    return {"layers": found}
+    return cut | ({"dense": {"layers": found}} if convolutional else {"layers": found})
+
+
+def _features(subject: Subject, params: PyTree) -> jax.Array:
+    """What convolutions hand to the dense layers: the outputs if these were identities: it is positive."""
+    layers = params["dense"]["layers"]
+    size = len(layers["0"]["kernel"])
+    identity = {"kernel": jnp.eye(size), "bias": jnp.zeros(size)}
+    dense = {"layers": dict.fromkeys(layers, identity)}
+    return subject.problem.predict(params | {"dense": dense}, subject.arrays[0])
 
 
 def shares(subject: Subject) -> dict[str, float]:

@@ -141,7 +141,7 @@ def pruned_path(
     last, curve = subject.removed(sparsity), []
 
     def record(point: Point) -> None:
-        params = problem.params(point.weights)
+        params = problem.params(point)
         curve.append(subject.measured(params, product * float(point.num_products)))
 
     point, mask = problem.start, None
@@ -179,7 +179,7 @@ def _chosen(
     for probe in range(PROBES):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), number), probe)
         found = [
-            subject.factor_probe(problem.params(point.weights), inputs.reshape(-1, *inputs.shape[2:]), key)
+            subject.factor_probe(problem.params(point), inputs.reshape(-1, *inputs.shape[2:]), key)
             for inputs, _ in part.groups
         ]
         every = partition(jax.tree.map(lambda *x: sum(x), *found), lambda path, _: True)[0]

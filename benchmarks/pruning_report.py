@@ -18,13 +18,13 @@ RATES = {"full_batch_adam": (1e-3, 3e-3, 1e-2), "sgd": (0.01, 0.03, 0.1), "adam"
 TRAINED = ("adam", "sgd", "full_batch_adam", "adam_gradual")
 # Biases and norms move in minibatches, as usual; without them on the smallest network alone.
 KERNELS_ALONE = ("adam_kernels", "sgd_kernels")
-DEFAULT = "jaxlimit"
+DEFAULT, EVERYTHING = "jaxlimit", "jaxlimit, all parameters"
 DEFAULT_SHARE = Variant().curvature_share
 # What jaxlimit does in the first comparison, and what it might do instead.
 METHODS = {
     DEFAULT: Variant(),
     "jaxlimit, all curvature": Variant(curvature_share=1.0),
-    "jaxlimit, all parameters": Variant(everything=True),
+    EVERYTHING: Variant(everything=True),
 }
 CHOICES = {
     "kept .6": Variant(kept=0.6),
@@ -168,7 +168,7 @@ def tables(document: Mapping[str, Any]) -> dict[str, str]:
 LINES: dict[str, dict[str, Any]] = {
     DEFAULT: {"color": style.BLUE},
     "jaxlimit, all curvature": {"color": style.BLUE, "linestyle": ":"},
-    "jaxlimit, all parameters": {"color": style.SKY},
+    EVERYTHING: {"color": style.SKY},
     "full_batch_adam": {"color": style.GREY, "marker": "."},
     "sgd": {"color": style.ORANGE, "marker": "."},
     "adam": {"color": style.GREEN, "marker": "."},

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxlimit import data
 from jaxlimit.data.dataset import CIFAR10_NORMALIZATION
@@ -25,6 +26,7 @@ EPSILON = 1e-5
 STAGES, BLOCKS = (1, 2, 3), (0, 1, 2)
 # Examples of one forward pass.
 CHUNK = 1000
+SGD_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,32 @@ def with_statistics_of(params: Tree, images: jax.Array) -> Tree:
     found = dict(params)
     _resnet(params, images, found)
     return found
+
+
+def trained(params: Tree, mask: Tree, images: Any, targets: Any, rate: float) -> Tree:
+    """ResNet20 after an epoch of SGD with the mask held; statistics of batch norm are those of each batch."""
+    keep = {name: jnp.ones(()) if mask[name] is None else mask[name] for name in params}
+    params = {name: x * keep[name] for name, x in params.items()}
+    moving = {name: x for name, x in params.items() if "running" not in name}
+    steps = len(images) // SGD_BATCH
+    optimizer = optax.sgd(optax.cosine_decay_schedule(rate, steps), momentum=0.9)
+
+    def loss(moving: Tree, images: Any, targets: Any) -> jax.Array:
+        known = params | moving
+        logits = _resnet(known, images, dict(known))
+        return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=1))
+
+    @jax.jit
+    def step(moving: Tree, moments: Any, images: Any, targets: Any) -> tuple[Tree, Any]:
+        updates, moments = optimizer.update(jax.grad(loss)(moving, images, targets), moments)
+        moved: Tree = optax.apply_updates(moving, updates)
+        return {name: x * keep[name] for name, x in moved.items()}, moments
+
+    moments = optimizer.init(moving)
+    for start in range(0, steps * SGD_BATCH, SGD_BATCH):
+        part = slice(start, start + SGD_BATCH)
+        moving, moments = step(moving, moments, images[part], targets[part])
+    return params | moving
 
 
 def _resnet(params: Tree, images: Any, statistics: dict[str, jax.Array] | None = None) -> jax.Array:

@@ -398,12 +398,15 @@ def test_a_linen_network_with_batch_norm(network):
 @pytest.mark.slow
 def test_the_example_of_the_documentation_runs(capsys):
     """After two epochs it prints the same words about other numbers."""
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL))
     assert "epochs=60" in code
-    exec(compile(code.replace("epochs=60", "epochs=2"), "prune.md", "exec"), {})
+    names = {}
+    exec(compile(code.replace("epochs=60", "epochs=2"), "prune.md", "exec"), names)
     found = capsys.readouterr().out
     assert re.search(r"^Attained sparsity 0\.\d{4} for a loss increase of ", found)
     assert "Pruned network of sparsity 0.8999: loss" in found
+    changed = names["network"].params["batch_stats"]["BatchNorm_0"]["mean"]
+    assert not np.allclose(changed, names["variables"]["batch_stats"]["BatchNorm_0"]["mean"])
 
 
 # The limit that is attained.

@@ -150,12 +150,29 @@ def require_weight_fn(weight_fn: Any) -> None:
         ...
         ValueError: weight_fn must be a function of a batch, weight_fn(batch) -> scalar, got a float.
     """
-    if weight_fn is None:
-        return
-    asked = "weight_fn must be a function of a batch, weight_fn(batch) -> scalar, got"
-    if not callable(weight_fn):
-        raise ValueError(f"{asked} {_kind(weight_fn)}.")
-    if signature := _unfit(weight_fn, None):
+    if weight_fn is not None:
+        asked = "weight_fn must be a function of a batch, weight_fn(batch) -> scalar, got"
+        _require_one_argument(asked, weight_fn)
+
+
+def require_statistics_fn(statistics_fn: Any) -> None:
+    """Raises ValueError unless it is a function of the parameters.
+
+    Examples:
+        >>> require_statistics_fn({"mean": 0.0})
+        Traceback (most recent call last):
+        ...
+        ValueError: statistics_fn must be a function, statistics_fn(params) -> params, got a dict.
+    """
+    _require_one_argument(
+        "statistics_fn must be a function, statistics_fn(params) -> params, got", statistics_fn
+    )
+
+
+def _require_one_argument(asked: str, function: Any) -> None:
+    if not callable(function):
+        raise ValueError(f"{asked} {_kind(function)}.")
+    if signature := _unfit(function, None):
         raise ValueError(f"{asked} one with the signature {signature}.")
 
 

@@ -63,6 +63,7 @@ def attained_limit(
     scores: PyTree | None = None,
     groups: Any = None,
     weight_fn: Callable[[PyTree], jax.Array] | None = None,
+    statistics_fn: Callable[[PyTree], PyTree] | None = None,
     max_products: float = MAX_PRODUCTS,
     max_steps: int = MAX_STEPS,
     unpruned: bool = True,
@@ -92,6 +93,7 @@ def attained_limit(
         scores: as for `prune`.
         groups: as for `prune`; the search ends, too, where no whole group lies between.
         weight_fn: as for `prune`.
+        statistics_fn: as for `prune`.
         max_products: budget of the search, counted as in `prune`.
         max_steps: steps that a network has.
         unpruned: whether the network without pruning is given as many products, too.
@@ -131,6 +133,7 @@ def attained_limit(
         scores=scores,
         groups=groups,
         weight_fn=weight_fn,
+        statistics_fn=statistics_fn,
         settings=settings,
     )
     goal = problem.curvature.loss + loss_tolerance
@@ -155,7 +158,7 @@ def attained_limit(
                 break
             before, state = state, _next(problem, state, target, goal, max_steps)
             if on_network is not None and state.best is not before.best:  # before it counts as handed out
-                on_network(target / problem.dim, problem.params(state.best.weights))
+                on_network(target / problem.dim, problem.params(state.best))
             store.save_tree("search", state)
             tell("search", int(state.num_removed), state.point, max_products)
         spent = float(state.point.num_products)
@@ -200,7 +203,7 @@ def _next(problem: Readjustable, state: _State, target: int, goal: float, max_st
         point, num_steps = problem.step(point, mask), num_steps + 1
     loss = point.loss
     if loss <= goal and problem.settings.gradient_share < 1:
-        loss = problem.mean_loss(point.weights)
+        loss = problem.mean_loss(point)
     # Steps lower the loss by less and less, so one like the last for each that is left is more than can be.
     hopeless = not loss - goal <= point.fall * (max_steps - num_steps)
     if loss > goal and not hopeless:
@@ -241,7 +244,7 @@ def _result(
         loss_tolerance=float(loss_tolerance),
         tolerance=float(tolerance),
         dense_loss=problem.curvature.loss,
-        unpruned_loss=None if free is None else problem.mean_loss(free.weights),
+        unpruned_loss=None if free is None else problem.mean_loss(free),
         num_products=spent,
         code=code,
         status=status,

@@ -58,6 +58,7 @@ def prune(
     groups: Any = None,
     mask: PyTree | None = None,
     weight_fn: Callable[[PyTree], jax.Array] | None = None,
+    statistics_fn: Callable[[PyTree], PyTree] | None = None,
     max_products: float = MAX_PRODUCTS,
     settings: Settings = DEFAULT,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -91,6 +92,10 @@ def prune(
         mask: pytree of bools like the prunable weights, False where a weight is to go, in the place of
             `sparsity`: it is cut at once.
         weight_fn: how much a batch counts, as for `hessian`.
+        statistics_fn: `statistics_fn(params) -> params`, the whole tree with the running statistics of its
+            batch norm taken anew, in a forward pass over some training inputs, say. It is called after every
+            cut, and steps hold what it gives; it must give the same each time, and leave parameters that move
+            as they are. What it costs is not counted. None: the statistics are held throughout.
         max_products: budget, in products with all the data: a gradient counts as one, a loss as a third, a
             product with a share of the data as that share. The step that crosses it is completed, and all
             stages have one step.
@@ -135,6 +140,7 @@ def prune(
         scores=scores,
         groups=groups,
         weight_fn=weight_fn,
+        statistics_fn=statistics_fn,
         settings=settings,
     )
     if mask is None:
@@ -184,10 +190,10 @@ def network(problem: Readjustable, point: Point, mask: PyTree, code: Ending, sta
     """The network at a point, with its loss on all data."""
     flat = flatten(mask)
     return Pruned(
-        params=problem.params(point.weights),
+        params=problem.params(point),
         mask=mask,
         sparsity=float(np.mean(flat == 0)),
-        loss=problem.mean_loss(point.weights),
+        loss=problem.mean_loss(point),
         dense_loss=problem.curvature.loss,
         num_products=float(point.num_products),
         num_steps=int(point.number),

@@ -1,7 +1,7 @@
 """What `prune` and `attained_limit` work on: a network, what may be pruned of it, and what may move."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,8 @@ from jaxlimit.geometry.groups import group_labels
 from jaxlimit.geometry.magnitude import MagnitudeOrder, magnitude_order
 from jaxlimit.geometry.patterns import require_mask
 from jaxlimit.limits.problem import SAME_LOSS
-from jaxlimit.pruning.trust_region import Point, Settings, cut, first_point, step
+from jaxlimit.pruning.statistics import Statistics, statistics
+from jaxlimit.pruning.trust_region import Point, Settings, first_point, measured, step, without
 
 # What devices may differ by in the first damping, relative to it.
 SAME_DAMPING = 1e-2
@@ -34,6 +35,7 @@ class Readjustable:
             the readjusted weights at every sparsity.
         settings: how steps are made.
         groups: integer labels like the prunable weights, which go together where these are equal; or None.
+        statistics: takes those of batch norm anew; None: they are held.
     """
 
     curvature: Curvature
@@ -41,11 +43,13 @@ class Readjustable:
     scores: PyTree | None
     settings: Settings
     groups: PyTree | None = None
+    statistics: Statistics | None = None
 
     @cached_property
     def start(self) -> Point:
-        """At the trained weights."""
-        return first_point(self.curvature, self.settings)
+        """At the trained weights, with the statistics that came with them."""
+        point = first_point(self.curvature, self.settings)
+        return point if self.statistics is None else point._replace(rest=self.curvature.rest)
 
     @cached_property
     def dim(self) -> int:
@@ -87,20 +91,27 @@ class Readjustable:
         )
 
     def cut(self, point: Point, mask: PyTree) -> Point:
-        """The point without the weights that go, and its loss."""
-        return cut(self.curvature, point, self.whole_mask(mask), self.settings)
+        """The point without the weights that go, with statistics of its own, and its loss."""
+        point = without(point, self.whole_mask(mask))
+        if self.statistics is not None:
+            point = point._replace(rest=self.statistics(point.weights, point.rest))
+        return measured(self._around(point), point, self.settings)
 
     def step(self, point: Point, mask: PyTree) -> Point:
         """The next point with this mask."""
-        return step(self.curvature, point, self.whole_mask(mask), self.settings)
+        return step(self._around(point), point, self.whole_mask(mask), self.settings)
 
-    def mean_loss(self, weights: PyTree) -> float:
+    def mean_loss(self, point: Point) -> float:
         """On all data."""
-        return self.curvature.mean_loss(weights)
+        return self._around(point).mean_loss(point.weights)
 
-    def params(self, weights: PyTree) -> PyTree:
+    def params(self, point: Point) -> PyTree:
         """The whole tree."""
-        return combine(weights, self.curvature.rest)
+        return combine(point.weights, self._around(point).rest)
+
+    def _around(self, point: Point) -> Curvature:
+        """The curvature among the parameters that do not move, as they are at a point."""
+        return self.curvature if point.rest is None else replace(self.curvature, rest=point.rest)
 
     def stored(self, store: Checkpoint, name: str, first: PyTree) -> PyTree:
         """What a checkpoint holds of a tree like `first`, on its devices; `first` if it holds nothing."""
@@ -127,6 +138,7 @@ class Readjustable:
             "weights": ordered_sum(flat),
             "scores": order,
             "damping": about(self.start.damping, SAME_DAMPING * self.start.damping),
+            "statistics": None if self.statistics is None else self.statistics.identity,
             **vars(self.settings),
             **groups,
         }
@@ -143,11 +155,13 @@ def readjustable(
     scores: PyTree | None = None,
     groups: Any = None,
     weight_fn: Callable[[PyTree], jax.Array] | None = None,
+    statistics_fn: Callable[[PyTree], PyTree] | None = None,
     settings: Settings,
 ) -> Readjustable:
     """Checks the problem as `gauss_newton` does. Args: as for `prune`."""
     pruned, _ = partition(params, prunable)
     paths, moving = _paths(pruned), movable(params, prunable, trainable)
+    anew = None if statistics_fn is None else statistics(statistics_fn, *partition(params, moving))
     curvature = gauss_newton(
         predict_fn,
         loss_fn,
@@ -160,7 +174,7 @@ def readjustable(
     if scores is not None:
         magnitude_order(pruned, scores)  # refuses those that do not match
     labels = None if groups is None else group_labels(pruned, groups)
-    return Readjustable(curvature, chosen, scores, settings, labels)
+    return Readjustable(curvature, chosen, scores, settings, labels, anew)
 
 
 def movable(params: PyTree, prunable: Prunable, trainable: Prunable | None) -> Callable[[tuple, Any], bool]:

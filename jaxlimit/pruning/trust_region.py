@@ -78,6 +78,7 @@ class Point(NamedTuple):
         damping: mu.
         number: steps so far.
         num_products: what they cost, in products with all the data.
+        rest: the parameters that do not move, where their statistics are taken anew; None: as they were.
     """
 
     weights: PyTree
@@ -86,6 +87,7 @@ class Point(NamedTuple):
     damping: float
     number: int
     num_products: float
+    rest: PyTree = None
 
 
 class _Data(NamedTuple):
@@ -115,12 +117,16 @@ def first_point(curvature: Curvature, settings: Settings) -> Point:
     return first._replace(damping=settings.damping * along, num_products=cost)
 
 
-def cut(curvature: Curvature, point: Point, mask: PyTree, settings: Settings) -> Point:
-    """The point without the weights whose mask is False, and its loss on all data. Cost: that loss.
+def without(point: Point, mask: PyTree) -> Point:
+    """The point without the weights whose mask is False; its loss is not known."""
+    return point._replace(weights=kept(mask, point.weights), loss=math.inf, fall=0.0)
+
+
+def measured(curvature: Curvature, point: Point, settings: Settings) -> Point:
+    """The point with its loss on all data. Cost: that loss.
 
     Where steps see a part of the data each, the next one measures the loss on its part.
     """
-    point = point._replace(weights=kept(mask, point.weights), loss=math.inf, fall=0.0)
     if settings.gradient_share < 1:
         return point
     loss = curvature.mean_loss(point.weights)
@@ -146,7 +152,7 @@ def step(curvature: Curvature, point: Point, mask: PyTree, settings: Settings) -
     cost = GRADIENT * data.seen_share
     weights, loss, damping = point.weights, start, point.damping
     if not math.isfinite(start):  # no step would be known to lower it
-        return Point(weights, start, math.nan, damping, point.number + 1, point.num_products + cost)
+        return _moved(point, weights, start, math.nan, damping, cost)
     found, num_products = _solved(data.curved.matvec, gradient, mask, damping, settings.step_products)
     cost += num_products * data.curved_share
     for factor in LENGTHS:
@@ -162,7 +168,13 @@ def step(curvature: Curvature, point: Point, mask: PyTree, settings: Settings) -
     fall = start - loss
     if fall > TRUSTED * found.decrease:
         damping /= SHRINK
-    return Point(weights, loss, fall, damping, point.number + 1, point.num_products + cost)
+    return _moved(point, weights, loss, fall, damping, cost)
+
+
+def _moved(point: Point, weights: PyTree, loss: float, fall: float, damping: float, cost: float) -> Point:
+    """The point after a step."""
+    number, num_products = point.number + 1, point.num_products + cost
+    return Point(weights, loss, fall, damping, number, num_products, point.rest)
 
 
 def _solved(
