@@ -1,0 +1,92 @@
+"""`benchmarks/believe.py`, in short, on scikit-learn's digits, against dense linear algebra."""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxlimit
+from jaxlimit import data, models, training
+from jaxlimit.core.trees import flatten
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import believe
+
+HIDDEN = 8
+
+
+@pytest.fixture(scope="module")
+def subject():
+    """64-8-10, trained for so few epochs that its Hessian has negative eigenvalues."""
+    digits = data.load_digits()
+    train = digits.train_images, digits.train_labels
+    predict, params = models.from_nnx(models.FullyConnected([64, HIDDEN, 10], rngs=nnx.Rngs(0)))
+    loss = training.classification_loss(predict)
+    params = training.train(loss, params, train, jax.random.key(0), epochs=3, learning_rate=0.1)
+    test = jaxlimit.batched((digits.test_images, digits.test_labels), 128)
+    return believe.Subject("tiny", 0.0, predict, params, jaxlimit.batched(train, 128), test)
+
+
+@pytest.fixture(scope="module")
+def found(subject, tmp_path_factory):
+    return believe.believe(subject, tmp_path_factory.mktemp("believe") / "out")
+
+
+@pytest.mark.slow
+def test_widths_are_those_of_the_changed_spectrum(subject, found):
+    """H+ without its negative eigenvalues, H-/2 with half of them, |H| with all, from the dense matrix."""
+    curvature = jaxlimit.hessian(
+        training.classification_loss(subject.predict), subject.params, subject.batches
+    )
+    eigenvalues = np.linalg.eigvalsh(np.asarray(curvature.dense(), np.float64))
+    dim, eps = len(eigenvalues), found["loss_tolerance"]
+    assert eigenvalues[0] < -1e-2 * eigenvalues[-1]
+    squares = np.concatenate([[0], np.cumsum(np.sort(flatten(curvature.weights) ** 2))])
+
+    def width(stiffness):
+        within = [
+            n for n in range(dim + 1) if np.mean(2 * eps / (2 * eps + stiffness * squares[n])) >= n / dim
+        ]
+        return within[-1] / dim
+
+    negative = np.minimum(eigenvalues, 0)
+    for name, factor in {"H+ width": 0, "H-/2 width": 0.5, "Hessian width": 1}.items():
+        stiffness = np.maximum(eigenvalues, 0) - factor * negative
+        assert found["predicted"][name]["sparsity"] == pytest.approx(width(stiffness), abs=1.5 / dim), name
+
+
+@pytest.mark.slow
+def test_what_was_measured_and_what_weights_say(subject, found):
+    weights = np.abs(np.concatenate([np.ravel(x) for x in jax.tree.leaves(subject.params) if np.ndim(x) > 1]))
+    assert found["num_weights"] == len(weights) == 74 * HIDDEN
+    assert found["predicted"]["near zero, .01"] == {"sparsity": np.mean(weights < 0.01), "products": 0}
+    measured = found["measured"]
+    assert 0 < measured["cut"] < measured["attained"] < 1
+    assert {*found["predicted"]} == {*believe.SAID}
+    images, labels = (np.concatenate([batch[i] for batch in subject.test_batches]) for i in (0, 1))
+    right = np.asarray(subject.predict(subject.params, images)).argmax(1) == labels
+    assert found["dense_error"] == pytest.approx(1 - np.mean(right))
+
+
+def test_errors_are_means_over_networks():
+    def case(l1, predicted, cut):
+        known = {"Hessian one_shot": {"sparsity": predicted, "products": 7}}
+        return {"l1": l1, "measured": {"cut": cut}, "predicted": known}
+
+    (row,) = believe.summary({"a": case(0, 0.5, 0.9), "b": case(1e-4, 0.8, 0.7), "c": case(1e-4, 0.7, 0.7)})
+    assert row["mean_with_l1"] == pytest.approx(0.05)
+    assert row["mean_without_l1"] == pytest.approx(0.4)
+    assert (row["worst"], row["sign"]) == pytest.approx((-0.4, -0.1))
+    assert row["products"] == 7
+
+
+@pytest.mark.slow
+def test_the_tables_and_the_figure_have_a_place_for_each(found):
+    text = believe.tables({"tiny": found})
+    assert len([line for line in text.splitlines() if line.startswith("|")]) == len(believe.SAID) + 5
+    panels = [panel for panel in believe.figure({"tiny": found}).axes if panel.get_title()]
+    assert len(panels) == len(believe.SAID)
