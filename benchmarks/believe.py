@@ -217,7 +217,7 @@ def _from_curvature(subject: Subject, found: Assessment) -> Iterator[tuple[str, 
 def width_of(subject: Subject, measure: SpectralMeasure, loss_tolerance: float) -> float:
     """The width limit with another spectrum."""
     order = magnitude_order(partition(subject.params, subject.prunable)[0])
-    last = last_within(lambda n: width_dimension(measure, order.radius(n), loss_tolerance), order.dim)
+    last = last_within(lambda n: width_dimension(measure, order.radius(n), loss_tolerance), order.counts)
     return last / order.dim
 
 

@@ -137,7 +137,7 @@ def trained(params: Tree, mask: Tree, images: Any, targets: Any, rate: float) ->
 
     def loss(moving: Tree, images: Any, targets: Any) -> jax.Array:
         known = params | moving
-        logits = _resnet(known, images, dict(known))
+        logits = _resnet(known, images, {**known})
         return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=1))
 
     @jax.jit
