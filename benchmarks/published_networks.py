@@ -136,8 +136,8 @@ def trained(params: Tree, mask: Tree, images: Any, targets: Any, rate: float) ->
     optimizer = optax.sgd(optax.cosine_decay_schedule(rate, steps), momentum=0.9)
 
     def loss(moving: Tree, images: Any, targets: Any) -> jax.Array:
-        known = params | moving
-        logits = _resnet(known, images, {**known})
+        known: dict[str, Any] = {**params, **moving}
+        logits = _resnet(known, images, dict(known))
         return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=1))
 
     @jax.jit
