@@ -3,6 +3,8 @@
 Oracle: numbers that are counted by hand.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -291,3 +293,60 @@ def test_a_table_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "curves.csv").write_bytes(b"sparsity,\xff\n0,1\n")
     with pytest.raises(ValueError, match=r"curves\.csv is damaged, no table of text"):
         read_columns(tmp_path / "curves.csv")
+
+
+EVERY_CALL = {
+    "hessian": lambda predict, loss, *given: jaxlimit.hessian(lambda p, x: loss(predict(p, x), x), *given),
+    "gauss_newton": jaxlimit.gauss_newton,
+    "loss_statistics": lambda predict, loss, *given: jaxlimit.loss_statistics(
+        lambda p, x: loss(predict(p, x), x), *given
+    ),
+    "sparsity_sweep": lambda predict, loss, *given: jaxlimit.sparsity_sweep(
+        lambda p, x: {"loss": loss(predict(p, x), x)}, *given, [0.5]
+    ),
+    "finetuned_sweep": lambda predict, loss, *given: jaxlimit.finetuned_sweep(
+        lambda p, x: loss(predict(p, x), x), *given, [0.5], num_steps=1, learning_rate=0.1
+    ),
+    "prune": lambda *given: jaxlimit.prune(*given, 0.5),
+    "attained_limit": lambda *given: jaxlimit.attained_limit(*given, loss_tolerance=0.1),
+    "certify": lambda predict, loss, params, batches: jaxlimit.certify(
+        lambda p, x: jnp.clip(predict(p, x)[:, 0], 0, 1), [(0.5, params)], batches, bound=0.9
+    ),
+    "assess": lambda *given: jaxlimit.assess(*given, jax.random.key(0), loss_tolerance=0.1),
+}
+ONES = np.ones((4, 2), np.float32)
+
+
+@pytest.mark.parametrize("name", EVERY_CALL)
+@pytest.mark.parametrize(
+    "predict",
+    [
+        pytest.param(lambda w, x: np.asarray(x) @ np.asarray(w), id="numpy"),
+        pytest.param(lambda w, x: x @ w if w[0, 0] > 0 else -x @ w, id="if"),
+        pytest.param(lambda w, x: x @ w * float(w[0, 0]), id="float"),
+        pytest.param(lambda w, x: (x @ w)[w[:, 0] > 0], id="boolean index"),
+    ],
+)
+def test_a_function_that_asks_for_values_is_refused(name, predict):
+    with pytest.raises(ValueError, match=r"asks for the values of its arrays.*jnp\.where in place of if"):
+        EVERY_CALL[name](predict, lambda z, x: jnp.mean(z**2), ONES[:2], [ONES])
+
+
+@pytest.mark.parametrize("name", sorted(EVERY_CALL.keys() - {"assess"}))
+def test_a_module_is_no_parameters(name):
+    with pytest.raises(ValueError, match=r"params is a module of Flax Linen"):
+        EVERY_CALL[name](lambda p, x: x, lambda z, x: jnp.mean(z**2), linen.Dense(3), [ONES])
+
+
+def test_a_loss_may_be_a_number():
+    sweep = EVERY_CALL["finetuned_sweep"](lambda w, x: x, lambda z, x: 1.5, ONES[:2], [ONES])
+    assert sweep.metrics["loss"].tolist() == [1.5]
+
+
+@pytest.mark.parametrize("name", EVERY_CALL)
+def test_a_batch_of_python_lists_is_refused(name):
+    batches = [{"x": ONES.tolist()}]
+    tested = {"test_batches": batches} if name == "assess" else {}
+    call = functools.partial(jaxlimit.assess, key=jax.random.key(0), **tested) if tested else EVERY_CALL[name]
+    with pytest.raises(ValueError, match=r"A Python list counts as a tree: pass np\.asarray"):
+        call(lambda w, b: b["x"] @ w, lambda z, b: jnp.mean(z**2), ONES[:2], batches)

@@ -200,9 +200,12 @@ def require_apart(batches: Iterable[PyTree], test_batches: Iterable[PyTree]) -> 
         ...
         ValueError: test_batches begin with the examples of batches: ...
     """
-    first, tested = (jax.tree.leaves(first_batch(some)) for some in (batches, test_batches))
-    same = len(first) == len(tested) and all(
-        np.array_equal(np.asarray(a)[:1], np.asarray(b)[:1]) for a, b in zip(first, tested, strict=True)
+    first, tested = (first_batch(some) for some in (batches, test_batches))
+    for batch in (first, tested):
+        batch_length(batch)
+    leaves, others = jax.tree.leaves(first), jax.tree.leaves(tested)
+    same = len(leaves) == len(others) and all(
+        np.array_equal(np.asarray(a)[:1], np.asarray(b)[:1]) for a, b in zip(leaves, others, strict=True)
     )
     if batches is test_batches or same:
         raise ValueError(

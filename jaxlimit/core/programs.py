@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
@@ -28,6 +29,14 @@ from jaxlimit.core.trees import PyTree, thawed
 MAX_SHARED = 256
 # What calls back into this process is not told by its text.
 NOT_IN_THE_TEXT = ("callback", "stablehlo.send", "stablehlo.recv")
+
+# What JAX raises where a function wants numbers while it is traced.
+NEEDS_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.NonConcreteBooleanIndexError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
 
 _config: Any = jax.config
 _shared: OrderedDict[tuple, Callable[..., list[jax.Array]]] = OrderedDict()
@@ -57,7 +66,8 @@ class Traced:
         """The result, as part of what is being traced or computed."""
         args = _held(args)
         trace = self._trace(args)
-        return trace.structure.unflatten(jaxpr_as_fun(trace.jaxpr)(*jax.tree.leaves(args)))
+        values = jaxpr_as_fun(trace.jaxpr)(*jax.tree.leaves(args))
+        return trace.structure.unflatten(map(jnp.asarray, values))  # a constant is a number
 
     def shape(self, *args: PyTree) -> PyTree:
         """Shapes and dtypes of the result for arguments of these."""
@@ -163,7 +173,14 @@ def _trace(fn: Callable[..., PyTree], structure: Any, leaves: list) -> _Trace:
         values, result = jax.tree.flatten(fn(*structure.unflatten(leaves)))
         return values
 
-    jaxpr = jax.make_jaxpr(flat)(*leaves)
+    try:
+        jaxpr = jax.make_jaxpr(flat)(*leaves)
+    except NEEDS_VALUES as error:
+        raise ValueError(
+            "a function that was handed over asks for the values of its arrays, which JAX does not have "
+            "while it traces: write it with jax.numpy in place of numpy, jnp.where in place of if, and "
+            f"without float(), int() and .item(). JAX says: {str(error).splitlines()[0]}"
+        ) from error
     with jax.ensure_compile_time_eval():  # arrays, also where JAX traces something
         consts = [x if isinstance(x, jax.Array) else _copy(x) for x in jaxpr.consts]
     return _Trace(ClosedJaxpr(jaxpr.jaxpr, consts), result)
