@@ -22,8 +22,8 @@ from jaxlimit.application import answers, ledger
 from jaxlimit.application.answering import Answering, attained_stage
 from jaxlimit.application.assessed_folder import pruned_table
 from jaxlimit.application.question import NO_ERROR, NO_TEST_BATCHES, Question, certifying_of, default_error
-from jaxlimit.application.terminal import Silent
 from jaxlimit.core.interrupt import Interrupt
+from jaxlimit.core.terminal import Silent
 from jaxlimit.core.trees import partition
 from jaxlimit.measuring.sweeps import SPARSITIES
 

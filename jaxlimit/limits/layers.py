@@ -16,11 +16,12 @@ import jax
 import numpy as np
 
 from jaxlimit.core.checks import require_instance, require_key
+from jaxlimit.core.terminal import takes_bar
 from jaxlimit.core.trees import PyTree, flatten, path_name
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.geometry.magnitude import magnitude_order
 from jaxlimit.limits.arguments import check_arguments, require_readjustable
-from jaxlimit.limits.budget import Progress
+from jaxlimit.limits.budget import Progress, shown
 from jaxlimit.limits.estimate import LIMITS
 from jaxlimit.limits.pruning_limit import MAX_MATVECS, pruning_limit
 from jaxlimit.limits.result import PruningLimit
@@ -79,6 +80,7 @@ class LayerLimits(Mapping[str, PruningLimit]):
         return "\n".join(lines)
 
 
+@takes_bar(lambda layer, state: shown(state)._replace(title=layer))
 def layer_limits(
     curvature: Curvature,
     key: jax.Array,
@@ -90,7 +92,7 @@ def layer_limits(
     num_probes: int | None = None,
     which: Sequence[str] = LIMITS,
     checkpoint: str | os.PathLike[str] | None = None,
-    progress: Callable[[str, Progress], None] | None = None,
+    progress: Callable[[str, Progress], None] | bool | None = None,
     basis_bytes: int | None = None,
     scores: PyTree | None = None,
 ) -> LayerLimits:
@@ -110,7 +112,8 @@ def layer_limits(
         num_probes: as for `pruning_limit`.
         which: as for `pruning_limit`.
         checkpoint: folder for intermediate results, in which each layer has its own.
-        progress: called with the name of a layer and a `Progress` after every block of products.
+        progress: called with the name of a layer and a `Progress` after every block of products; True shows
+            bars.
         basis_bytes: as for `pruning_limit`.
         scores: as for `pruning_limit`: a pytree shaped like the weights of all layers.
 
@@ -153,7 +156,7 @@ def layer_limits(
             num_probes=num_probes,
             which=which,
             checkpoint=None if checkpoint is None else Path(checkpoint) / f"{number}-{_file_name(name)}",
-            progress=None if progress is None else partial(progress, name),
+            progress=partial(progress, name) if callable(progress) else None,
             basis_bytes=basis_bytes,
             scores=None if scores is None else _of_part(scores, part.weights),
         )

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxlimit.core.terminal import Shown
 from jaxlimit.core.trees import PyTree
 
 
@@ -56,6 +57,12 @@ class Readjusting(NamedTuple):
         """In words, for a progress line."""
         goal = f" of {self.goal:.4g}" if np.isfinite(self.goal) else ""
         return f"{self.stage}: sparsity {self.sparsity:.4f}, loss {self.loss:.4g}{goal}"
+
+
+def shown(state: Readjusting) -> Shown:
+    """As a bar shows it."""
+    titles = {"path": "pruned network", "search": "attained limit", "unpruned": "without pruning"}
+    return Shown(titles[state.stage], round(state.num_products), round(state.max_products), str(state))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
