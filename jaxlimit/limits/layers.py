@@ -19,6 +19,7 @@ from jaxlimit.core.checks import require_instance, require_key
 from jaxlimit.core.terminal import takes_bar
 from jaxlimit.core.trees import PyTree, flatten, path_name
 from jaxlimit.curvature.operator import Curvature
+from jaxlimit.geometry.groups import group_labels
 from jaxlimit.geometry.magnitude import magnitude_order
 from jaxlimit.limits.arguments import check_arguments, require_readjustable
 from jaxlimit.limits.budget import Progress, shown
@@ -95,6 +96,7 @@ def layer_limits(
     progress: Callable[[str, Progress], None] | bool | None = None,
     basis_bytes: int | None = None,
     scores: PyTree | None = None,
+    groups: Any = None,
 ) -> LayerLimits:
     """How sparse each layer can be pruned alone while the loss rises by at most `loss_tolerance`.
 
@@ -116,6 +118,7 @@ def layer_limits(
             bars.
         basis_bytes: as for `pruning_limit`.
         scores: as for `pruning_limit`: a pytree shaped like the weights of all layers.
+        groups: as for `pruning_limit`, of all layers.
 
     Returns:
         The limits by layer, in the order of the weights; `print` shows one table.
@@ -138,8 +141,8 @@ def layer_limits(
     require_instance("curvature", curvature, Curvature, "hessian or gauss_newton")
     key = require_key("key", key)
     check_arguments(loss_tolerance, tolerance, max_matvecs, num_probes, which, basis_bytes)
-    if scores is not None:
-        magnitude_order(curvature.weights, scores)  # refuses those that do not match
+    labels = None if groups is None else group_labels(curvature.weights, groups)
+    magnitude_order(curvature.weights, scores, labels)  # refuses those that do not match
     layers = _layers(curvature.weights, layer_of)
     for name, paths in layers.items():
         _require_prunable(name, _part(curvature, paths), which)
@@ -158,7 +161,8 @@ def layer_limits(
             checkpoint=None if checkpoint is None else Path(checkpoint) / f"{number}-{_file_name(name)}",
             progress=partial(progress, name) if callable(progress) else None,
             basis_bytes=basis_bytes,
-            scores=None if scores is None else _of_part(scores, part.weights),
+            scores=_of_part(scores, part.weights),
+            groups=_of_part(labels, part.weights),
         )
     return LayerLimits(limits)
 
@@ -194,8 +198,10 @@ def _require_prunable(name: str, part: Curvature, which: Sequence[str]) -> None:
     require_readjustable(part, which)
 
 
-def _of_part(tree: PyTree, weights: PyTree) -> PyTree:
-    """A tree like all weights, with None where the part has none."""
+def _of_part(tree: PyTree | None, weights: PyTree) -> PyTree | None:
+    """A tree like all weights, if there is one, with None where the part has none."""
+    if tree is None:
+        return None
     return jax.tree.map(lambda w, x: None if w is None else x, weights, tree, is_leaf=lambda w: w is None)
 
 
