@@ -34,6 +34,7 @@ from jaxlimit.spectrum.tridiagonal import Tridiagonal
 if TYPE_CHECKING:
     from jaxlimit.application.assess import assess
     from jaxlimit.application.assessment import Assessment
+    from jaxlimit.application.loading import load_assessment
 
 __all__ = [
     "Assessment",
@@ -65,6 +66,7 @@ __all__ = [
     "is_kernel",
     "keep_zeros",
     "layer_limits",
+    "load_assessment",
     "loss_statistics",
     "magnitude_mask",
     "nm_mask",
@@ -83,8 +85,12 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """`assess` and what it returns, imported when first used: all else takes .9 s, these take .6 more."""
-    if name in ("Assessment", "assess"):
-        from jaxlimit.application import assess, assessment
+    if name in ("Assessment", "assess", "load_assessment"):
+        from jaxlimit.application import assess, assessment, loading
 
-        return {"Assessment": assessment.Assessment, "assess": assess.assess}[name]
+        return {
+            "Assessment": assessment.Assessment,
+            "assess": assess.assess,
+            "load_assessment": loading.load_assessment,
+        }[name]
     raise AttributeError(f"module 'jaxlimit' has no attribute '{name}'")

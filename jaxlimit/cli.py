@@ -171,7 +171,7 @@ def _presets(command: Presets, args: Sequence[str], interrupt: Interrupt) -> int
 def _run(command: "Run", args: Sequence[str], interrupt: Interrupt) -> int:
     from jaxlimit.application import pipeline, run_folder, stage_answers
     from jaxlimit.application.presets import load_arrays
-    from jaxlimit.application.terminal import make_monitor
+    from jaxlimit.core.terminal import make_monitor
 
     folder = command.out
     config = pipeline.config_of(command.preset, command.options)
@@ -210,7 +210,7 @@ def _report(command: Report, args: Sequence[str], interrupt: Interrupt) -> int:
 
 
 def _experiment(command: "Experiment", args: Sequence[str], interrupt: Interrupt) -> int:
-    from jaxlimit.application.terminal import make_monitor
+    from jaxlimit.core.terminal import make_monitor
     from jaxlimit.experiments import execute_experiment
 
     interrupt.message = partial(_interrupted, command.out, args)

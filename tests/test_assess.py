@@ -22,8 +22,8 @@ from jaxlimit.application import answers, ledger
 from jaxlimit.application.answering import Answering, attained_stage
 from jaxlimit.application.assessed_folder import pruned_table
 from jaxlimit.application.question import NO_ERROR, NO_TEST_BATCHES, Question, certifying_of, default_error
-from jaxlimit.application.terminal import Silent
 from jaxlimit.core.interrupt import Interrupt
+from jaxlimit.core.terminal import Silent
 from jaxlimit.core.trees import partition
 from jaxlimit.measuring.sweeps import SPARSITIES
 
@@ -351,6 +351,28 @@ def test_a_finished_folder_is_read_and_nothing_computed(problem, folder, monkeyp
     assert jax.tree.all(
         jax.tree.map(np.array_equal, (found.params, found.mask), (stored.params, stored.mask))
     )
+
+
+def test_a_folder_is_loaded_without_data_and_functions(problem, folder, tmp_path):
+    out, found = folder
+    again = jaxlimit.load_assessment(out)
+    assert repr(again) == repr(found)
+    assert again.sentences == found.sentences
+    assert again.attained.pruned.params is None
+    limits = [x.predicted["gauss_newton"] for x in (again, found)]
+    assert np.array_equal(*(limit.measure.nodes for limit in limits))
+    networks = [x.attained.pruned for x in (jaxlimit.load_assessment(str(out), problem.params), found)]
+    assert jax.tree.all(jax.tree.map(np.array_equal, *((x.params, x.mask) for x in networks)))
+    with pytest.raises(ValueError, match="not of this network"):
+        jaxlimit.load_assessment(out, {"other": np.ones((2, 2), np.float32)})
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
+        jaxlimit.load_assessment(tmp_path)
+    for name in ("config.json", "limit.json"):
+        document = json.loads((out / name).read_text())
+        document.pop("finished", None)
+        (tmp_path / name).write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="is not finished: the same call"):
+        jaxlimit.load_assessment(tmp_path)
 
 
 @pytest.mark.parametrize(

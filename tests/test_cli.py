@@ -113,6 +113,8 @@ def test_a_run_writes_all_its_files(finished):
 
 def test_the_printed_table_is_limit_json(finished):
     folder, printed = finished
+    for line in repr(jaxlimit.load_assessment(folder)).splitlines():
+        assert line in printed
     document = json.loads((folder / "limit.json").read_text())
     for name in ("one_shot", "width", "cone", "readjusted"):
         (line,) = [line for line in printed.splitlines() if re.match(rf"  {name} +\d", line)]

@@ -68,7 +68,8 @@ def test_every_public_name_is_documented(site):
     assert not {f"jaxlimit.{name}" for name in jaxlimit.__all__} - names
     # A name at the top level need not be there a second time under its module.
     top = set(jaxlimit.__all__)
-    helpers = {"flatten", "unflatten", "frozen", "thawed", "as_array"}  # of pytrees, for the modules above
+    # Of pytrees, for the modules above.
+    helpers = {"flatten", "unflatten", "frozen", "thawed", "as_array", "named_arrays", "path_name"}
     for module in (
         paper_code,
         operator,

@@ -112,6 +112,17 @@ def test_arrays_are_put_together_and_left_out(problem):
     assert told[-1][1] == found["outer"].num_matvecs
 
 
+def test_groups_of_each_layer(problem):
+    """Oracle: the limit of the layer asked for alone."""
+    options = {"loss_tolerance": EPS, "which": ["one_shot"], "groups": "output_channels"}
+    with jax.enable_x64():
+        found = jaxlimit.layer_limits(problem[0], KEY, **options)
+        alone = problem[0].of(lambda path, leaf: path[0].key == "mid" and path[1].key == "kernel")
+        expected = jaxlimit.pruning_limit(alone, KEY, **options)
+    assert found["mid.kernel"].one_shot == expected.one_shot
+    assert expected.one_shot.value in np.arange(6) / 5
+
+
 def test_one_table_and_back_from_json(problem):
     with jax.enable_x64():
         found = jaxlimit.layer_limits(problem[0], KEY, loss_tolerance=EPS, which=["width"])

@@ -13,7 +13,14 @@ from safetensors.numpy import load_file
 
 import jaxlimit
 from jaxlimit.core.trees import partition
-from jaxlimit.models import Convolution, ConvolutionalNetwork, FullyConnected, Pool, from_nnx, torch_state
+from jaxlimit.models import (
+    Convolution,
+    ConvolutionalNetwork,
+    FullyConnected,
+    Pool,
+    from_nnx,
+    torch_state_dict,
+)
 
 
 def pruned(model):
@@ -32,7 +39,7 @@ def convolutional():
 
 def test_masks_lie_where_pytorch_has_the_zeros(convolutional):
     model, params, mask = convolutional
-    found, state = jaxlimit.torch_masks(mask, model=model), torch_state(model, params)
+    found, state = jaxlimit.torch_masks(mask, model=model), torch_state_dict(model, params)
     assert list(found) == ["conv.0.weight", "linear.0.weight", "linear.2.weight"]
     for name, kept in found.items():
         np.testing.assert_array_equal(kept, state[name] != 0)
@@ -94,7 +101,7 @@ def test_pytorch_prunes_with_the_masks(convolutional):
     from torch.nn.utils import prune
 
     model, params, mask = convolutional
-    dense, state = torch_state(model), torch_state(model, params)
+    dense, state = torch_state_dict(model), torch_state_dict(model, params)
     layers = {"linear.0": torch.nn.Linear(48, 6), "linear.2": torch.nn.Linear(6, 3)}
     net = torch.nn.Module()
     net.add_module("conv", torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3)))

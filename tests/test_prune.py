@@ -5,6 +5,8 @@ parameters, written anew in NumPy, for all others.
 """
 
 import itertools
+import json
+import math
 import re
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from flax import linen
 from test_compilation import compilations
 
 import jaxlimit
-from jaxlimit import Settings, attained_limit, batched, magnitude_mask, prune
+from jaxlimit import Attained, Pruned, Settings, attained_limit, batched, magnitude_mask, prune
 from jaxlimit.limits.conjugate_gradients import iterates
 from jaxlimit.models import from_linen
 from jaxlimit.pruning.result import Ending
@@ -393,6 +395,25 @@ def test_a_linen_network_with_batch_norm(network):
     found = prune(lambda p, b: apply(p, b[0]), cross_entropy, params, batched(arrays, 30), 0.5)
     assert found.loss < found.dense_loss  # it was never trained
     assert found.loss == pytest.approx(float(cross_entropy(apply(found.params, arrays[0]), arrays)), rel=1e-5)
+
+
+def test_results_are_read_back_from_json():
+    """Also where a loss was not finite; what is something else is refused."""
+    numbers = {"dense_loss": 0.5, "num_products": 2.5, "status": "settled."}
+    code, kept = Ending.SETTLED, {"w": 0.5}
+    network = Pruned(None, None, 0.5, math.inf, num_steps=3, code=code, kept_share=kept, **numbers)
+    tried = ((0.2, 0.6), (0.5, math.nan))
+    found = Attained(0.5, network, tried, 0.1, 0.01, unpruned_loss=None, code=Ending.BRACKETED, **numbers)
+    text = json.dumps(found.to_json(), allow_nan=False)
+    again = Attained.from_json(json.loads(text))
+    assert json.dumps(again.to_json()) == text
+    assert (again.code, again.pruned.code, again.tried[0]) == (found.code, network.code, (0.2, 0.6))
+    assert math.isnan(again.pruned.loss)
+    for cls, values in ((Pruned, found), (Attained, network)):
+        with pytest.raises(ValueError, match=f"these are not the values of {cls.__name__}: KeyError"):
+            cls.from_json(values.to_json())
+    with pytest.raises(ValueError, match="not the values of Pruned: ValueError: 'done' is not"):
+        Pruned.from_json({**network.to_json(), "code": "done"})
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ from jaxlimit.models import (
     from_nnx,
     load_torch_state,
     save_torch_state,
-    torch_state,
+    torch_state_dict,
 )
 from jaxlimit.models.torch_state import IGNORED
 
@@ -164,7 +164,7 @@ def compare(network, path, images, expected):
     """The outputs; and the state that is written is the one that was read, to the bit."""
     network = load_torch_state(network, path)
     predict, params = from_nnx(network)
-    state = torch_state(network)
+    state = torch_state_dict(network)
     assert_same_arrays(state, stored(path))
     assert all(array.flags.writeable for array in state.values())  # as torch.from_numpy wants them
     with jax.default_matmul_precision("highest"):
@@ -276,11 +276,11 @@ def test_what_cannot_be_written_is_refused(tmp_path):
         save_torch_state(model, tmp_path / "net.safetensors", params)
     del params["layers"]["0"]["bias"]
     with pytest.raises(ValueError, match=r"at layers\.0\.bias, layers\.0\.kernel\."):
-        torch_state(model, params)
+        torch_state_dict(model, params)
     with pytest.raises(ValueError, match=r"must be a \.safetensors file"):
         save_torch_state(model, tmp_path / "net.pt")
     with pytest.raises(ValueError, match=r"network of jaxlimit\.models, got a Linear"):
-        torch_state(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+        torch_state_dict(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
     assert not list(tmp_path.iterdir())
 
 

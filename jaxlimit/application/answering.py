@@ -11,7 +11,7 @@ from jaxlimit.application.assessment import Assessment
 from jaxlimit.application.ledger import Found, Performer, Stage
 from jaxlimit.application.question import Certifying, Question
 from jaxlimit.application.spectra import load_spectrum, save_spectrum
-from jaxlimit.application.terminal import Monitor
+from jaxlimit.core.terminal import Monitor
 from jaxlimit.core.trees import flatten, partition
 from jaxlimit.limits.dense_source import dense_fits
 from jaxlimit.limits.result import PruningLimit

@@ -20,9 +20,9 @@ from jaxlimit.application.question import (
     Question,
     certifying_of,
 )
-from jaxlimit.application.terminal import Monitor, Silent, make_monitor
 from jaxlimit.core.checks import require_key, require_problem, require_weight_fn
 from jaxlimit.core.interrupt import Interrupt
+from jaxlimit.core.terminal import Monitor, Silent, make_monitor
 from jaxlimit.core.trees import Prunable, PyTree, is_kernel
 from jaxlimit.limits.pruning_limit import MAX_MATVECS
 from jaxlimit.measuring.loss_statistics import LossStatistics, loss_statistics

@@ -27,8 +27,8 @@ from jaxlimit.application.ledger import Found, Ledger, Stage
 from jaxlimit.application.question import Certifying, Question, first_batch
 from jaxlimit.application.run_folder import CONFIG, FIGURES, REPORT
 from jaxlimit.application.spectra import load_spectrum
-from jaxlimit.application.terminal import Monitor
 from jaxlimit.core.storage import Purpose, about, claim, ordered_sum
+from jaxlimit.core.terminal import Monitor
 from jaxlimit.core.trees import PyTree, flatten, partition
 from jaxlimit.core.writing import write_file
 from jaxlimit.measuring.loss_statistics import LossStatistics

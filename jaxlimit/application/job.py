@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from jaxlimit.application.presets import Arrays, Options, Preset
-from jaxlimit.application.terminal import Monitor
 from jaxlimit.core.batches import Batches, batched
+from jaxlimit.core.terminal import Monitor
 
 # Examples at once in sweeps: as many as fit a CPU's cache, or fill another device. Sums over examples do not
 # depend on it.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from jaxlimit.application import machine, run_folder
-from jaxlimit.application.terminal import Monitor
+from jaxlimit.core.terminal import Monitor
 from jaxlimit.core.writing import FORMAT, content_of, read_json, remove, write_json
 
 

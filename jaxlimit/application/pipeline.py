@@ -21,7 +21,7 @@ from jaxlimit.application.spectra import load_spectrum
 from jaxlimit.application.stage_limits import Limits
 from jaxlimit.application.stage_sweeps import Measured
 from jaxlimit.application.stage_training import Trained
-from jaxlimit.application.terminal import Monitor
+from jaxlimit.core.terminal import Monitor
 from jaxlimit.core.writing import FORMAT, content_of, read_json
 
 

@@ -17,7 +17,7 @@ from jaxlimit.limits.arguments import check_arguments
 from jaxlimit.limits.estimate import LIMITS
 from jaxlimit.limits.pruning_limit import MAX_MATVECS
 from jaxlimit.measuring.risks import Metric
-from jaxlimit.models.torch_state import torch_state
+from jaxlimit.models.torch_state import torch_state_dict
 from jaxlimit.pruning.attained import MAX_PRODUCTS
 from jaxlimit.pruning.trust_region import DEFAULT, Settings
 
@@ -112,7 +112,7 @@ class Question:
         require_range("attained_tolerance", close, 0 < close < 1, "between 0 and 1")
         require_range("max_products", self.max_products, self.max_products > 0, "positive")
         if self.model is not None:
-            torch_state(self.model, self.params)
+            torch_state_dict(self.model, self.params)
 
     @property
     def loss(self) -> "MeanLoss":

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxlimit.application import machine, run_folder
-from jaxlimit.application.terminal import Monitor
 from jaxlimit.core import writing
 from jaxlimit.core.storage import Purpose, claim
+from jaxlimit.core.terminal import Monitor
 
 RESULTS, TABLE, PIECES = "results.json", "table.md", "pieces"
 EXPERIMENT = Purpose(

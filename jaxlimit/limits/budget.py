@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 
+from jaxlimit.core.terminal import Shown
 from jaxlimit.core.trees import PyTree
 from jaxlimit.curvature.operator import Curvature
 
@@ -44,6 +45,11 @@ class Progress(NamedTuple):
         limit = f"{self.stage}: {self.limit} in [{self.lower:.3f}, {self.upper:.3f}]"
         far = "" if math.isinf(self.spread) else f", resolved to {self.spread:.1e} of {self.tolerance:.1e}"
         return f"{limit}{far}" + (f" ({self.note})" if self.note else "")
+
+
+def shown(state: Progress) -> Shown:
+    """As a bar shows it."""
+    return Shown("pruning limit", state.num_matvecs, state.max_matvecs, str(state))
 
 
 @dataclass

@@ -16,11 +16,13 @@ import jax
 import numpy as np
 
 from jaxlimit.core.checks import require_instance, require_key
+from jaxlimit.core.terminal import takes_bar
 from jaxlimit.core.trees import PyTree, flatten, path_name
 from jaxlimit.curvature.operator import Curvature
+from jaxlimit.geometry.groups import group_labels
 from jaxlimit.geometry.magnitude import magnitude_order
 from jaxlimit.limits.arguments import check_arguments, require_readjustable
-from jaxlimit.limits.budget import Progress
+from jaxlimit.limits.budget import Progress, shown
 from jaxlimit.limits.estimate import LIMITS
 from jaxlimit.limits.pruning_limit import MAX_MATVECS, pruning_limit
 from jaxlimit.limits.result import PruningLimit
@@ -79,6 +81,7 @@ class LayerLimits(Mapping[str, PruningLimit]):
         return "\n".join(lines)
 
 
+@takes_bar(lambda layer, state: shown(state)._replace(title=layer))
 def layer_limits(
     curvature: Curvature,
     key: jax.Array,
@@ -90,9 +93,10 @@ def layer_limits(
     num_probes: int | None = None,
     which: Sequence[str] = LIMITS,
     checkpoint: str | os.PathLike[str] | None = None,
-    progress: Callable[[str, Progress], None] | None = None,
+    progress: Callable[[str, Progress], None] | bool | None = None,
     basis_bytes: int | None = None,
     scores: PyTree | None = None,
+    groups: Any = None,
 ) -> LayerLimits:
     """How sparse each layer can be pruned alone while the loss rises by at most `loss_tolerance`.
 
@@ -110,9 +114,11 @@ def layer_limits(
         num_probes: as for `pruning_limit`.
         which: as for `pruning_limit`.
         checkpoint: folder for intermediate results, in which each layer has its own.
-        progress: called with the name of a layer and a `Progress` after every block of products.
+        progress: called with the name of a layer and a `Progress` after every block of products; True shows
+            bars.
         basis_bytes: as for `pruning_limit`.
         scores: as for `pruning_limit`: a pytree shaped like the weights of all layers.
+        groups: as for `pruning_limit`, of all layers.
 
     Returns:
         The limits by layer, in the order of the weights; `print` shows one table.
@@ -135,8 +141,8 @@ def layer_limits(
     require_instance("curvature", curvature, Curvature, "hessian or gauss_newton")
     key = require_key("key", key)
     check_arguments(loss_tolerance, tolerance, max_matvecs, num_probes, which, basis_bytes)
-    if scores is not None:
-        magnitude_order(curvature.weights, scores)  # refuses those that do not match
+    labels = None if groups is None else group_labels(curvature.weights, groups)
+    magnitude_order(curvature.weights, scores, labels)  # refuses those that do not match
     layers = _layers(curvature.weights, layer_of)
     for name, paths in layers.items():
         _require_prunable(name, _part(curvature, paths), which)
@@ -153,9 +159,10 @@ def layer_limits(
             num_probes=num_probes,
             which=which,
             checkpoint=None if checkpoint is None else Path(checkpoint) / f"{number}-{_file_name(name)}",
-            progress=None if progress is None else partial(progress, name),
+            progress=partial(progress, name) if callable(progress) else None,
             basis_bytes=basis_bytes,
-            scores=None if scores is None else _of_part(scores, part.weights),
+            scores=_of_part(scores, part.weights),
+            groups=_of_part(labels, part.weights),
         )
     return LayerLimits(limits)
 
@@ -191,8 +198,10 @@ def _require_prunable(name: str, part: Curvature, which: Sequence[str]) -> None:
     require_readjustable(part, which)
 
 
-def _of_part(tree: PyTree, weights: PyTree) -> PyTree:
-    """A tree like all weights, with None where the part has none."""
+def _of_part(tree: PyTree | None, weights: PyTree) -> PyTree | None:
+    """A tree like all weights, if there is one, with None where the part has none."""
+    if tree is None:
+        return None
     return jax.tree.map(lambda w, x: None if w is None else x, weights, tree, is_leaf=lambda w: w is None)
 
 

@@ -18,11 +18,12 @@ import numpy as np
 from jaxlimit.core.checks import require_instance, require_key
 from jaxlimit.core.memory import advice_on_memory, device_memory
 from jaxlimit.core.storage import Checkpoint
+from jaxlimit.core.terminal import takes_bar
 from jaxlimit.core.trees import PyTree
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.geometry.magnitude import magnitude_order
 from jaxlimit.limits.arguments import check_arguments, require_readjustable
-from jaxlimit.limits.budget import Budget, BudgetSpent, Progress
+from jaxlimit.limits.budget import Budget, BudgetSpent, Progress, shown
 from jaxlimit.limits.cone import cone_limit
 from jaxlimit.limits.conjugate_gradients import NegativeCurvature
 from jaxlimit.limits.dense_source import dense_fits, dense_is_cheaper, dense_source
@@ -41,6 +42,7 @@ from jaxlimit.spectrum.bracket import SpectralBracket
 MAX_MATVECS = 10_000
 
 
+@takes_bar(shown)
 @advice_on_memory()
 def pruning_limit(
     curvature: Curvature,
@@ -52,7 +54,7 @@ def pruning_limit(
     num_probes: int | None = None,
     which: Sequence[str] = LIMITS,
     checkpoint: str | os.PathLike[str] | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Progress], None] | bool | None = None,
     basis_bytes: int | None = None,
     scores: PyTree | None = None,
     groups: Any = None,
@@ -81,7 +83,7 @@ def pruning_limit(
         checkpoint: folder for intermediate results. A run that was interrupted goes on from there and
             gives the same bits; a folder of a different problem is refused. One product, which `max_matvecs`
             does not count, tells problems apart.
-        progress: called with a `Progress` after every block of products.
+        progress: called with a `Progress` after every block of products; True shows a bar.
         basis_bytes: memory on each device for the vectors that Lanczos keeps orthogonal. Where they do not
             fit, the first ones are kept and the status says so; with 0 three vectors do, and the spectrum
             takes more products. None: half of the device's memory.
@@ -123,7 +125,7 @@ def pruning_limit(
     if problem.order.squared_norm[-1] == 0:
         raise ValueError("all prunable weights are zero: every sparsity leaves the network as it is.")
     require_readjustable(curvature, which)
-    budget = Budget(curvature, int(max_matvecs), progress)
+    budget = Budget(curvature, int(max_matvecs), progress if callable(progress) else None)
     identity = {} if checkpoint is None else fingerprint(curvature, problem, key, tolerance, num_probes)
     dim, semidefinite = curvature.dim, curvature.positive_semidefinite
     dense = dense_fits(dim, max_matvecs) and dense_is_cheaper(dim, which, tolerance, semidefinite)

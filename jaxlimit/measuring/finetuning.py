@@ -24,6 +24,7 @@ from jaxlimit.core.placement import placed
 from jaxlimit.core.programs import Program, Traced
 from jaxlimit.core.sharding import to_host
 from jaxlimit.core.sums import ExampleSum
+from jaxlimit.core.terminal import Shown, takes_bar
 from jaxlimit.core.trees import Prunable, PyTree, combine, is_kernel, partition
 from jaxlimit.curvature.products import each
 from jaxlimit.curvature.small_batches import LEAST_LOSS
@@ -38,6 +39,7 @@ Progress = Callable[[int, int], None]
 CALL_SECONDS = 0.5
 
 
+@takes_bar(partial(Shown, "fine-tuned sweep"))
 def finetuned_sweep(
     loss_fn: Callable[[PyTree, PyTree], jax.Array],
     params: PyTree,
@@ -54,7 +56,7 @@ def finetuned_sweep(
     weight_fn: Callable[[PyTree], jax.Array] | None = None,
     chunk_size: int = 8,
     keep: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Sweep:
     """Lowest loss that short training of the kept weights reaches at each sparsity.
 
@@ -81,7 +83,7 @@ def finetuned_sweep(
         keep: whether the networks at their lowest loss are in the result, too. That takes one copy of the
             prunable weights for each sparsity, on the host: too much for a large network, hence the default.
         progress: called about every half second with (passes over the data done, passes in all); each
-            sparsity takes num_steps + 1.
+            sparsity takes num_steps + 1. True shows a bar.
 
     Returns:
         Sweep with the metric "loss" (lowest training loss, the start included), and the eval metrics; with
@@ -111,7 +113,8 @@ def finetuned_sweep(
         groups=groups,
         weight_fn=weight_fn,
     )
-    return network.sweep(sparsities, chunk_size=chunk_size, keep=keep, progress=progress)
+    told = progress if callable(progress) else None
+    return network.sweep(sparsities, chunk_size=chunk_size, keep=keep, progress=told)
 
 
 class FinetunedNetwork:

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from jaxlimit.core.cuts import Sampled
 from jaxlimit.core.placement import placed
 from jaxlimit.core.programs import Traced
 from jaxlimit.core.sums import ExampleSum
+from jaxlimit.core.terminal import Shown, takes_bar
 from jaxlimit.core.trees import Prunable, PyTree, combine, is_kernel, partition, unflatten
 from jaxlimit.curvature.products import each
 from jaxlimit.curvature.value_checks import ValueCheck
@@ -74,6 +76,7 @@ class Sweep:
         return float(self.sparsities[above[0] - 1]) if above[0] > 0 else 0.0
 
 
+@takes_bar(partial(Shown, "sparsity sweep"))
 def sparsity_sweep(
     metrics_fn: Metrics,
     params: PyTree,
@@ -85,7 +88,7 @@ def sparsity_sweep(
     groups: Any = None,
     chunk_size: int = 8,
     weight_fn: Callable[[PyTree], jax.Array] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | bool | None = None,
 ) -> Sweep:
     """Metrics of the one-shot magnitude-pruned network at each sparsity, without any retraining.
 
@@ -105,7 +108,7 @@ def sparsity_sweep(
             that whole groups reach: the largest ones that do not exceed those that were given.
         chunk_size: sparsities of a call, evaluated side by side; on a CPU one after the other.
         weight_fn: how much a batch counts, as for `hessian`.
-        progress: called after each chunk with (sparsities done, sparsities in all).
+        progress: called after each chunk with (sparsities done, sparsities in all); True shows a bar.
 
     Raises:
         ValueError: a sparsity outside [0, 1], none at all, or what `hessian` refuses of params; metrics that
@@ -123,7 +126,8 @@ def sparsity_sweep(
     network = PrunedNetwork(
         params, metrics_fn, prunable=prunable, scores=scores, groups=groups, weight_fn=weight_fn
     )
-    return network.sweep(batches, sparsities, chunk_size=chunk_size, progress=progress)
+    told = progress if callable(progress) else None
+    return network.sweep(batches, sparsities, chunk_size=chunk_size, progress=told)
 
 
 class PrunedNetwork:

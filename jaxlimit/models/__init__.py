@@ -9,7 +9,7 @@ from jaxlimit.models.convolutional import VGG, AlexNet, CNet, Convolution, Convo
 from jaxlimit.models.fully_connected import FullyConnected, digits_net, fc2, fc5, fc12, fc13
 from jaxlimit.models.functional import from_equinox, from_linen, from_nnx
 from jaxlimit.models.resnet import ResNet
-from jaxlimit.models.torch_state import load_torch_state, save_torch_state, torch_state
+from jaxlimit.models.torch_state import load_torch_state, save_torch_state, torch_state_dict
 
 __all__ = [
     "VGG",
@@ -33,5 +33,5 @@ __all__ = [
     "load_sentence_encoder",
     "load_torch_state",
     "save_torch_state",
-    "torch_state",
+    "torch_state_dict",
 ]

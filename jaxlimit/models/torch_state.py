@@ -67,7 +67,7 @@ def load_torch_state(model: Model, file: str | Path) -> Model:
     return model
 
 
-def torch_state(model: nnx.Module, params: PyTree | None = None) -> State:
+def torch_state_dict(model: nnx.Module, params: PyTree | None = None) -> State:
     """The state dict of the same network in PyTorch: what `load_torch_state` reads.
 
     Args:
@@ -83,7 +83,7 @@ def torch_state(model: nnx.Module, params: PyTree | None = None) -> State:
 
     Examples:
         >>> from jaxlimit.models import FullyConnected
-        >>> state = torch_state(FullyConnected([4, 3], rngs=nnx.Rngs(0)))
+        >>> state = torch_state_dict(FullyConnected([4, 3], rngs=nnx.Rngs(0)))
         >>> {name: array.shape for name, array in state.items()}
         {'linear.0.weight': (3, 4), 'linear.0.bias': (3,)}
     """
@@ -109,18 +109,18 @@ def save_torch_state(model: nnx.Module, file: str | Path, params: PyTree | None 
     There: `net.load_state_dict(safetensors.torch.load_file("net.safetensors"))`.
 
     Args:
-        model: as for `torch_state`.
+        model: as for `torch_state_dict`.
         file: .safetensors; written whole or not at all.
-        params: as for `torch_state`.
+        params: as for `torch_state_dict`.
 
     Raises:
-        ValueError: a file of another kind; as for `torch_state`.
+        ValueError: a file of another kind; as for `torch_state_dict`.
     """
     from safetensors.numpy import save
 
     if Path(file).suffix != ".safetensors":
         raise ValueError(f"file must be a .safetensors file, got {file}.")
-    write_file(Path(file), save(torch_state(model, params)))
+    write_file(Path(file), save(torch_state_dict(model, params)))
 
 
 def _plain(found: State, file: str | Path) -> State:

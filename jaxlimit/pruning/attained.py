@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from jaxlimit.core.checks import require_positive, require_range
 from jaxlimit.core.memory import advice_on_memory
 from jaxlimit.core.storage import Checkpoint
+from jaxlimit.core.terminal import takes_bar
 from jaxlimit.core.trees import Prunable, PyTree, is_kernel
 from jaxlimit.pruning.prune import network, path, settled
 from jaxlimit.pruning.readjustable import Readjustable, readjustable
-from jaxlimit.pruning.result import Attained, Ending, Readjusting
+from jaxlimit.pruning.result import Attained, Ending, Readjusting, shown
 from jaxlimit.pruning.trust_region import DEFAULT, Point, Settings
 
 # Steps that a network has to come within the tolerance: benchmarks/pruning.py.
@@ -49,6 +50,7 @@ class _State(NamedTuple):
     tried: NDArray[np.float64]
 
 
+@takes_bar(shown)
 @advice_on_memory()
 def attained_limit(
     predict_fn: Callable[[PyTree, PyTree], PyTree],
@@ -69,7 +71,7 @@ def attained_limit(
     unpruned: bool = True,
     settings: Settings = DEFAULT,
     checkpoint: str | os.PathLike[str] | None = None,
-    progress: Callable[[Readjusting], None] | None = None,
+    progress: Callable[[Readjusting], None] | bool | None = None,
     on_network: Callable[[float, PyTree], None] | None = None,
 ) -> Attained:
     r"""The sparsest network that was found within the loss tolerance: a lower bound of what is possible.
@@ -99,7 +101,7 @@ def attained_limit(
         unpruned: whether the network without pruning is given as many products, too.
         settings: as for `prune`.
         checkpoint: as for `prune`.
-        progress: called with a `Readjusting` after every step.
+        progress: called with a `Readjusting` after every step; True shows a bar.
         on_network: called with the sparsity and the parameters of every network that is within the tolerance,
             in the order in which they are found. One that is handed out when work is interrupted may be
             handed out again, the same, when it goes on.
@@ -146,7 +148,7 @@ def attained_limit(
     with Checkpoint(checkpoint, {} if checkpoint is None else identity) as store:
 
         def tell(stage: str, removed: int, point: Point, most: float) -> None:
-            if progress is not None:
+            if callable(progress):
                 sparsity, to = removed / problem.dim, goal if stage == "search" else np.inf
                 progress(Readjusting(stage, sparsity, point.loss, to, point.num_products, most))
 

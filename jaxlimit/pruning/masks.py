@@ -36,7 +36,7 @@ def torch_masks(
     Args:
         mask: pytree of bools, False where a weight is pruned, None for what is not prunable, as in `Pruned`.
         model: the network of `jaxlimit.models` whose parameters these are: names and layouts are those of
-            `models.torch_state`.
+            `models.torch_state_dict`.
         names: for any other network PyTorch's name of each array by its own, such as "layers.0.kernel"; or
             the name and a function that brings the array into PyTorch's layout: `("fc.weight", np.transpose)`
             for a dense kernel of Flax. None: names and layouts stay.

@@ -11,10 +11,11 @@ import numpy as np
 from jaxlimit.core.checks import require_range
 from jaxlimit.core.memory import advice_on_memory
 from jaxlimit.core.storage import Checkpoint, ordered_sum
+from jaxlimit.core.terminal import takes_bar
 from jaxlimit.core.trees import Prunable, PyTree, flatten, is_kernel
 from jaxlimit.geometry.magnitude import num_removed
 from jaxlimit.pruning.readjustable import Readjustable, readjustable
-from jaxlimit.pruning.result import Ending, Pruned, Readjusting, kept_share
+from jaxlimit.pruning.result import Ending, Pruned, Readjusting, kept_share, shown
 from jaxlimit.pruning.trust_region import DEFAULT, Point, Settings
 
 # The last stage ends where two steps running lower the loss by less than this share of it, or of the loss
@@ -44,6 +45,7 @@ class _Average(NamedTuple):
     number: int
 
 
+@takes_bar(shown)
 @advice_on_memory()
 def prune(
     predict_fn: Callable[[PyTree, PyTree], PyTree],
@@ -62,7 +64,7 @@ def prune(
     max_products: float = MAX_PRODUCTS,
     settings: Settings = DEFAULT,
     checkpoint: str | os.PathLike[str] | None = None,
-    progress: Callable[[Readjusting], None] | None = None,
+    progress: Callable[[Readjusting], None] | bool | None = None,
 ) -> Pruned:
     r"""The network of one sparsity, with the kept weights readjusted on the real loss.
 
@@ -102,7 +104,7 @@ def prune(
         settings: how steps are made.
         checkpoint: folder for intermediate results. Work that was interrupted goes on from there and gives
             the same bits, with another budget too; a folder of a different problem is refused.
-        progress: called with a `Readjusting` after every step.
+        progress: called with a `Readjusting` after every step; True shows a bar.
 
     Returns:
         The network with its mask, its measured loss, and a status.
@@ -162,7 +164,7 @@ def prune(
         while not state.settled and (state.stage < len(counts) or state.point.num_products < max_products):
             state = _next(problem, state, counts, mask)
             store.save_tree("path", state)
-            if progress is not None:
+            if callable(progress):
                 point, done = state.point, float(np.mean(flatten(state.mask) == 0))
                 progress(Readjusting("path", done, point.loss, np.inf, point.num_products, max_products))
     return _result(problem, state)

@@ -1,13 +1,15 @@
 """What `prune` and `attained_limit` return: networks, what they cost, and how the work ended."""
 
+import contextlib
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from jaxlimit.core.terminal import Shown
 from jaxlimit.core.trees import PyTree
 
 
@@ -58,6 +60,12 @@ class Readjusting(NamedTuple):
         return f"{self.stage}: sparsity {self.sparsity:.4f}, loss {self.loss:.4g}{goal}"
 
 
+def shown(state: Readjusting) -> Shown:
+    """As a bar shows it."""
+    titles = {"path": "pruned network", "search": "attained limit", "unpruned": "without pruning"}
+    return Shown(titles[state.stage], round(state.num_products), round(state.max_products), str(state))
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Pruned:
     """A pruned network whose kept weights were readjusted.
@@ -97,9 +105,13 @@ class Pruned:
         """The inverse of `to_json`; the network, which JSON does not carry, is None unless it is given.
 
         A loss that was not finite is NaN.
+
+        Raises:
+            ValueError: the values are not those of a pruned network.
         """
-        loss, code = _number(values["loss"]), Ending(values["code"])
-        return cls(params=params, mask=mask, **{**values, "loss": loss, "code": code})
+        with _values_of(cls):
+            losses = {name: _number(values[name]) for name in ("loss", "dense_loss")}
+            return cls(params=params, mask=mask, **{**values, **losses, "code": Ending(values["code"])})
 
     def __repr__(self) -> str:
         return (
@@ -146,11 +158,16 @@ class Attained:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], params: PyTree = None, mask: PyTree = None) -> "Attained":
-        """The inverse of `to_json`, as that of `Pruned`."""
-        found = dict(values)
-        found["tried"] = tuple((sparsity, _number(loss)) for sparsity, loss in values["tried"])
-        found["pruned"] = Pruned.from_json(values["pruned"], params, mask)
-        return cls(**{**found, "code": Ending(values["code"])})
+        """The inverse of `to_json`, as that of `Pruned`.
+
+        Raises:
+            ValueError: the values are not those of an attained limit.
+        """
+        with _values_of(cls):
+            found = {**values, "code": Ending(values["code"])}
+            found["tried"] = tuple((sparsity, _number(loss)) for sparsity, loss in values["tried"])
+            found["pruned"] = Pruned.from_json(values["pruned"], params, mask)
+            return cls(**found)
 
     def __repr__(self) -> str:
         lines = [
@@ -172,6 +189,17 @@ def _json(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_json(x) for x in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def _values_of(cls: type) -> Iterator[None]:
+    """A block that reads values: says so where they are of something else."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"these are not the values of {cls.__name__}: {type(error).__name__}: {error}."
+        ) from error
 
 
 def _number(value: float | None) -> float:

@@ -1,13 +1,27 @@
-"""Progress of a run on the screen."""
+"""Progress on the screen: of a run, stage by stage, and of a function that is called with `progress=True`."""
 
+import functools
+import importlib.util
 import sys
 import time
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from jaxlimit.core.interrupt import Interrupt
 
 # Seconds between two lines on the progress of a stage, where there is no terminal to show a bar.
 QUIET = 60.0
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+class Shown(NamedTuple):
+    """What a bar shows: the title of a stage, how much of how much work is done, and a note."""
+
+    title: str
+    done: int
+    total: int
+    note: str = ""
 
 
 class Monitor(Protocol):
@@ -27,8 +41,81 @@ class Monitor(Protocol):
 
 
 def make_monitor(interrupt: Interrupt) -> "Bars | Lines":
-    """Bars on a terminal, lines elsewhere; both on standard error."""
-    return Bars(interrupt) if sys.stderr.isatty() else Lines(interrupt)
+    """Bars on a terminal or in a notebook, where rich can draw them; else lines. Both on standard error."""
+    return Bars(interrupt) if _draws() else Lines(interrupt)
+
+
+def _draws() -> bool:
+    if importlib.util.find_spec("rich") is None:
+        return False
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if console.is_jupyter:  # whose bars are widgets
+        return importlib.util.find_spec("ipywidgets") is not None
+    return sys.stderr.isatty()
+
+
+def takes_bar(
+    read: Callable[..., Shown],
+) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
+    """Lets a function with a keyword `progress`, which it calls with its news, take True: to show a bar.
+
+    Args:
+        read: what the bar shows of the news; a bar for each title.
+
+    Examples:
+        >>> @takes_bar(lambda done: Shown("squares", done, 3))
+        ... def squares(*, progress=None):
+        ...     for i in range(3):
+        ...         if callable(progress): progress(i)
+        ...     return [0, 1, 4]
+        >>> squares(progress=True), squares(progress=print)
+        0
+        1
+        2
+        ([0, 1, 4], [0, 1, 4])
+    """
+
+    def decorated(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+        @functools.wraps(function)
+        def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+            progress: Any = kwargs.get("progress")
+            if progress is None or progress is False or callable(progress):
+                return function(*args, **kwargs)
+            if progress is not True:
+                raise ValueError(f"progress must be True or a function, got {progress!r:.50}.")
+            with Interrupt() as interrupt, make_monitor(interrupt) as monitor:
+                bar = _Bar(monitor, read)
+                kwargs["progress"] = bar
+                result = function(*args, **kwargs)
+                bar.finish()
+            return result
+
+        return call
+
+    return decorated
+
+
+class _Bar:
+    """A function that is called with news, and shows them."""
+
+    def __init__(self, monitor: Monitor, read: Callable[..., Shown]) -> None:
+        self._monitor, self._read = monitor, read
+        self._last: Shown | None = None
+
+    def __call__(self, *news: Any) -> None:
+        shown = self._read(*news)
+        if self._last is None or shown.title != self._last.title:
+            self.finish()
+            self._monitor.start(shown.title, shown.total)
+        self._last = shown
+        self._monitor.update(shown.done, shown.note)
+
+    def finish(self) -> None:
+        """Of the last title."""
+        if self._last is not None:
+            self._monitor.finish(self._last.note)
 
 
 class Silent:
