@@ -12,10 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
-from jaxlimit import Pruned, batched, gauss_newton, hessian, magnitude_mask, nm_mask, predicted_loss, prune
+from jaxlimit import (
+    Pruned,
+    batched,
+    gauss_newton,
+    hessian,
+    magnitude_mask,
+    models,
+    nm_mask,
+    predicted_loss,
+    prune,
+)
 from jaxlimit.core.trees import combine, flatten, partition
 
-PAGE = (Path(__file__).parents[1] / "docs" / "groups.md").read_text()
+PATH = Path(__file__).parents[1] / "docs" / "groups.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", PATH.read_text(), flags=re.DOTALL)
 # Few different magnitudes, of both signs: most of them are tied.
 tied = st.sampled_from([0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 2.0])
 
@@ -168,19 +179,31 @@ def test_what_is_no_mask_is_refused(mlp):
         predicted_loss(mlp.loss, mask)  # pyright: ignore[reportArgumentType]
 
 
-def test_the_example_of_the_documentation_runs(capsys):
-    code, *_ = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-    assert "epochs=60" in code
+def run_example(code, names):
+    few = code.replace("epochs=60", "epochs=2").replace("mask=half", "mask=half, max_products=2")
     exec(
-        compile(
-            code.replace("epochs=60", "epochs=2").replace("mask=half", "mask=half, max_products=2"),
-            "groups.md",
-            "exec",
-        ),
-        {},
+        compile(few.replace("0.5, groups=labels", "0.5, groups=labels, max_products=2"), PATH, "exec"), names
     )
+
+
+def test_the_first_example_of_the_documentation_runs(capsys):
+    """With less training and fewer products."""
+    assert "epochs=60" in EXAMPLES[0]
+    run_example(EXAMPLES[0], {})
     found = capsys.readouterr().out
-    assert re.search(
-        r"^2:4: predicted increase .* rises by .*, at sparsity 0\.5000$", found, flags=re.MULTILINE
-    )
+    assert re.search(r"^2:4: predicted increase .*, at sparsity 0\.5000$", found, flags=re.MULTILINE)
     assert "Pruned network of sparsity 0.5000" in found
+
+
+@pytest.mark.slow
+def test_the_other_examples_of_the_documentation_run(capsys, monkeypatch):
+    """The one that goes on with the first network, and the one with Flax, on a narrower network."""
+    bare, with_flax, coupled = EXAMPLES
+    names = {}
+    run_example(bare, names)
+    capsys.readouterr()
+    run_example(coupled, names)
+    assert re.fullmatch(r"32 units, one_shot .*\n0\.5 16 units are left\n", capsys.readouterr().out)
+    monkeypatch.setattr(models, "digits_net", lambda *, rngs: models.FullyConnected([64, 4, 10], rngs=rngs))
+    run_example(with_flax, {})
+    assert "(296 weights in 68 groups, 1,438 examples)" in capsys.readouterr().out
