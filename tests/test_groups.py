@@ -18,6 +18,7 @@ from scipy.optimize import brentq
 from jaxlimit import (
     PruningLimit,
     Settings,
+    assess,
     attained_limit,
     batched,
     finetuned_sweep,
@@ -394,3 +395,34 @@ def test_heads_that_do_not_fit_are_refused():
         head_labels({"query": np.ones((8, 4, 2))}, 2)
     with pytest.raises(ValueError, match="belongs to no head"):
         head_labels({"query": np.ones((8, 8)), "out": {"bias": np.ones(8)}}, 2)
+
+
+def test_one_call_assesses_groups(regression):
+    """What is cut and what is attained are sparsities that whole groups reach."""
+    weights, arrays, labels, losses = regression
+    keywords = {
+        "loss_tolerance": 1.5,
+        "curvatures": ["gauss_newton"],
+        "settings": Settings(curvature_share=1.0),
+    }
+    args = linear, squared_error, weights, batched(arrays, 60), jax.random.key(0)
+    found = assess(*args, groups=labels, scores=weights, **keywords)
+    reachable = [s for s, _ in losses]
+    assert {found.cut.sparsity, found.cut.next, found.attained.sparsity, *found.cut.sparsities} <= {
+        *reachable
+    }
+    within = [
+        s
+        for s in reachable
+        if squared_error_without(regression, s) <= 1.5 + squared_error_without(regression, 0)
+    ]
+    assert found.cut.sparsity == max(within)
+    dense = squared_error_without(regression, 0)
+    assert found.attained.sparsity == max(s for s, loss in losses if loss <= dense + 1.5)
+
+
+def squared_error_without(regression, sparsity):
+    weights, arrays, labels, _ = regression
+    order = magnitude_order(weights, groups=labels)
+    pruned = np.where(order.mask(order.within(round(sparsity * 12))), weights, 0)
+    return float(squared_error(linear(pruned, arrays), arrays))

@@ -58,6 +58,7 @@ def predicted(question: Question, name: str, checkpoint: Path | None, told: Told
         max_matvecs=question.max_matvecs,
         checkpoint=checkpoint,
         scores=question.scores,
+        groups=question.groups,
         progress=progress,
     )
 
@@ -97,6 +98,7 @@ def cut(question: Question, told: Told) -> Cut:
         question.params,
         lambda params, batch: {"loss": question.loss(params, batch)},
         scores=question.scores,
+        groups=question.groups,
         **question.selection,
     )
     coarse = network.sweep(question.batches, SPARSITIES[::COARSE], progress=_told(told, 0))
@@ -121,8 +123,10 @@ def cut(question: Question, told: Told) -> Cut:
 def _around(coarse: Sweep, bound: float) -> NDArray[np.float64]:
     """The sparsities of the grid from the last one before the crossing to the first beyond it."""
     last = coarse.first_crossing("loss", bound)
-    start = int(np.searchsorted(SPARSITIES, last - 1e-9))
-    return SPARSITIES[start : start + COARSE + 1]
+    beyond = coarse.sparsities[coarse.sparsities > last]
+    ends = np.array([last - 1e-9, (beyond[0] if beyond.size else last) + 1e-9])
+    start, stop = np.searchsorted(SPARSITIES, ends)
+    return SPARSITIES[start:stop]
 
 
 def _joined(first: Sweep, second: Sweep, metric: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -139,7 +143,8 @@ def _errors(
     def metrics(params: PyTree, batch: PyTree) -> dict[str, Any]:
         return {"error": jnp.mean(certifying.error_fn(params, batch).astype(jnp.float32))}
 
-    network = PrunedNetwork(params, metrics, scores=question.scores, prunable=question.prunable)
+    order = {"scores": question.scores, "groups": question.groups, "prunable": question.prunable}
+    network = PrunedNetwork(params, metrics, **order)
     found = network.sweep(certifying.batches, grid, progress=_told(told, np.size(grid)))
     return found.metrics["error"]
 
@@ -198,6 +203,7 @@ def attained(question: Question, networks: Networks, checkpoint: Path | None, to
         tolerance=question.attained_tolerance,
         trainable=question.trainable,
         scores=question.scores,
+        groups=question.groups,
         max_products=question.max_products,
         settings=question.settings,
         checkpoint=checkpoint,

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -54,6 +55,7 @@ def assess(
     prunable: Prunable = is_kernel,
     trainable: Prunable | None = None,
     scores: PyTree | None = None,
+    groups: Any = None,
     weight_fn: Callable[[PyTree], jax.Array] | None = None,
     max_matvecs: int = MAX_MATVECS,
     max_products: float = MAX_PRODUCTS,
@@ -94,6 +96,7 @@ def assess(
         prunable: as for `hessian`.
         trainable: as for `prune`: other parameters that move when weights are readjusted.
         scores: as for `pruning_limit`: another order than that of the magnitudes.
+        groups: as for `pruning_limit`: channels, heads, blocks, or weights of one label go together.
         weight_fn: how much a batch counts, as for `hessian`.
         max_matvecs: budget of each curvature, as for `pruning_limit`.
         max_products: budget of the search, as for `attained_limit`.
@@ -148,6 +151,7 @@ def assess(
         prunable=prunable,
         trainable=trainable,
         scores=scores,
+        groups=groups,
         weight_fn=weight_fn,
         settings=settings,
         certifying=certifying,

@@ -31,6 +31,7 @@ from jaxlimit.core.storage import Purpose, about, claim, ordered_sum
 from jaxlimit.core.terminal import Monitor
 from jaxlimit.core.trees import PyTree, flatten, partition
 from jaxlimit.core.writing import write_file
+from jaxlimit.geometry.groups import group_labels
 from jaxlimit.measuring.loss_statistics import LossStatistics
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def _identity(question: Question, curvatures: Sequence[str], statistics: LossSta
         "weights": _checksum(weights),
         "others": _checksum(rest),
         "scores": None if question.scores is None else _checksum(question.scores),
+        "groups": None if question.groups is None else _checksum(group_labels(weights, question.groups)),
         "trainable": question.trainable is not None,
         "num_examples": statistics.num_examples,
         "loss": about(statistics.mean, SAME * abs(statistics.mean)),
