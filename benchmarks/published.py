@@ -10,8 +10,8 @@ Our rows are `jaxlimit.prune`, for each sparsity from the dense network. "Gradie
 gradients a row takes: a Gauss-Newton product or a gradient over N images counts as N, a loss as N / 3, and so
 do the dense network's outputs where these are the targets. What changes no weight is given apart as "checks":
 two gradients and two losses of each image in `gauss_newton`, the pruned network's loss, and the statistics of
-the dense network. Settings of a row are the same at all sparsities. With few gradients they were chosen by the
-accuracy on training images that the row does not see; those of ResNet20 at .9, with 8,000 gradients.
+the dense network. Settings of a row are the same at all sparsities. With few gradients they were chosen by
+the accuracy on training images that the row does not see; those of ResNet20 at .9, with 8,000 gradients.
 
 Each result is stored in DIR as soon as it is there. Results are in results/published.json, and tables in
 results/published_NETWORK.md; the figure is published.png.
