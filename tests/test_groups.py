@@ -24,9 +24,11 @@ from jaxlimit import (
     finetuned_sweep,
     gauss_newton,
     hessian,
+    magnitude_mask,
     predicted_loss,
     prune,
     pruning_limit,
+    removed_norm,
     sparsity_sweep,
 )
 from jaxlimit.core.trees import combine, flatten, partition
@@ -217,12 +219,17 @@ def test_the_true_rises_and_the_curve_are_those_of_the_masks(network, x64):
     limit = pruning_limit(curvature, jax.random.key(0), loss_tolerance=0.05, groups="output_channels")
     order = magnitude_order(curvature.weights, groups="output_channels")
     for name, estimate in limit.estimates().items():
-        mask = order.mask(order.within(round(estimate.value * 35)))
+        mask = magnitude_mask(curvature.weights, estimate.value, groups="output_channels")
+        np.testing.assert_array_equal(
+            flatten(mask), flatten(order.mask(order.within(round(estimate.value * 35))))
+        )
         assert np.mean(flatten(mask) == 0) == pytest.approx(estimate.value, abs=1e-15)
         assert limit.rises[name] == pytest.approx(predicted_loss(curvature, mask).rise, abs=1e-12)
     truth = brute_force(network, "hessian", "output_channels")
     norms = [np.linalg.norm(truth.c(n)) for n in range(len(truth.removed))]
     np.testing.assert_allclose(limit.curve(truth.sparsities).removed_norm, norms, rtol=1e-12)
+    found = removed_norm(curvature.weights, truth.sparsities, groups="output_channels")
+    np.testing.assert_allclose(found, norms, rtol=1e-12)
     assert limit.curve([3.9 / 35]).removed_norm.tolist() == [0.0]  # a whole group has four weights
     again = PruningLimit.from_json(limit.to_json())
     assert again.num_groups == limit.num_groups == 8

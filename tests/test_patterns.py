@@ -182,7 +182,12 @@ def test_what_is_no_mask_is_refused(mlp):
 def run_example(code, names):
     few = code.replace("epochs=60", "epochs=2").replace("mask=half", "mask=half, max_products=2")
     exec(
-        compile(few.replace("0.5, groups=labels", "0.5, groups=labels, max_products=2"), PATH, "exec"), names
+        compile(
+            few.replace("batches, 0.5, groups=labels", "batches, 0.5, groups=labels, max_products=2"),
+            PATH,
+            "exec",
+        ),
+        names,
     )
 
 
@@ -208,5 +213,5 @@ def test_the_other_examples_of_the_documentation_run(capsys, monkeypatch):
     names = {}
     run_example(with_flax, names)
     assert "(296 weights in 68 groups, 1,438 examples)" in capsys.readouterr().out
-    run_example(smaller.replace("mask(36)", "mask(2)"), names)
+    run_example(smaller, names)
     assert "of 160 parameters, 310 before\nsame outputs: True\n148 of 296 mult" in capsys.readouterr().out
