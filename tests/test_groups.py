@@ -34,6 +34,10 @@ from jaxlimit import (
 from jaxlimit.core.trees import combine, flatten, partition
 from jaxlimit.geometry.groups import axis_labels, group_labels, head_labels
 from jaxlimit.geometry.magnitude import magnitude_order
+from jaxlimit.limits.problem import Problem
+from jaxlimit.limits.width import width_limit
+from jaxlimit.spectrum.bracket import SpectralBracket
+from jaxlimit.spectrum.measure import SpectralMeasure
 
 
 def groups_in_order(ranking, labels):
@@ -234,6 +238,20 @@ def test_the_true_rises_and_the_curve_are_those_of_the_masks(network, x64):
     again = PruningLimit.from_json(limit.to_json())
     assert again.num_groups == limit.num_groups == 8
     assert "35 weights in 8 groups, 17 examples" in repr(again)
+
+
+def test_bounds_within_one_group_leave_nothing_open():
+    """Rounding moves the root of single weights, and that of groups within one of them: the limit is sure."""
+    rng = np.random.default_rng(0)
+    weights, eigenvalues = rng.normal(size=60), 10 ** rng.uniform(-3, 1, 60)
+    bracket = SpectralBracket.exact(SpectralMeasure(eigenvalues, np.full(60, 1 / 60)), 1e-4)
+    single = width_limit(bracket, Problem(magnitude_order(weights), 0.5))
+    order = magnitude_order(weights, groups=np.arange(60) // 6)
+    grouped = width_limit(bracket, Problem(order, 0.5))
+    assert single.half_bracket > 0
+    assert grouped.lower == grouped.value == grouped.upper
+    assert grouped.half_bracket == 0
+    assert grouped.value in [n / 10 for n in range(11)]
 
 
 # Sweeps and pruned networks.
