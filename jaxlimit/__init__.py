@@ -25,6 +25,7 @@ from jaxlimit.pruning.attained import attained_limit
 from jaxlimit.pruning.masks import keep_zeros, torch_masks
 from jaxlimit.pruning.prune import prune
 from jaxlimit.pruning.result import Attained, Pruned, Readjusting
+from jaxlimit.pruning.shrink import Shrunk, shrink
 from jaxlimit.pruning.trust_region import Settings
 from jaxlimit.reference.paper_code import reference_limit
 from jaxlimit.spectrum.lanczos import tridiagonalize
@@ -51,6 +52,7 @@ __all__ = [
     "PruningLimit",
     "Readjusting",
     "Settings",
+    "Shrunk",
     "SpectralMeasure",
     "Sweep",
     "Tridiagonal",
@@ -76,6 +78,7 @@ __all__ = [
     "pruning_limit",
     "reference_limit",
     "removed_norm",
+    "shrink",
     "sparsity_sweep",
     "spectral_measure",
     "torch_masks",

@@ -24,14 +24,20 @@ from jaxlimit import (
     finetuned_sweep,
     gauss_newton,
     hessian,
+    magnitude_mask,
     predicted_loss,
     prune,
     pruning_limit,
+    removed_norm,
     sparsity_sweep,
 )
 from jaxlimit.core.trees import combine, flatten, partition
 from jaxlimit.geometry.groups import axis_labels, group_labels, head_labels
 from jaxlimit.geometry.magnitude import magnitude_order
+from jaxlimit.limits.problem import Problem
+from jaxlimit.limits.width import width_limit
+from jaxlimit.spectrum.bracket import SpectralBracket
+from jaxlimit.spectrum.measure import SpectralMeasure
 
 
 def groups_in_order(ranking, labels):
@@ -217,16 +223,35 @@ def test_the_true_rises_and_the_curve_are_those_of_the_masks(network, x64):
     limit = pruning_limit(curvature, jax.random.key(0), loss_tolerance=0.05, groups="output_channels")
     order = magnitude_order(curvature.weights, groups="output_channels")
     for name, estimate in limit.estimates().items():
-        mask = order.mask(order.within(round(estimate.value * 35)))
+        mask = magnitude_mask(curvature.weights, estimate.value, groups="output_channels")
+        np.testing.assert_array_equal(
+            flatten(mask), flatten(order.mask(order.within(round(estimate.value * 35))))
+        )
         assert np.mean(flatten(mask) == 0) == pytest.approx(estimate.value, abs=1e-15)
         assert limit.rises[name] == pytest.approx(predicted_loss(curvature, mask).rise, abs=1e-12)
     truth = brute_force(network, "hessian", "output_channels")
     norms = [np.linalg.norm(truth.c(n)) for n in range(len(truth.removed))]
     np.testing.assert_allclose(limit.curve(truth.sparsities).removed_norm, norms, rtol=1e-12)
+    found = removed_norm(curvature.weights, truth.sparsities, groups="output_channels")
+    np.testing.assert_allclose(found, norms, rtol=1e-12)
     assert limit.curve([3.9 / 35]).removed_norm.tolist() == [0.0]  # a whole group has four weights
     again = PruningLimit.from_json(limit.to_json())
     assert again.num_groups == limit.num_groups == 8
     assert "35 weights in 8 groups, 17 examples" in repr(again)
+
+
+def test_bounds_within_one_group_leave_nothing_open():
+    """Rounding moves the root of single weights, and that of groups within one of them: the limit is sure."""
+    rng = np.random.default_rng(0)
+    weights, eigenvalues = rng.normal(size=60), 10 ** rng.uniform(-3, 1, 60)
+    bracket = SpectralBracket.exact(SpectralMeasure(eigenvalues, np.full(60, 1 / 60)), 1e-4)
+    single = width_limit(bracket, Problem(magnitude_order(weights), 0.5))
+    order = magnitude_order(weights, groups=np.arange(60) // 6)
+    grouped = width_limit(bracket, Problem(order, 0.5))
+    assert single.half_bracket > 0
+    assert grouped.lower == grouped.value == grouped.upper
+    assert grouped.half_bracket == 0
+    assert grouped.value in [n / 10 for n in range(11)]
 
 
 # Sweeps and pruned networks.

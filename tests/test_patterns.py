@@ -182,7 +182,12 @@ def test_what_is_no_mask_is_refused(mlp):
 def run_example(code, names):
     few = code.replace("epochs=60", "epochs=2").replace("mask=half", "mask=half, max_products=2")
     exec(
-        compile(few.replace("0.5, groups=labels", "0.5, groups=labels, max_products=2"), PATH, "exec"), names
+        compile(
+            few.replace("batches, 0.5, groups=labels", "batches, 0.5, groups=labels, max_products=2"),
+            PATH,
+            "exec",
+        ),
+        names,
     )
 
 
@@ -198,12 +203,15 @@ def test_the_first_example_of_the_documentation_runs(capsys):
 @pytest.mark.slow
 def test_the_other_examples_of_the_documentation_run(capsys, monkeypatch):
     """The one that goes on with the first network, and the one with Flax, on a narrower network."""
-    bare, with_flax, coupled = EXAMPLES
+    bare, with_flax, coupled, smaller = EXAMPLES
     names = {}
     run_example(bare, names)
     capsys.readouterr()
     run_example(coupled, names)
     assert re.fullmatch(r"32 units, one_shot .*\n0\.5 16 units are left\n", capsys.readouterr().out)
     monkeypatch.setattr(models, "digits_net", lambda *, rngs: models.FullyConnected([64, 4, 10], rngs=rngs))
-    run_example(with_flax, {})
+    names = {}
+    run_example(with_flax, names)
     assert "(296 weights in 68 groups, 1,438 examples)" in capsys.readouterr().out
+    run_example(smaller, names)
+    assert "of 160 parameters, 310 before\nsame outputs: True\n148 of 296 mult" in capsys.readouterr().out

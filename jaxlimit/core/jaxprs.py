@@ -1,8 +1,10 @@
 """Walks through what was traced: into every program that an operation calls, and with operations replaced."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 # What stands in place of an equation; None where it stays, but for the programs that it calls.
@@ -34,6 +36,36 @@ def primitives(jaxpr: Jaxpr) -> set[str]:
     """Names of the operations, also of what is called."""
     found = {eqn.primitive.name for eqn in jaxpr.eqns}
     return found.union(*(primitives(inner) for eqn in jaxpr.eqns for inner in called(eqn)))
+
+
+def multiplications(function: Callable[..., Any], *args: Any) -> int:
+    """Multiplications of a function in matrix products and convolutions, as it is traced; none is done.
+
+    What a scan does counts once for each of its turns, what other loops do once.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> multiplications(lambda w, x: x @ w, jnp.ones((3, 4)), jnp.ones((2, 3)))
+        24
+    """
+    return _multiplications(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _multiplications(jaxpr: Jaxpr) -> int:
+    total = 0
+    for eqn in jaxpr.eqns:
+        shapes = [x.aval.shape for x in eqn.invars]  # pyright: ignore[reportAttributeAccessIssue]
+        outputs = sum(math.prod(x.aval.shape) for x in eqn.outvars)  # pyright: ignore[reportAttributeAccessIssue]
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            total += outputs * math.prod(shapes[0][axis] for axis in contracted)
+        elif eqn.primitive.name == "conv_general_dilated":
+            channels = shapes[1][eqn.params["dimension_numbers"].rhs_spec[0]]
+            total += outputs * math.prod(shapes[1]) // channels
+        else:
+            turns = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+            total += turns * sum(_multiplications(inner) for inner in called(eqn))
+    return total
 
 
 def rewritten(jaxpr: ClosedJaxpr, rule: Rule) -> ClosedJaxpr:

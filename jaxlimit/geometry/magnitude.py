@@ -186,46 +186,61 @@ def num_removed(dim: int, sparsity: ArrayLike) -> NDArray[np.int64]:
     return counts.astype(np.int64)[()]
 
 
-def removed_norm(weights: PyTree, sparsity: ArrayLike) -> NDArray[np.float64]:
+def removed_norm(
+    weights: PyTree, sparsity: ArrayLike, *, scores: PyTree | None = None, groups: Any = None
+) -> NDArray[np.float64]:
     r"""R(s) = ||c(s)||, the Euclidean norm of the floor(s D) smallest weights, accumulated in float64.
 
     Args:
         weights: pytree of the D prunable weights.
         sparsity: fraction of weights removed, in [0, 1]; a scalar or an array.
+        scores: as for `magnitude_order`.
+        groups: as for `magnitude_order`: as many whole groups go as do not exceed the sparsity.
 
     Returns:
         Norms of the shape of `sparsity`.
 
     Raises:
-        ValueError: sparsity outside [0, 1], or weights that are empty or not finite.
+        ValueError: sparsity outside [0, 1], weights that are empty or not finite, or what `magnitude_order`
+            refuses.
 
     Examples:
         >>> removed_norm({"kernel": np.array([3.0, -4.0, 12.0])}, [0, 2 / 3, 1])
         array([ 0.,  5., 13.])
     """
-    order = magnitude_order(weights)
-    return np.sqrt(order.squared_norm[num_removed(order.dim, sparsity)])
+    order = magnitude_order(weights, scores, groups)
+    counts = num_removed(order.dim, sparsity)
+    if order.num_removals < order.dim:
+        counts = np.searchsorted(order.counts, counts, side="right") - 1
+    return np.sqrt(order.squared_norm[counts])
 
 
-def magnitude_mask(weights: PyTree, sparsity: float) -> PyTree:
+def magnitude_mask(
+    weights: PyTree, sparsity: float, *, scores: PyTree | None = None, groups: Any = None
+) -> PyTree:
     """Mask of global one-shot magnitude pruning: exactly floor(s D) weights are False, ties by index.
 
     Args:
         weights: pytree of the D prunable weights.
         sparsity: fraction of weights removed, in [0, 1].
+        scores: as for `magnitude_order`.
+        groups: as for `magnitude_order`: as many whole groups go as do not exceed the sparsity.
 
     Returns:
         Pytree of booleans shaped like `weights`; True = kept.
 
     Raises:
-        ValueError: sparsity outside [0, 1], or weights that are empty or not finite.
+        ValueError: sparsity outside [0, 1], weights that are empty or not finite, or what `magnitude_order`
+            refuses.
 
     Examples:
         >>> magnitude_mask(np.array([1.0, -1.0, 1.0, 2.0]), 0.5)
         Array([False, False,  True,  True], dtype=bool)
+        >>> magnitude_mask(np.array([1.0, -1.0, 1.0, 2.0]), 0.5, groups=np.array([0, 1, 1, 0]))
+        Array([ True, False, False,  True], dtype=bool)
     """
-    order = magnitude_order(weights)
-    return order.mask(int(num_removed(order.dim, sparsity)))
+    order = magnitude_order(weights, scores, groups)
+    return order.mask(order.within(int(num_removed(order.dim, sparsity))))
 
 
 def apply_mask(params: PyTree, mask: PyTree) -> PyTree:

@@ -14,8 +14,8 @@ from scipy.linalg import cho_factor, cho_solve
 from jaxlimit.curvature.dense_matrix import dense_matrix
 from jaxlimit.limits.budget import Budget
 from jaxlimit.limits.eigensystem import Eigensystem, eigensystem
-from jaxlimit.limits.estimate import Estimate, group_share
-from jaxlimit.limits.problem import Problem
+from jaxlimit.limits.estimate import Estimate
+from jaxlimit.limits.problem import Problem, group_share
 from jaxlimit.spectrum.bracket import NEGATIVE, ROUNDING, SpectralBracket
 from jaxlimit.spectrum.measure import SpectralMeasure
 

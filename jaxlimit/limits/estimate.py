@@ -1,20 +1,12 @@
 """A limit as a number with an interval, and the names of the four."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
-import numpy as np
 
 # From the strongest demand to the weakest.
 LIMITS = ("one_shot", "width", "cone", "readjusted")
-
-
-def group_share(counts: Sequence[int]) -> float | None:
-    """The largest group as a share of the weights, from the weights after each removal; None of weights."""
-    dim = counts[-1]
-    return None if len(counts) == dim + 1 else int(np.max(np.diff(counts))) / dim
 
 
 @partial(

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxlimit.limits.budget import Budget, BudgetSpent
-from jaxlimit.limits.estimate import Estimate, group_share
-from jaxlimit.limits.problem import Problem
+from jaxlimit.limits.estimate import Estimate
+from jaxlimit.limits.problem import Problem, group_share
 
 # Intervals of the first grid, and pieces of an interval that is looked at again.
 INTERVALS, PIECES = 32, 8

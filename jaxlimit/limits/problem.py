@@ -59,6 +59,12 @@ class Problem:
         return width_ridge(self.radius(num_removed), self.loss_tolerance)
 
 
+def group_share(counts: Sequence[int]) -> float | None:
+    """The largest group as a share of the weights, from the weights after each removal; None of weights."""
+    dim = counts[-1]
+    return None if len(counts) == dim + 1 else int(np.max(np.diff(counts))) / dim
+
+
 # What devices may differ by: of a loss, and of a product with a random vector, relative to its length.
 SAME_LOSS, SAME_PRODUCT = 1e-4, 1e-3
 

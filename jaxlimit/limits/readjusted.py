@@ -4,7 +4,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
 from jaxlimit.limits.budget import BudgetSpent
-from jaxlimit.limits.estimate import Estimate, group_share
+from jaxlimit.limits.estimate import Estimate
+from jaxlimit.limits.problem import group_share
 
 # First step of the walk from the guess, in units of s; the next ones are twice as long each.
 FIRST_STRIDE = 0.02

@@ -16,8 +16,8 @@ dense eigendecomposition and Lanczos.
 from collections.abc import Callable
 
 from jaxlimit.geometry.dimensions import fixed_point, last_within
-from jaxlimit.limits.estimate import Estimate, group_share
-from jaxlimit.limits.problem import Problem
+from jaxlimit.limits.estimate import Estimate
+from jaxlimit.limits.problem import Problem, group_share
 from jaxlimit.spectrum.bracket import Bracketed, EffectiveDimension, SpectralBracket, spread
 
 Ridge = Callable[[int], float]  # n -> a
@@ -58,7 +58,12 @@ def dimension_root(
 
     # A limit and its bounds are numbers of weights; their errors are finer than one.
     delta = bracket.dimension
-    roots = delta.join(root, ridge)
+    roots, share = delta.join(root, ridge), group_share(counts)
+    half_bracket = (roots.upper - roots.lower) / 2
+    if share is not None and half_bracket > -1 / dim:
+        # Where bounds agree on a group, it does not matter how far apart they are within it.
+        ends = delta.join(last, ridge)
+        half_bracket = max(ends.upper - ends.lower, 0.0) / 2
     estimate = Estimate.between(
         last(delta.value, ridge.value),
         last(delta.lower, ridge.lower, -STANDARD_ERRORS),
@@ -66,7 +71,7 @@ def dimension_root(
         dim,
         probe_error=(root(delta.value, ridge.value, 1) - root(delta.value, ridge.value, -1)) / 2,
         spread=spread(roots),
-        half_bracket=(roots.upper - roots.lower) / 2,
-        group_share=group_share(problem.counts),
+        half_bracket=half_bracket,
+        group_share=share,
     )
     return estimate, roots.value

@@ -6,6 +6,7 @@
 
 from jaxlimit.models.bert import SentenceEncoder, load_sentence_encoder
 from jaxlimit.models.convolutional import VGG, AlexNet, CNet, Convolution, ConvolutionalNetwork, LeNet, Pool
+from jaxlimit.models.couplings import unit_labels
 from jaxlimit.models.fully_connected import FullyConnected, digits_net, fc2, fc5, fc12, fc13
 from jaxlimit.models.functional import from_equinox, from_linen, from_nnx
 from jaxlimit.models.resnet import ResNet
@@ -34,4 +35,5 @@ __all__ = [
     "load_torch_state",
     "save_torch_state",
     "torch_state_dict",
+    "unit_labels",
 ]

@@ -40,13 +40,12 @@ class Attention(nnx.Module):
 
     def __call__(self, hidden: jax.Array, present: jax.Array) -> jax.Array:
         """(batch, positions, width) to the same shape; present: (batch, positions), False at padding."""
-        batch, length, width = hidden.shape
-        heads = (batch, length, self.num_heads, width // self.num_heads)
+        heads = (*hidden.shape[:2], self.num_heads, -1)
         query, key, value = (f(hidden).reshape(heads) for f in (self.query, self.key, self.value))
-        scores = jnp.einsum("bihd,bjhd->bhij", query, key) / np.sqrt(heads[-1])
+        scores = jnp.einsum("bihd,bjhd->bhij", query, key) / np.sqrt(query.shape[-1])
         scores = jnp.where(present[:, None, None, :], scores, jnp.finfo(scores.dtype).min)
         mixed = jnp.einsum("bhij,bjhd->bihd", nnx.softmax(scores), value)
-        return self.out(mixed.reshape(hidden.shape))
+        return self.out(mixed.reshape(*hidden.shape[:2], -1))
 
 
 class EncoderLayer(nnx.Module):
