@@ -18,8 +18,8 @@ MNIST and CIFAR-10 are read from $JAXLIMIT_DATA.
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,12 @@ from pruning_baselines import Minibatches, full_batch_adam, reconstructed, share
 from pruning_methods import Subject, Variant, count_with, pruned_path
 from pruning_report import (
     CHOICES,
-    DEFAULT,
-    EVERYTHING,
     KERNELS_ALONE,
     METHODS,
     NAME,
     RATES,
     TRAINED,
+    WITH_FEW,
     figure,
     optimizer_of,
     tables,
@@ -67,7 +66,7 @@ class Comparison:
         sparsities: at, and beyond the limit of the cut alone.
         costs: at which methods are compared.
         num_tuned: of them, from the first; the next one has the learning rate that was best at the last.
-        methods: of jaxlimit; of examples that are too few to be cut into parts, all have the same curvature.
+        methods: of jaxlimit.
         trained: what they are compared with.
     """
 
@@ -75,7 +74,7 @@ class Comparison:
     sparsities: tuple[float, ...]
     costs: tuple[int, ...] = COSTS
     num_tuned: int = 3
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: Mapping[str, Variant] = field(default_factory=lambda: METHODS)
     trained: tuple[str, ...] = TRAINED
 
 
@@ -84,11 +83,11 @@ COMPARISONS = {
     "digits": Comparison(Case(PRESETS["digits"], 1_438, 359), (0.9, 0.94, 0.97)),
     "fc2": Comparison(Case(PRESETS["mnist-fc2"], 10_000, 10_000), (0.9, 0.94, 0.97)),
     "lenet": Comparison(
-        Case(LENET, 640, 2_000),
+        Case(LENET, 512, 2_000),
         (0.9, 0.95),
-        (20, 50),
+        (10, 60),
         num_tuned=1,
-        methods=(DEFAULT, EVERYTHING),
+        methods=WITH_FEW,
         trained=("adam", "sgd", "full_batch_adam"),
     ),
 }
@@ -135,8 +134,8 @@ class Work:
             if {"layers", "dense"} & self.subject.params.keys():
                 self.once("reconstruction", sparsity, lambda mask=mask: reconstructed(self.subject, mask))
         for sparsity in self.comparison.sparsities:
-            for method in self.comparison.methods:
-                self.path("methods", method, METHODS[method], sparsity, self.comparison.costs[-1])
+            for method, variant in self.comparison.methods.items():
+                self.path("methods", method, variant, sparsity, self.comparison.costs[-1])
             for method in (*self.comparison.trained, *(KERNELS_ALONE if self.name == "digits" else ())):
                 self.trained(method, sparsity)
 

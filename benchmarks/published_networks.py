@@ -127,6 +127,28 @@ def with_statistics_of(params: Tree, images: jax.Array) -> Tree:
     return found
 
 
+def corrected_statistics(dense: Tree, images: jax.Array) -> Callable[[Tree], Tree]:
+    """A function from a network to the same with statistics of its own, as `statistics_fn` of `prune`.
+
+    They are those that the dense network brought from its training, changed as they change on these images
+    from the dense network to the other one. What few images, or images that are not augmented, have of their
+    own is in both, and cancels.
+    """
+    before = with_statistics_of(dense, images)
+
+    @jax.jit
+    def corrected(params: Tree) -> Tree:
+        found = with_statistics_of(params, images)
+        for name in [name for name in params if name.endswith("running_var")]:
+            growth = found[name] / before[name]
+            found[name] = dense[name] * growth
+            mean = name.replace("running_var", "running_mean")
+            found[mean] += (dense[mean] - before[mean]) * jnp.sqrt(growth)
+        return found
+
+    return corrected
+
+
 def trained(params: Tree, mask: Tree, images: Any, targets: Any, rate: float) -> Tree:
     """ResNet20 after an epoch of SGD with the mask held; statistics of batch norm are those of each batch."""
     keep = {name: jnp.ones(()) if mask[name] is None else mask[name] for name in params}
@@ -136,7 +158,7 @@ def trained(params: Tree, mask: Tree, images: Any, targets: Any, rate: float) ->
     optimizer = optax.sgd(optax.cosine_decay_schedule(rate, steps), momentum=0.9)
 
     def loss(moving: Tree, images: Any, targets: Any) -> jax.Array:
-        known: dict[str, Any] = {**params, **moving}
+        known: dict[str, jax.Array] = {**params, **moving}
         logits = _resnet(known, images, dict(known))
         return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=1))
 

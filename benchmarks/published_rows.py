@@ -37,6 +37,7 @@ class Row:
         soft: share of the dense network's outputs in the targets, beside the labels.
         trainable: which other parameters move.
         statistics: images from which those of batch norm are taken anew after each cut; 0: they are held.
+        corrected: whether their noise is taken out, at the cost of those of the dense network.
         sparsities: where it is measured.
         averaged: last steps whose mean is taken.
     """
@@ -50,6 +51,7 @@ class Row:
     soft: float = 0.0
     trainable: Callable[[Any, Any], bool] | None = None
     statistics: int = 0
+    corrected: bool = True
     sparsities: tuple[float, ...] = (0.0, *SPARSITIES)
     averaged: int = AVERAGED
 
@@ -69,8 +71,8 @@ class Row:
 
     def fixed_gradients(self, sparsity: float) -> float:
         """Of soft targets, which are the dense network's outputs, and of statistics at each stage."""
-        cuts = 1 if sparsity == 0 else self.stages or 0
-        return (self.num_examples * (self.soft > 0) + self.statistics * cuts) / 3
+        times = (1 if sparsity == 0 else self.stages or 0) + self.corrected
+        return (self.num_examples * (self.soft > 0) + self.statistics * times) / 3
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,7 @@ AS_CHITA_PP = Row(
     soft=1.0,
     trainable=is_affine,
     statistics=500,
+    sparsities=(0.0, 0.5, 0.6, 0.7, 0.8, 0.9),
 )
 AS_CHITA = replace(
     AS_CHITA_PP,
@@ -170,19 +173,28 @@ AS_CHITA = replace(
     settings=shares(200, 50, 25, step_products=2, damping=0.03),
     most=990,
     statistics=200,
+    sparsities=(0.5, 0.6, 0.7, 0.8, 0.9),
 )
 # One thing is changed at a time.
 RESNET20_VARIANTS = (
-    replace(AS_CHITA_PP, name="8,000, statistics held", statistics=0, sparsities=(0.9,)),
+    replace(
+        AS_CHITA_PP,
+        name="8,000, statistics not corrected",
+        corrected=False,
+        sparsities=(0.0, 0.7, 0.8, 0.9),
+    ),
+    replace(
+        AS_CHITA,
+        name="1,000, statistics not corrected",
+        corrected=False,
+        sparsities=(0.6, 0.7, 0.8, 0.9),
+    ),
     replace(AS_CHITA_PP, name="8,000, three stages", stages=3, sparsities=(0.9,)),
-    replace(AS_CHITA_PP, name="8,000, kernels alone", trainable=None, sparsities=(0.9,)),
-    replace(AS_CHITA_PP, name="8,000, labels", soft=0.0, sparsities=(0.9,)),
-    replace(AS_CHITA_PP, name="8,000, the last step alone", averaged=1, sparsities=(0.9,)),
 )
 RESNET20_ROWS = (
     AS_CHITA_PP,
     AS_CHITA,
-    Trained("SGD, 8,000", 5_700, 0.03, sparsities=(0.8, 0.9)),
+    Trained("SGD, 8,000", 5_700, 0.03, sparsities=(0.9,)),
     *RESNET20_VARIANTS,
 )
 RESNET20_OTHERS = (
