@@ -137,13 +137,19 @@ def made_by(network: Network, row: Row | Trained, sparsity: float) -> dict[str, 
     return readjusted(network, row, sparsity) if isinstance(row, Row) else trained(network, row, sparsity)
 
 
-def cut_alone(network: Network, statistics: bool, sparsity: float) -> dict[str, Any]:
-    """What the magnitude cut leaves."""
+def cut_alone(network: Network, statistics: str, sparsity: float) -> dict[str, Any]:
+    """What the magnitude cut leaves, with statistics that are "held", "anew", or "corrected"."""
     mask = jaxlimit.magnitude_mask(trees.partition(network.params, network.prunable)[0], sparsity)
     params = jaxlimit.apply_mask(network.params, mask)
-    if statistics:
-        params = with_statistics_of(params, network.train[0][:STATISTICS])
-    return {"accuracy": network.accuracy(params), "gradients": round(statistics * STATISTICS / 3)}
+    images, passes = (
+        jnp.asarray(network.train[0][:STATISTICS]),
+        ("held", "anew", "corrected").index(statistics),
+    )
+    if statistics == "anew":
+        params = with_statistics_of(params, images)
+    if statistics == "corrected":
+        params = corrected_statistics(network.params, images)(params)
+    return {"accuracy": network.accuracy(params), "gradients": round(passes * STATISTICS / 3)}
 
 
 @dataclass(frozen=True)
@@ -152,7 +158,7 @@ class Case:
 
     title: str
     make: Callable[[], Network]
-    cuts: Mapping[str, bool]
+    cuts: Mapping[str, str]
     rows: tuple[Row | Trained, ...]
     published: tuple[Published, ...]
     sparsities: tuple[float, ...] = SPARSITIES
@@ -160,12 +166,12 @@ class Case:
 
 
 MLPNET = Case(
-    "MLPNet, MNIST", published_networks.mlpnet, {"magnitude cut": False}, MLPNET_ROWS, MLPNET_OTHERS
+    "MLPNet, MNIST", published_networks.mlpnet, {"magnitude cut": "held"}, MLPNET_ROWS, MLPNET_OTHERS
 )
 RESNET20 = Case(
     "ResNet20, CIFAR-10",
     published_networks.resnet20,
-    {"magnitude cut": False, "cut, statistics anew": True},
+    {"magnitude cut": "held", "cut, statistics anew": "anew", "cut, statistics corrected": "corrected"},
     RESNET20_ROWS,
     RESNET20_OTHERS,
     (0.7, 0.8, 0.9),
@@ -184,7 +190,7 @@ def results(case: Case, folder: Path) -> dict[str, dict[str, Any]]:
         return made[0]
 
     tasks: dict[str, tuple[tuple[float, ...], Callable[[float], dict[str, Any]]]] = {
-        "dense": ((0.0,), lambda sparsity: cut_alone(network(), False, sparsity))
+        "dense": ((0.0,), lambda sparsity: cut_alone(network(), "held", sparsity))
     }
     for name, statistics in case.cuts.items():
         tasks[name] = case.sparsities, lambda s, statistics=statistics: cut_alone(network(), statistics, s)
@@ -244,7 +250,8 @@ def plot(document: Mapping[str, Any]) -> None:
         ax.set(xscale="log", xlabel="share of the weights that is kept", ylabel="test accuracy, %")
         ax.set_ylim(CASES[name].lowest, dense + 4)
         ax.set_title(CASES[name].title)
-        shown = SPARSITIES
+        furthest = max(s for points in rows.values() for s in points)
+        shown = [s for s in SPARSITIES if s <= furthest]
         ax.set_xticks([1 - s for s in shown], [f"{1 - s:.2g}" for s in shown])
         ax.minorticks_off()
         ax.invert_xaxis()

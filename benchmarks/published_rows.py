@@ -194,7 +194,7 @@ RESNET20_VARIANTS = (
 RESNET20_ROWS = (
     AS_CHITA_PP,
     AS_CHITA,
-    Trained("SGD, 8,000", 5_700, 0.03, sparsities=(0.9,)),
+    Trained("SGD, 8,000", 5_700, 0.03, sparsities=(0.8, 0.9)),
     *RESNET20_VARIANTS,
 )
 RESNET20_OTHERS = (
