@@ -108,6 +108,7 @@ PAGES = {
     **{path.stem: "methods" for path in RESULTS.glob("methods_*.md")},
     "basis": "large",
     "certificates": "certify",
+    **dict.fromkeys(("groups_masks", "groups_limits", "groups_speed"), "groups"),
     "published_mlpnet": "published",
     "published_resnet20": "published",
     "minilm": "transformer",
