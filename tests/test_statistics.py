@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlimit import attained_limit, batched, prune
+from jaxlimit import assess, attained_limit, batched, prune
 from jaxlimit.pruning.result import Ending
 
 
@@ -164,3 +164,34 @@ def test_a_checkpoint_with_other_statistics_is_refused(network, anew, tmp_path):
 def test_functions_that_do_something_else_are_refused(network, function, words):
     with pytest.raises(ValueError, match=words):
         prune(*called(network), 0.5, statistics_fn=function)
+
+
+def test_networks_are_certified_with_their_own_statistics(network, anew, tmp_path):
+    """Each network on the way is tested as it was built, not with the dense one's statistics."""
+    params, (inputs, labels) = network
+    test = inputs[::-1][:40] + np.float32(0.1), labels[::-1][:40]
+
+    def assessed(**given):
+        return assess(
+            predict,
+            cross_entropy,
+            params,
+            batched((inputs, labels), 90),
+            jax.random.key(0),
+            loss_tolerance=0.05,
+            test_batches=[test],
+            error_rise=0.5,
+            curvatures=["gauss_newton"],
+            max_products=60,
+            **given,
+        )
+
+    found = assessed(statistics_fn=anew, out=tmp_path / "anew")
+    pruned, certificate = found.attained.pruned.params, found.certificate
+    assert not np.allclose(pruned["mean"], params["mean"], atol=1e-3)
+    wrong = [np.mean(np.argmax(predict(p, test), 1) != test[1]) for p in (pruned, params)]
+    assert certificate.sparsities[-1] == found.attained.sparsity
+    assert certificate.means[-1] == pytest.approx(wrong[0] - wrong[1])
+    assert found.attained_error == pytest.approx(wrong[0])
+    with pytest.raises(ValueError, match="statistics"):
+        assessed(out=tmp_path / "anew")

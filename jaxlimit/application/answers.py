@@ -160,8 +160,12 @@ def _told(told: Told, before: int) -> Callable[[int, int], None]:
     return lambda done, _: told(before + done, "")
 
 
+def _is_floating(path: tuple, leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+
+
 class Networks:
-    """Networks of one shape in a folder, by their sparsity: of each the parameters that move.
+    """Networks of one shape in a folder, by their sparsity: of each the parameters that differ.
 
     Args:
         folder: where to.
@@ -170,13 +174,14 @@ class Networks:
 
     def __init__(self, folder: Path, question: Question) -> None:
         self._folder = folder
-        self._moving = movable(question.params, question.prunable, question.trainable)
-        self._like, self._rest = partition(question.params, self._moving)
+        moving = movable(question.params, question.prunable, question.trainable)
+        self._differ = moving if question.statistics_fn is None else _is_floating
+        self._like, self._rest = partition(question.params, self._differ)
 
     def keep(self, sparsity: float, params: PyTree) -> None:
         """Stores a network; another one of this sparsity gives way."""
         with self._store() as store:
-            store.save_tree(repr(float(sparsity)), partition(params, self._moving)[0])
+            store.save_tree(repr(float(sparsity)), partition(params, self._differ)[0])
 
     def __iter__(self) -> Iterator[tuple[float, PyTree]]:
         """(sparsity, params) in rising sparsity, read one after the other."""
@@ -204,6 +209,7 @@ def attained(question: Question, networks: Networks, checkpoint: Path | None, to
         trainable=question.trainable,
         scores=question.scores,
         groups=question.groups,
+        statistics_fn=question.statistics_fn,
         max_products=question.max_products,
         settings=question.settings,
         checkpoint=checkpoint,

@@ -56,6 +56,7 @@ def assess(
     trainable: Prunable | None = None,
     scores: PyTree | None = None,
     groups: Any = None,
+    statistics_fn: Callable[[PyTree], PyTree] | None = None,
     weight_fn: Callable[[PyTree], jax.Array] | None = None,
     max_matvecs: int = MAX_MATVECS,
     max_products: float = MAX_PRODUCTS,
@@ -97,6 +98,8 @@ def assess(
         trainable: as for `prune`: other parameters that move when weights are readjusted.
         scores: as for `pruning_limit`: another order than that of the magnitudes.
         groups: as for `pruning_limit`: channels, heads, blocks, or weights of one label go together.
+        statistics_fn: as for `prune`: takes the statistics of batch norm anew after every cut on the way to
+            the attained limit. Limits and the cut are of the network with the statistics that it has.
         weight_fn: how much a batch counts, as for `hessian`.
         max_matvecs: budget of each curvature, as for `pruning_limit`.
         max_products: budget of the search, as for `attained_limit`.
@@ -152,6 +155,7 @@ def assess(
         trainable=trainable,
         scores=scores,
         groups=groups,
+        statistics_fn=statistics_fn,
         weight_fn=weight_fn,
         settings=settings,
         certifying=certifying,

@@ -120,6 +120,7 @@ def _identity(question: Question, curvatures: Sequence[str], statistics: LossSta
         "scores": None if question.scores is None else _checksum(question.scores),
         "groups": None if question.groups is None else _checksum(group_labels(weights, question.groups)),
         "trainable": question.trainable is not None,
+        "statistics": question.statistics_fn is not None,
         "num_examples": statistics.num_examples,
         "loss": about(statistics.mean, SAME * abs(statistics.mean)),
         "loss_tolerance": about(question.loss_tolerance, SAME * question.loss_tolerance),

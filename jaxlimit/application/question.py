@@ -78,7 +78,7 @@ class Question:
         attained_tolerance: wanted accuracy of the attained one.
         max_matvecs: budget of products for each curvature.
         max_products: budget of products for what is attained.
-        prunable, trainable, scores, groups, weight_fn: as for `attained_limit`.
+        prunable, trainable, scores, groups, weight_fn, statistics_fn: as for `attained_limit`.
         settings: how networks are readjusted.
         certifying: what is to be certified, or a sentence why nothing is.
         model: the network of `jaxlimit.models` that the parameters are of, if there is one.
@@ -101,6 +101,7 @@ class Question:
     trainable: Prunable | None = None
     scores: PyTree | None = None
     groups: Any = None
+    statistics_fn: Callable[[PyTree], PyTree] | None = None
     weight_fn: Callable[[PyTree], jax.Array] | None = None
     settings: Settings = DEFAULT
     certifying: Certifying | str = field(default=NO_TEST_BATCHES)
