@@ -22,6 +22,7 @@ import jaxlimit
 from jaxlimit import Attained, Pruned, Settings, attained_limit, batched, magnitude_mask, prune
 from jaxlimit.limits.conjugate_gradients import iterates
 from jaxlimit.models import from_linen
+from jaxlimit.pruning.readjustable import Readjustable
 from jaxlimit.pruning.result import Ending
 from jaxlimit.pruning.windows import window
 
@@ -480,6 +481,29 @@ def test_digits_are_pruned_further_than_the_cut_and_the_network_is_the_proof():
     assert loss <= float(net.loss(net.params, arrays)) + net.tolerance
     assert found.pruned.sparsity == found.sparsity
     assert max(s for s, loss in found.tried if loss <= found.dense_loss + net.tolerance) == found.sparsity
+
+
+@pytest.mark.parametrize(("distrusted", "sparsity"), [(True, 1.0), (False, 0.0)])
+def test_a_step_that_was_cut_short_ends_no_network(regression, monkeypatch, distrusted, sparsity):
+    """The first step of a network gains nearly nothing, the second all.
+
+    Where the first one was shortened because the quadratic model was wrong, the second one is made. Where the
+    model was right, there is nothing more to gain.
+    """
+
+    def step(problem, point, mask):
+        first = point.loss > 9
+        damping = point.damping * (4 if distrusted and first else 1)
+        loss = 9.0 if first else 0.0
+        return point._replace(loss=loss, fall=point.loss - loss, damping=damping, number=point.number + 1)
+
+    monkeypatch.setattr(Readjustable, "cut", lambda problem, point, mask: point._replace(loss=9.1, fall=0.0))
+    monkeypatch.setattr(Readjustable, "step", step)
+    weights, arrays = regression
+    found = attained_limit(
+        linear, squared_error, weights, [arrays], loss_tolerance=0.1, tolerance=0.1, unpruned=False
+    )
+    assert found.sparsity == sparsity
 
 
 def test_an_interrupted_search_goes_on_to_the_same_bits(network, tmp_path):

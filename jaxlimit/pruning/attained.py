@@ -201,13 +201,18 @@ def _next(problem: Readjustable, state: _State, target: int, goal: float, max_st
         point, num_steps = problem.cut(state.best._replace(number=used[0], num_products=used[1]), mask), 0
     else:
         point, num_steps = state.point, int(state.num_steps)
+    trusted = True
     if num_steps or point.loss > goal:
+        damping = point.damping
         point, num_steps = problem.step(point, mask), num_steps + 1
+        trusted = point.damping <= damping
     loss = point.loss
     if loss <= goal and problem.settings.gradient_share < 1:
         loss = problem.mean_loss(point)
-    # Steps lower the loss by less and less, so one like the last for each that is left is more than can be.
-    hopeless = not loss - goal <= point.fall * (max_steps - num_steps)
+    # Steps lower the loss by less and less, so one like the last for each that is left is more than can be. A
+    # step that was cut short because the model was wrong says nothing of those after it.
+    left = max_steps - num_steps
+    hopeless = left == 0 or (trusted and not loss - goal <= point.fall * left)
     if loss > goal and not hopeless:
         return state._replace(point=point, num_removed=target, num_steps=num_steps)
     tried = np.concatenate([state.tried, [[target / problem.dim, loss]]])
