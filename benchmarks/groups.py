@@ -48,7 +48,6 @@ NUM_MASKS = 50
 KINDS = ("magnitude", "random", "channels", "N:M")
 # The real rise in units of eps: bins in which predictions are judged.
 EDGES = (0.1, 1.0, 10.0, 100.0, np.inf)
-MAX_PRODUCTS = 300
 SPARSITIES, BATCH = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99), 128
 
 
@@ -134,7 +133,7 @@ def limit_of(network: Trained, groups: Any) -> dict[str, Any]:
 def attained_of(network: Trained, groups: Any) -> dict[str, Any]:
     """The stage `limits`, of one kind of groups: what is attained."""
     args = network.predict, output_loss, network.params, network.batches
-    keywords = {"max_products": MAX_PRODUCTS, "unpruned": False, "groups": groups}
+    keywords = {"unpruned": False, "groups": groups}
     return jaxlimit.attained_limit(*args, loss_tolerance=network.eps, **keywords).to_json()
 
 

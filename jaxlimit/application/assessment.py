@@ -20,8 +20,8 @@ WIDTH = 79
 COLUMNS = ("", "predicted", "interval", "true rise", "attained", "certified")
 fill = partial(textwrap.fill, width=WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 OPTIMISTIC = (
-    "Gauss-Newton calls flat what is flat only to first order in the network: read its width, cone and "
-    "readjusted limits as optimistic."
+    "Gauss-Newton calls flat what is flat only to first order in the network: its readjusted limit is "
+    "optimistic. What was attained on the networks of docs/limits.md lies between its cone and that."
 )
 # The unpruned network's loss falls to less than this share of what it was: then training is a part of it.
 UNTRAINED = 0.5
