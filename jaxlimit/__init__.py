@@ -1,5 +1,6 @@
 """How sparse can a trained network be pruned, how sure is that, and is it true?"""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from jaxlimit import geometry
@@ -25,7 +26,6 @@ from jaxlimit.pruning.attained import attained_limit
 from jaxlimit.pruning.masks import keep_zeros, torch_masks
 from jaxlimit.pruning.prune import prune
 from jaxlimit.pruning.result import Attained, Pruned, Readjusting
-from jaxlimit.pruning.shrink import Shrunk, shrink
 from jaxlimit.pruning.trust_region import Settings
 from jaxlimit.reference.paper_code import reference_limit
 from jaxlimit.spectrum.lanczos import tridiagonalize
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from jaxlimit.application.assess import assess
     from jaxlimit.application.assessment import Assessment
     from jaxlimit.application.loading import load_assessment
+    from jaxlimit.pruning.shrink import Shrunk, shrink
 
 __all__ = [
     "Assessment",
@@ -86,14 +87,17 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """`assess` and what it returns, imported when first used: all else takes .9 s, these take .6 more."""
-    if name in ("Assessment", "assess", "load_assessment"):
-        from jaxlimit.application import assess, assessment, loading
+# Imported when first used: all else takes .9 s, these, with Flax and what draws, take .6 more.
+_LATER = {
+    "Assessment": "jaxlimit.application.assessment",
+    "Shrunk": "jaxlimit.pruning.shrink",
+    "assess": "jaxlimit.application.assess",
+    "load_assessment": "jaxlimit.application.loading",
+    "shrink": "jaxlimit.pruning.shrink",
+}
 
-        return {
-            "Assessment": assessment.Assessment,
-            "assess": assess.assess,
-            "load_assessment": loading.load_assessment,
-        }[name]
-    raise AttributeError(f"module 'jaxlimit' has no attribute '{name}'")
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'jaxlimit' has no attribute '{name}'")
+    return getattr(import_module(_LATER[name]), name)
