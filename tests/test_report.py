@@ -284,6 +284,25 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert [item.name for item in tmp_path.iterdir()] == ["limit.json"]
 
 
+def test_a_network_that_nothing_is_lost_of_is_swept_to_its_end(tmp_path):
+    """Both thresholds are 1: between no two sparsities is there anything to look closer at."""
+    arrays = np.ones((4, 2), np.float32), np.zeros(4, np.int32)
+
+    def metrics(params, batch):
+        return {"loss": jnp.mean(0.0 * batch[0] @ params + 0.5), "accuracy": jnp.mean(batch[1] == 0)}
+
+    trained: Any = SimpleNamespace(
+        params=jnp.ones((2, 1)),
+        metrics=metrics,
+        network={"train_loss": 0.5, "test_accuracy": 1.0},
+        loss_tolerance=0.1,
+    )
+    splits, monitor = {"train": arrays, "test": arrays}, SimpleNamespace(update=lambda *_: None)
+    job: Any = SimpleNamespace(folder=tmp_path, splits=splits, monitor=monitor)
+    found = stage_sweeps.sweep(job, trained, [])
+    assert found.thresholds == {key: {"value": 1.0, "next": 1.0} for key in ("loss", "accuracy")}
+
+
 def test_a_threshold_of_measured_numbers_alone():
     """What was not measured is left out; what was measured and is no number is refused."""
     trained: Any = SimpleNamespace(network={"train_loss": 0.1, "test_accuracy": 0.9}, loss_tolerance=0.1)

@@ -66,7 +66,8 @@ def sweep(job: Job, trained: Trained, limits: Sequence[Limits]) -> Measured:
     columns = _swept(job, network, columns, sorted(rows), 0)
     crossings = [threshold(trained, columns, name, sorted(rows)) for name in names.values()]
     between = {row for crossing in crossings for row in range(*(round(400 * s) for s in crossing.values()))}
-    columns = _swept(job, network, columns, sorted(between - rows), len(rows))
+    if between - rows:
+        columns = _swept(job, network, columns, sorted(between - rows), len(rows))
     rows = sorted(rows | between)
     for limit in limits:
         spectrum = load_spectrum(run_folder.spectrum_path(job.folder, limit.curvature))
