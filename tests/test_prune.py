@@ -460,6 +460,23 @@ def test_the_sparsest_linear_network_within_the_tolerance(regression, rise):
     assert expected == 12 or tried[(expected + 1) / 12] > dense + rise
 
 
+def test_near_1_the_search_goes_on_until_a_network_fails():
+    """One weight of 40 is needed: .975, however coarse the tolerance."""
+    rng = np.random.default_rng(0)
+    inputs, weights = rng.standard_normal((120, 40)), 1e-6 * rng.standard_normal((40, 1))
+    weights[17] = 1.0
+    arrays = inputs, inputs @ weights
+    found = attained(
+        (weights.astype(np.float32), tuple(x.astype(np.float32) for x in arrays)),
+        loss_tolerance=0.1,
+        tolerance=0.2,
+        unpruned=False,
+    )
+    assert found.sparsity == 0.975
+    assert found.tried[-1][1] > 0.1
+    assert "at 1.0000 the loss did not come within" in found.status
+
+
 def test_digits_are_pruned_further_than_the_cut_and_the_network_is_the_proof():
     net = trained("preset")
 

@@ -1,5 +1,7 @@
 """Sparsities from the weights alone, and the law of the pruned error, against known answers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import optimize, stats
@@ -81,3 +83,11 @@ def test_the_law_is_found_again_from_eight_noisy_networks(seed):
     noisy = law.error(densities) * (1 + 0.01 * rng.standard_normal(8))
     found = fit_pruned_error(densities, noisy, 0.05)
     assert found.sparsity(0.1) == pytest.approx(law.sparsity(0.1), abs=0.01)
+
+
+def test_a_law_of_a_small_exponent_stays_within_floats():
+    """(err_up / err_dense)^(2 / gamma) is 40^200 here."""
+    law = PrunedError(dense=0.02, upper=0.8, exponent=0.01, transition=1e-200)
+    np.testing.assert_allclose(law.error([1.0, 0.0]), [0.02, 0.8])
+    assert law.sparsity(0.1) == 1.0
+    assert replace(law, transition=0.1).sparsity(0.1) == 0.0

@@ -42,20 +42,26 @@ class PrunedError:
 
     def error(self, density: ArrayLike) -> NDArray[np.float64]:
         """err(d) at each density, in [0, 1]."""
-        squares = np.asarray(density, np.float64) ** 2
-        corner = self.transition**2
-        ratio = (self.upper / self.dense) ** (2 / self.exponent)
-        return self.dense * ((squares + corner * ratio) / (squares + corner)) ** (self.exponent / 2)
+        with np.errstate(divide="ignore"):  # the logarithm of a density of 0
+            squares = 2 * np.log(np.asarray(density, np.float64))
+        corner = 2 * np.log(self.transition)
+        ratio = np.logaddexp(squares, corner + self._level(self.upper)) - np.logaddexp(squares, corner)
+        return self.dense * np.exp(self.exponent / 2 * ratio)
 
     def sparsity(self, error: float) -> float:
         """The largest sparsity in [0, 1] with at most this error; 0 where there is none."""
         if error >= self.upper:
             return 1.0
-        level = (error / self.dense) ** (2 / self.exponent)
-        ratio = (self.upper / self.dense) ** (2 / self.exponent)
-        if level <= 1:
+        level = self._level(error)
+        if level <= 0:
             return 0.0
-        return float(np.clip(1 - self.transition * np.sqrt((ratio - level) / (level - 1)), 0, 1))
+        above = self._level(self.upper) - level
+        ratio = above + np.log1p(-np.exp(-above)) - np.log1p(-np.exp(-level))
+        return 1 - float(np.exp(min(0.0, np.log(self.transition) + ratio / 2)))
+
+    def _level(self, error: float) -> float:
+        """The logarithm of (error / dense)^(2 / gamma), which itself may be no float."""
+        return 2 / self.exponent * float(np.log(error / self.dense))
 
 
 def fit_pruned_error(densities: ArrayLike, errors: ArrayLike, dense: float) -> PrunedError:

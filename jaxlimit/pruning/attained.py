@@ -186,9 +186,9 @@ def _target(problem: Readjustable, state: _State, tolerance: float) -> int | Non
     if state.num_steps > 0:  # not done with this one
         return int(state.num_removed)
     best, failed, dim = int(state.best_removed), int(state.failed), problem.dim
-    if failed - best <= max(1, tolerance * dim):
+    between = failed <= dim  # else nothing has failed: to within the tolerance of 1 it is still a long way
+    if best == dim or (between and failed - best <= max(1, tolerance * dim)):
         return None
-    between = failed <= dim
     wanted = (best + failed) // 2 if between else path(dim, dim, problem.settings.stage_share, best)[0]
     return problem.reachable(state.best.weights, wanted, best, failed)
 

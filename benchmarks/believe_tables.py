@@ -1,0 +1,156 @@
+"""The tables and the figure of believe.py: each prediction against the measurement that it is about."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import common
+import numpy as np
+
+from jaxlimit.limits.estimate import LIMITS
+
+NAME = "believe"
+SHORT = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton"}
+# What is measured, in the order of the table.
+MEASURED = ("cut", "point", "attained", "certified")
+SAID = {
+    **{f"{SHORT[name]} one_shot": "cut" for name in SHORT},
+    **{f"{SHORT[name]} {which}": "attained" for name in SHORT for which in LIMITS[1:]},
+    "H+ width": "attained",
+    "H-/2 width": "attained",
+    "paper's code": "attained",
+    "near zero, .001": "cut",
+    "near zero, .01": "cut",
+    "near zero, .001 of the largest": "cut",
+    "effective number": "point",
+    "PQ index (.5, 1)": "point",
+    **{f"scaling law, {count} networks": "finetuned" for count in (5, 8)},
+}
+"""What each prediction is about, as far as its authors say. `Hessian` is |H|: negative curvature counts as
+stiff; of H+ as flat, of H-/2 as half as stiff. Then come five formulas in the weights alone, and the law of
+the error fitted to networks that were fine-tuned: its products are gradients."""
+# Columns of mean errors, and which networks each is over.
+KINDS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    "all": lambda case: True,
+    "L1": lambda case: case["l1"] > 0,
+    "no L1": lambda case: not case["l1"],
+    "> 100,000 weights": lambda case: case["num_weights"] > 100_000,
+    "< .01 examples a weight": lambda case: case["num_examples"] < 0.01 * case["num_weights"],
+}
+# A limit that is less resolved is marked with a ~.
+RESOLVED = 2e-3
+# Predictions that the table of networks shows.
+SHOWN = (
+    "Hessian one_shot",
+    "PQ index (.5, 1)",
+    "Hessian width",
+    "Hessian cone",
+    "Gauss-Newton width",
+    "Gauss-Newton cone",
+    "paper's code",
+)
+# Predictions that the figure shows.
+DRAWN = (*SHOWN[:2], "near zero, .01", "effective number", *SHOWN[2:], "Gauss-Newton readjusted", "H+ width")
+
+
+def summary(cases: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of each prediction: its cost and its errors against what it is about, over all networks and kinds."""
+    rows = []
+    for name, about in SAID.items():
+        known = [
+            case
+            for case in cases.values()
+            if name in case["predicted"] and case["measured"].get(about) is not None
+        ]
+        if known:
+            errors = np.array(
+                [case["predicted"][name]["sparsity"] - case["measured"][about] for case in known]
+            )
+            kinds = {kind: [is_of(case) for case in known] for kind, is_of in KINDS.items()}
+            rows.append(
+                {
+                    "prediction": name,
+                    "about": about,
+                    "products": float(np.median([case["predicted"][name]["products"] for case in known])),
+                    "mean": {kind: _mean(np.abs(errors[chosen])) for kind, chosen in kinds.items()},
+                    "worst": float(max(errors, key=abs)),
+                    "sign": _mean(errors),
+                    "num_cases": len(known),
+                }
+            )
+    return rows
+
+
+def _mean(values: Any) -> float | None:
+    return float(np.mean(values)) if len(values) else None
+
+
+def tables(cases: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table of predictions, and that of the networks."""
+
+    def shown(value: float | None, form: str = ".3f") -> str:
+        return "-" if value is None else format(value, form)
+
+    predictions = [
+        (
+            row["prediction"],
+            row["about"],
+            f"{row['products']:,.0f}",
+            f"{row['num_cases']}",
+            *(shown(row["mean"][kind]) for kind in KINDS),
+            shown(row["worst"], "+.3f"),
+            shown(row["sign"], "+.3f"),
+        )
+        for row in summary(cases)
+    ]
+    heads = ("prediction", "about", "products", "networks", *KINDS, "worst", "mean, signed")
+    text = common.markdown(heads, predictions)
+
+    def prediction(case: Mapping[str, Any], which: str) -> str:
+        found = case["predicted"].get(which)
+        if found is None:
+            return "-"
+        return f"{'~' if found.get('spread', 0) > RESOLVED else ''}{found['sparsity']:.3f}"
+
+    networks = [
+        (
+            name,
+            f"{case['num_weights']:,}",
+            f"{case['num_examples']:,}",
+            *(shown(case["measured"].get(of)) for of in MEASURED),
+            *(prediction(case, which) for which in SHOWN),
+        )
+        for name, case in cases.items()
+    ]
+    heads = ("network", "weights", "examples", *(f"**{name}**" for name in MEASURED), *SHOWN)
+    return f"{text}\n{common.markdown(heads, networks)}"
+
+
+def figure(cases: Mapping[str, Mapping[str, Any]]) -> Any:
+    """Predicted against measured, a panel for each prediction."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in summary(cases) if row["prediction"] in DRAWN]
+    columns = 4
+    height = -(-len(rows) // columns)
+    drawn = Figure(figsize=(2.3 * columns, 2.3 * height), layout="constrained")
+    panels = drawn.subplots(height, columns, sharex=True, sharey=True, squeeze=False)
+    for panel, row in zip(panels.flat, rows, strict=False):
+        for with_l1, marker in ((True, "o"), (False, "x")):
+            points = [
+                (case["measured"][row["about"]], case["predicted"][row["prediction"]]["sparsity"])
+                for case in cases.values()
+                if row["prediction"] in case["predicted"]
+                and case["measured"].get(row["about"]) is not None
+                and (case["l1"] > 0) == with_l1
+            ]
+            label = "trained with L1" if with_l1 else "without"
+            panel.plot(*np.array(points).reshape(-1, 2).T, marker, color="#0072B2", markersize=4, label=label)
+        panel.plot([0, 1], [0, 1], color="#888888", linewidth=0.8)
+        panel.set_title(f"{row['prediction']} ({row['about']})", fontsize=8)
+        panel.set(xlim=(0, 1), ylim=(0, 1))
+    for panel in panels.flat[len(rows) :]:
+        panel.axis("off")
+    panels.flat[0].legend(fontsize=7)
+    drawn.supxlabel("measured sparsity", fontsize=9)
+    drawn.supylabel("predicted sparsity", fontsize=9)
+    return drawn
