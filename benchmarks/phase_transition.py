@@ -36,6 +36,7 @@ from jax.flatten_util import ravel_pytree
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from quadratic_models import directions
 from scipy.linalg import get_lapack_funcs, solve_triangular
 from scipy.optimize import minimize
 
@@ -186,22 +187,10 @@ def predictions(network: Network, sparsity: float) -> dict[str, dict[str, float]
 
 
 def signed_transition(network: Network, c: Array) -> float:
-    r"""The cone formula for an indefinite H with gradient g: a conjecture, tested here against `taylor`.
-
-        k = sum_i lambda_i / (lambda_i + a),
-        a c^T H (H + a)^{-1} c - 2 a c^T (H + a)^{-1} g - g^T (H + a)^{-1} g = 2 eps:
-
-    the Moreau envelope of the Taylor polynomial at w_pruned, with ridge a > -lambda_min, equals eps. There is
-    no smaller a than that of the largest k, beyond which the polynomial has no minimum in the subspace.
-    """
+    """The cone formula for an indefinite H with a gradient (quadratic_models.py), tested against `taylor`."""
     eigenvalues, eigenvectors = network.spectra["hessian"]
-    removed, slope = c @ eigenvectors, network.models["taylor"].slope @ eigenvectors
-    a = np.geomspace(-1.001 * eigenvalues[0], 1e3 * eigenvalues[-1], 1000)[:, None]
-    directions = np.sum(eigenvalues / (eigenvalues + a), axis=1)
-    terms = (a * eigenvalues * removed**2 - 2 * a * removed * slope - slope**2) / (eigenvalues + a)
-    excess = np.sum(terms, axis=1) - 2 * network.statistics.batch_std
-    most = np.argmax(directions)
-    return float(np.interp(0, excess[most:], directions[most:]))
+    slope = network.models["taylor"].slope @ eigenvectors
+    return directions(eigenvalues, c @ eigenvectors, slope, network.statistics.batch_std)
 
 
 # Quadratic models, by linear algebra.

@@ -28,6 +28,8 @@ RUNS = {
     "mnist-fc2-60": "run mnist-fc2 --epochs 60",
     "cifar10-lenet-30": "run cifar10-lenet --epochs 30 --num-examples 1024 --finetune-steps 0",
     "cifar10-lenet-200": "run cifar10-lenet --num-examples 1024 --finetune-steps 0",
+    "cifar10-fc5": "run cifar10-fc5 --num-examples 1024",
+    "cifar10-fc5-l1-0": "run cifar10-fc5 --l1 0 --num-examples 1024 --curvature gauss_newton",
 }
 # Columns of the Markdown table, and where their values are in limit.json. Measured thresholds are bold, and
 # stand before their predictions.

@@ -192,7 +192,7 @@ class Options:
 
     Attributes:
         seed: seed of the initial weights, the order of the examples and the probes.
-        curvature: the matrix of the loss: the Hessian predicts, Gauss-Newton is fast, tight, optimistic.
+        curvature: the matrix of the loss: Gauss-Newton foretells what is attained, the Hessian is the paper's.
         tolerance: wanted accuracy of the limits, in sparsity.
         loss_tolerance: eps, by how much the training loss may rise, in nats; None: the standard deviation of
             the losses of the training batches.

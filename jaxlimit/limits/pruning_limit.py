@@ -67,7 +67,8 @@ def pruning_limit(
     at; memory for (steps x probes) vectors, as far as `basis_bytes` allow.
 
     Args:
-        curvature: from `hessian` (predicts) or `gauss_newton` (fast, tight, optimistic).
+        curvature: from `gauss_newton`, whose cone foretells what `attained_limit` builds, in few products; or
+            from `hessian`, as the paper takes it, whose width and cone are lower. docs/limits.md compares both.
         key: of the random probes; a dense solution uses none.
         loss_tolerance: eps, the rise of the loss that is allowed, in units of the loss; positive. The paper
             takes `loss_statistics(...).batch_std`.
