@@ -95,9 +95,9 @@ class Assessment:
         highest = max(limits, key=lambda name: limits[name].upper)
         if attained > limits[highest].upper:
             return (
-                f"They do not agree: a network of sparsity {attained:.4f} was built, beyond the {highest} limit "
-                f"of the {TITLES[curvature]}, {limits[highest]}; for this network the prediction is refuted, "
-                "and too low."
+                f"They do not agree: a network of sparsity {attained:.4f} was built, beyond the {highest} "
+                f"limit of the {TITLES[curvature]}, {limits[highest]}; for this network the prediction is "
+                "refuted, and too low."
             )
         if attained < limits[lowest].lower - close:
             return (

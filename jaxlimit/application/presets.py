@@ -192,7 +192,8 @@ class Options:
 
     Attributes:
         seed: seed of the initial weights, the order of the examples and the probes.
-        curvature: the matrix of the loss: Gauss-Newton foretells what is attained, the Hessian is the paper's.
+        curvature: the matrix of the loss: Gauss-Newton foretells what is attained, the Hessian is the
+            paper's.
         tolerance: wanted accuracy of the limits, in sparsity.
         loss_tolerance: eps, by how much the training loss may rise, in nats; None: the standard deviation of
             the losses of the training batches.

@@ -68,7 +68,7 @@ def pruning_limit(
 
     Args:
         curvature: from `gauss_newton`, whose cone foretells what `attained_limit` builds, in few products; or
-            from `hessian`, as the paper takes it, whose width and cone are lower. docs/limits.md compares both.
+            from `hessian`, as the paper takes it, whose width and cone are lower (docs/limits.md).
         key: of the random probes; a dense solution uses none.
         loss_tolerance: eps, the rise of the loss that is allowed, in units of the loss; positive. The paper
             takes `loss_statistics(...).batch_std`.

@@ -279,7 +279,8 @@ def _remarks(found: Findings) -> list[str]:
         remarks.append("The certified interval of an indefinite Hessian is wider than its spread.")
     if found.unsupported:
         remarks.append(
-            f"readjusted with |H| needs a dense matrix (at most {DENSE_DIM:,} weights): gauss_newton needs none."
+            f"readjusted with |H| needs a dense matrix (at most {DENSE_DIM:,} weights): gauss_newton needs "
+            "none."
         )
     if not found.reorthogonalized:
         remarks.append("Lanczos kept its first vectors only (basis_bytes), so it may take more products.")
