@@ -6,6 +6,9 @@
 keeps exactly D - floor(s D) weights of the kernels at sparsity s, says which layers keep none, and goes on to
 the same bits after it was killed, if it is given a folder.
 
+Other orders of the weights are scores, which every function with `scores=` takes: `obd_scores`, with a
+diagonal of the curvature, `taylor_scores`, `wanda_scores` and `lookahead_scores`.
+
 Other answers to "how sparse?" stand beside them: formulas in the weights alone (`near_zero_share`,
 `effective_number`, `pq_sparsity`), and a law fitted to a few pruned networks (`fit_pruned_error`).
 """
@@ -14,29 +17,45 @@ from jaxlimit.baselines.controls import dense, random_pruning
 from jaxlimit.baselines.gems import RareGems, rare_gems
 from jaxlimit.baselines.iterative import IterativePruning, iterative_pruning
 from jaxlimit.baselines.l1_pruning import LOMP, lomp
+from jaxlimit.baselines.lookahead import Layer, lookahead_layers, lookahead_scores
 from jaxlimit.baselines.network import SparseNetwork
+from jaxlimit.baselines.orders import (
+    curvature_diagonal,
+    gauss_newton_diagonal,
+    obd_scores,
+    taylor_scores,
+)
 from jaxlimit.baselines.pruned_error import PrunedError, fit_pruned_error
 from jaxlimit.baselines.ratios import SmartRatio, smart_ratio
+from jaxlimit.baselines.wanda import wanda_scores
 from jaxlimit.baselines.weight_counts import effective_number, near_zero_share, pq_sparsity
 from jaxlimit.training.recipe import Recipe, TrainingOptions
 
 __all__ = [
     "LOMP",
     "IterativePruning",
+    "Layer",
     "PrunedError",
     "RareGems",
     "Recipe",
     "SmartRatio",
     "SparseNetwork",
     "TrainingOptions",
+    "curvature_diagonal",
     "dense",
     "effective_number",
     "fit_pruned_error",
+    "gauss_newton_diagonal",
     "iterative_pruning",
     "lomp",
+    "lookahead_layers",
+    "lookahead_scores",
     "near_zero_share",
+    "obd_scores",
     "pq_sparsity",
     "random_pruning",
     "rare_gems",
     "smart_ratio",
+    "taylor_scores",
+    "wanda_scores",
 ]
