@@ -9,6 +9,9 @@ the same bits after it was killed, if it is given a folder.
 Other orders of the weights are scores, which every function with `scores=` takes: `obd_scores`, with a
 diagonal of the curvature, `taylor_scores`, `wanda_scores` and `lookahead_scores`.
 
+`share_scores` is an order with the layer shares of a rule: ERK, ER, uniform or, with `uniform_plus`,
+uniform+.
+
 Other answers to "how sparse?" stand beside them: formulas in the weights alone (`near_zero_share`,
 `effective_number`, `pq_sparsity`), and a law fitted to a few pruned networks (`fit_pruned_error`).
 """
@@ -17,6 +20,7 @@ from jaxlimit.baselines.controls import dense, random_pruning
 from jaxlimit.baselines.gems import RareGems, rare_gems
 from jaxlimit.baselines.iterative import IterativePruning, iterative_pruning
 from jaxlimit.baselines.l1_pruning import LOMP, lomp
+from jaxlimit.baselines.layer_shares import share_counts, share_scores, uniform_plus
 from jaxlimit.baselines.lookahead import Layer, lookahead_layers, lookahead_scores
 from jaxlimit.baselines.network import SparseNetwork
 from jaxlimit.baselines.orders import (
@@ -55,7 +59,10 @@ __all__ = [
     "pq_sparsity",
     "random_pruning",
     "rare_gems",
+    "share_counts",
+    "share_scores",
     "smart_ratio",
     "taylor_scores",
+    "uniform_plus",
     "wanda_scores",
 ]
