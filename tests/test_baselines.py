@@ -7,15 +7,19 @@ from flax import nnx, traverse_util
 
 from jaxlimit import models
 from jaxlimit.baselines import (
+    GReg,
     IterativePruning,
     RareGems,
+    Readjusting,
     Recipe,
     SmartRatio,
     dense,
+    greg,
     iterative_pruning,
     lomp,
     random_pruning,
     rare_gems,
+    readjusted_pruning,
     smart_ratio,
 )
 from jaxlimit.baselines.network import bare
@@ -28,6 +32,9 @@ METHODS = {
     "smart-ratio": (smart_ratio, SmartRatio(fixed="last", recipe=RECIPE)),
     "hybrid": (smart_ratio, SmartRatio(fixed="last", hybrid=True, recipe=RECIPE)),
     "rare-gems": (rare_gems, RareGems(epochs=3, batch_size=12, drop_every=1, finetune=RECIPE)),
+    "greg-1": (greg, GReg(True, RECIPE, 2, 1, batch_size=12, finetune=RECIPE)),
+    "greg-2": (greg, GReg(False, RECIPE, 2, 1, 2, batch_size=12, finetune=RECIPE)),
+    "prune": (readjusted_pruning, Readjusting(RECIPE, max_products=10)),
     "imp": (iterative_pruning, IterativePruning(0.5, rewind_steps=2, recipe=RECIPE)),
 }
 SPARSITIES = [0.75]
@@ -87,8 +94,8 @@ def test_counts_are_exact_and_what_is_removed_is_zero(finished, name):
         assert np.isfinite(logits).all()
 
 
-# The other two are trained by the same calls.
-@pytest.mark.parametrize("name", ["lomp", "random", "hybrid", "rare-gems", "imp"])
+# The others are trained by the same calls.
+@pytest.mark.parametrize("name", ["lomp", "random", "hybrid", "rare-gems", "greg-2", "prune", "imp"])
 def test_a_killed_run_goes_on_to_the_same_bits(finished, name, tmp_path):
     """Killed in its second half."""
     networks, epochs = finished[name]

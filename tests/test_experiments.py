@@ -145,7 +145,10 @@ def test_a_folder_with_other_options_or_other_files_is_refused(finished, tmp_pat
         (["compare", "--sparsities", "0.99"], "Smart-Ratio cannot keep 45 of 4,464 weights"),
         (["compare", "--seeds", "0"], "seeds must be at least 1, got 0"),
         (["compare", "--epochs", "0"], "epochs must be at least 1, got 0"),
-        (["compare", "--methods", "imp", "--l1", "1"], "l1 is of lomp, which is not among the methods"),
+        (
+            ["compare", "--methods", "imp", "--l1", "1"],
+            "l1 is of lomp and prune, which are not among the methods",
+        ),
         (["gems", "--l1", "1"], "l1 has no effect on this experiment"),
         (["gems", "--networks", "nets"], "networks has no effect on this experiment"),
         (["gradual", "--networks", "nets"], "networks has no effect on this experiment"),
@@ -208,6 +211,14 @@ def test_recipes_are_those_of_the_papers_and_of_the_preset():
     assert settings_of("hybrid", digits, 1438).hybrid
     short = settings_of("rare-gems", digits, 1438, epochs=30)
     assert (short.epochs, short.drop_every, short.num_drops, short.finetune.epochs) == (30, 1, 29, 30)
+    for preset, epochs, tenth in (("digits", None, 16), ("mnist-fc2", 10, 1)):
+        pushed = settings_of("greg-2", presets.PRESETS[preset], 1438, epochs=epochs)
+        assert (pushed.choose_epochs, pushed.stabilise_epochs) == (tenth, tenth)
+        assert pushed.grow_epochs == pushed.recipe.epochs == pushed.finetune.epochs == (epochs or 160)
+        assert (pushed.finetune.learning_rate, pushed.learning_rate) == (0.01, 0.001)
+    assert settings_of("greg-1", digits, 1438).choose_first
+    readjusted = [settings_of(name, digits, 1438).recipe for name in ("prune", "prune-dense")]
+    assert readjusted == [lomp, dense]
     slow = {name: settings_of(name, digits, 1438, learning_rate=0.02) for name in METHODS}
     assert [slow[name].recipe.learning_rate for name in ("imp", "hybrid", "smart-ratio")] == [0.02] * 3
     assert slow["imp"].recipe.epochs == 160

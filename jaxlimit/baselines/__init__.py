@@ -18,6 +18,7 @@ Other answers to "how sparse?" stand beside them: formulas in the weights alone 
 
 from jaxlimit.baselines.controls import dense, random_pruning
 from jaxlimit.baselines.gems import RareGems, rare_gems
+from jaxlimit.baselines.growing_regularization import GReg, greg
 from jaxlimit.baselines.iterative import IterativePruning, iterative_pruning
 from jaxlimit.baselines.l1_pruning import LOMP, lomp
 from jaxlimit.baselines.layer_shares import share_counts, share_scores, uniform_plus
@@ -31,16 +32,19 @@ from jaxlimit.baselines.orders import (
 )
 from jaxlimit.baselines.pruned_error import PrunedError, fit_pruned_error
 from jaxlimit.baselines.ratios import SmartRatio, smart_ratio
+from jaxlimit.baselines.readjusting import Readjusting, readjusted_pruning
 from jaxlimit.baselines.wanda import wanda_scores
 from jaxlimit.baselines.weight_counts import effective_number, near_zero_share, pq_sparsity
 from jaxlimit.training.recipe import Recipe, TrainingOptions
 
 __all__ = [
     "LOMP",
+    "GReg",
     "IterativePruning",
     "Layer",
     "PrunedError",
     "RareGems",
+    "Readjusting",
     "Recipe",
     "SmartRatio",
     "SparseNetwork",
@@ -50,6 +54,7 @@ __all__ = [
     "effective_number",
     "fit_pruned_error",
     "gauss_newton_diagonal",
+    "greg",
     "iterative_pruning",
     "lomp",
     "lookahead_layers",
@@ -59,6 +64,7 @@ __all__ = [
     "pq_sparsity",
     "random_pruning",
     "rare_gems",
+    "readjusted_pruning",
     "share_counts",
     "share_scores",
     "smart_ratio",

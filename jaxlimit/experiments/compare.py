@@ -39,7 +39,8 @@ def plan(
 
     Args:
         trainings: see `Trainings`.
-        methods: dense, lomp, imp, rare-gems, hybrid, smart-ratio, random.
+        methods: dense, lomp, imp, rare-gems, hybrid, smart-ratio, greg-1, greg-2, prune (from LOMP),
+            prune-dense, random.
         sparsities: shares of the weights to remove, each from 0 to below 1.
         learning_rate: of every training of weights. The recipes' .1 is made for networks with batch norm.
     """
@@ -49,8 +50,8 @@ def plan(
             f"methods must be some of {', '.join(METHODS)}, each once, got {' '.join(methods) or 'none'}."
         )
     sparsities = tuple(sorted({*sparsities}))
-    if "lomp" not in methods and trainings.l1 is not None:
-        raise ValueError("l1 is of lomp, which is not among the methods: leave it out.")
+    if not {"lomp", "prune"} & {*methods} and trainings.l1 is not None:
+        raise ValueError("l1 is of lomp and prune, which are not among the methods: leave it out.")
     task = trainings.load(learning_rate=learning_rate)
     size = len(task.train[1])
     settings = {

@@ -26,6 +26,10 @@ METHODS = {
     "rare-gems": Method("Rare Gems", baselines.rare_gems, "two an s"),
     "hybrid": Method("Smart-Ratio, hybrid", baselines.smart_ratio, "one, and one an s"),
     "smart-ratio": Method("Smart-Ratio, random", baselines.smart_ratio, "one an s"),
+    "greg-1": Method("GReg-1", baselines.greg, "one, and two an s"),
+    "greg-2": Method("GReg-2", baselines.greg, "two, and two an s"),
+    "prune": Method("LOMP, readjusted", baselines.readjusted_pruning, "one for all s"),
+    "prune-dense": Method("dense, readjusted", baselines.readjusted_pruning, "one for all s"),
     "random": Method("random", baselines.random_pruning, "one an s"),
 }
 
@@ -42,8 +46,9 @@ def settings_of(
     LOMP, and dense and random as its controls, are trained as the preset says, the controls without L1 term.
     The others follow their papers, with what these change for VGG. Rewinding goes back to the recipe's share
     of its training on CIFAR-10. When `epochs` is given, Rare Gems drops about as often, 29 times, but with
-    one epoch at least between two drops. Smart-Ratio fixes the last dense layer only (see
-    `baselines.SmartRatio`).
+    one epoch at least between two drops. The regularization of GReg grows for as many epochs as a training
+    has; choosing and stabilising take a tenth of them. `prune` starts from the networks of LOMP and dense.
+    Smart-Ratio fixes the last dense layer only (see `baselines.SmartRatio`).
 
     Examples:
         >>> from jaxlimit.application.presets import PRESETS
@@ -58,6 +63,20 @@ def settings_of(
 
     if name in ("dense", "lomp", "random"):
         return replace(preset.recipe, l1=preset.recipe.l1 if name == "lomp" else 0.0)
+    if name in ("prune", "prune-dense"):
+        return baselines.Readjusting(replace(preset.recipe, l1=preset.recipe.l1 if name == "prune" else 0.0))
+    if name in ("greg-1", "greg-2"):
+        usual = baselines.GReg(choose_first=name == "greg-1")
+        recipe, finetune = changed(usual.recipe), changed(usual.finetune)
+        short = max(1, round(recipe.epochs / 10))
+        return replace(
+            usual,
+            recipe=recipe,
+            finetune=finetune,
+            grow_epochs=recipe.epochs,
+            choose_epochs=short,
+            stabilise_epochs=short,
+        )
     if name == "imp":
         usual = baselines.IterativePruning()
         if vgg:

@@ -1,5 +1,6 @@
 """Figures over seeds: methods against sparsity, and means with their spreads against any variable."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -23,8 +24,8 @@ def plot_methods(curves: Mapping[str, Series]) -> "Figure":
             is a level that the others are measured by.
     """
     figure, (axes,) = new_figure(6.4, 4.6)
-    colours = iter((ORANGE, BLUE, GREEN, PURPLE, SKY, GREY, "#E69F00"))
-    markers = iter("osD^vXP")
+    colours = itertools.cycle((ORANGE, BLUE, GREEN, PURPLE, SKY, GREY, "#E69F00"))
+    markers = itertools.cycle("osD^vXP*<>p")  # as many as make other pairs with the colours
     ticks: set[float] = set()
     for label, (sparsities, means, spreads) in curves.items():
         if not np.any(sparsities):
