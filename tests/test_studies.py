@@ -49,6 +49,7 @@ OPTIONS = {
     "gradual": ["--rounds", "1", "--learning-rate", "0.05"],
     "lambda": ["--lambdas", "5e-4"],
     "order": [],
+    "orders": ["--orders", "magnitude", "obd", "uniform+", "--max-products", "5"],
     "regularizer": ["--weights", "1"],
     "rows": ["--num-rows", "20", "--l1", "0"],
     "scaling": ["--factors", "2"],
@@ -56,7 +57,7 @@ OPTIONS = {
     "training": ["--at", "0"],
 }
 # They train in other ways, which compile for longer, are several limits, or are run by another test, too.
-SLOW = ("crossing", "gems", "gradual", "order", "scaling", "tolerances", "training")
+SLOW = ("crossing", "gems", "gradual", "order", "orders", "scaling", "tolerances", "training")
 # The longest. What it trains with is tested in `test_differentiable.py`.
 MARKS = dict.fromkeys(SLOW, pytest.mark.slow) | {"regularizer": pytest.mark.nightly}
 

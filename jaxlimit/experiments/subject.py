@@ -68,6 +68,10 @@ class Task:
     note: Note = lambda text: None
 
     def trained(self, seed: int, *, l1: float | None = None, until: int | None = None) -> "Subject":
+        """The network after its training, with what is asked about it; arguments as for `network`."""
+        return self.subject(self.network(seed, l1=l1, until=until), seed)
+
+    def network(self, seed: int, *, l1: float | None = None, until: int | None = None) -> nnx.Module:
         """The network after its training.
 
         Args:
@@ -90,7 +94,7 @@ class Task:
                 checkpoint=subfolder(self.networks, name),
                 **self.training_options(),
             )
-        return self.subject(model, seed)
+        return model
 
     def training_options(self) -> TrainingOptions:
         """What every training of the preset's data is given."""
@@ -131,6 +135,10 @@ class Subject:
     max_matvecs: int
     note: Note
     checkpoint: Path | None = None
+
+    def outputs(self, params: PyTree, batch: Arrays) -> jax.Array:
+        """The logits of a batch."""
+        return self.predict(params, batch[0])
 
     @cached_property
     def loss(self) -> Loss:
@@ -188,18 +196,18 @@ class Subject:
         """Loss and accuracy of the network as it is pruned, without fine-tuning."""
         return PrunedNetwork(self.params, self.metrics, scores=scores).sweep(batches, sparsities)
 
-    def test_accuracy(self, sparsities: Sequence[float]) -> list[float]:
+    def test_accuracy(self, sparsities: Sequence[float], scores: PyTree | None = None) -> list[float]:
         """Test accuracies of the pruned network, in the order of the sparsities."""
-        found = self.sweep(sparsities, self.test)
+        found = self.sweep(sparsities, self.test, scores)
         return [float(x) for x in found.metrics["accuracy"][np.searchsorted(found.sparsities, sparsities)]]
 
     def thresholds(self) -> dict[str, float]:
         """How sparse it can really be pruned, without fine-tuning, for the loss and for the accuracy."""
         return {"loss": self.loss_threshold(), "accuracy": self.accuracy_threshold()}
 
-    def loss_threshold(self) -> float:
+    def loss_threshold(self, scores: PyTree | None = None) -> float:
         """The last sparsity before the training loss first exceeds L + eps."""
-        network = PrunedNetwork(self.params, self.metrics)
+        network = PrunedNetwork(self.params, self.metrics, scores=scores)
         bound = self.statistics.mean + self.statistics.batch_std
         threshold = 0.0  # a network as it is loses nothing
         for grid in SPARSITIES[1:].reshape(-1, 8):
