@@ -11,6 +11,7 @@ link to: a name is there only if its docstring was rendered.
 import html
 import inspect
 import os
+import sys
 import zlib
 from pathlib import Path
 
@@ -37,7 +38,9 @@ from jaxlimit.spectrum import basis, bracket, lanczos, measure, probes, rules, t
 from jaxlimit.training import descent, model_files
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+sys.path.append(str(ROOT / "benchmarks"))
+import tables  # noqa: E402
+
 pytestmark = pytest.mark.docs
 
 
@@ -101,50 +104,18 @@ def test_every_public_name_is_documented(site):
         assert not public_names(module) - names
 
 
-PAGES = {
-    "accuracy": "numerics",
-    "predicted_vs_measured": "limits",
-    "real_runs": "runs",
-    **{path.stem: "methods" for path in RESULTS.glob("methods_*.md")},
-    "basis": "large",
-    "certificates": "certify",
-    **dict.fromkeys(("groups_masks", "groups_limits", "groups_speed"), "groups"),
-    "published_mlpnet": "published",
-    "published_resnet20": "published",
-    "minilm": "transformer",
-    "minilm_allocation": "transformer",
-    "char_lm": "transformer",
-    "layer_shares": "transformer",
-    **{
-        f"{name}_{preset}": page
-        for preset, page in (("digits", "experiments"), ("mnist-fc2", "experiments_mnist"))
-        for name in experiments.EXPERIMENTS
-        if name != "compare"
-    },
-    **{
-        path.stem: "experiments_cifar10"
-        for path in RESULTS.glob("*_cifar10-*.md")
-        if not path.stem.startswith("methods")
-    },
-    **dict.fromkeys(
-        (
-            "products",
-            "products_peers",
-            "spectrum",
-            "spectrum_overhead",
-            "end_to_end",
-            "scaling",
-            "input_pipeline",
-        ),
-        "performance",
-    ),
-}
+SHOWN = [
+    (page, name)
+    for page in tables.pages()
+    if page.parent.name == "docs"
+    for name in tables.shown(page.read_text())
+]
 
 
-@pytest.mark.parametrize(("name", "page"), PAGES.items())
-def test_tables_of_the_benchmarks_are_shown(site, name, page):
-    rows = (RESULTS / f"{name}.md").read_text().splitlines()
+@pytest.mark.parametrize(("page", "name"), SHOWN, ids=[name for _, name in SHOWN])
+def test_tables_of_the_benchmarks_are_rendered_as_tables(site, page, name):
+    rows = (ROOT / name).read_text().splitlines()
     first = [cell.strip() for cell in rows[2].strip("|").split("|")]
-    text = (site / page / "index.html").read_text()
+    text = (site / page.stem / "index.html").read_text()
     assert first[0] in text
     assert all(f">{html.escape(cell)}</td>" in text for cell in first[1:] if cell)
