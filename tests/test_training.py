@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 from scipy.special import log_softmax, softmax
 
+from jaxlimit.core.trees import flatten
 from jaxlimit.models import FullyConnected, from_nnx
 from jaxlimit.training import (
     classification_loss,
@@ -16,7 +17,9 @@ from jaxlimit.training import (
     l1_norm,
     steps_per_epoch,
     train,
+    train_model,
 )
+from jaxlimit.training.group_lasso import group_lasso_of
 
 
 def linear(params, inputs):
@@ -255,6 +258,80 @@ def test_l1_training_of_a_network_lowers_its_norm_and_still_fits():
     assert metrics(params, arrays)["accuracy"] < 0.6
     assert metrics(dense, arrays)["accuracy"] > 0.9
     assert metrics(sparse, arrays)["accuracy"] > 0.9
+
+
+def test_group_lasso_reaches_the_soft_thresholded_groups():
+    """Of |w - a|^2 / 2 the minimum is a_g max(0, 1 - lambda sqrt(n_g) / ||a_g||), group by group."""
+    means = {"a": jnp.array([[3.0, 0.2], [4.0, -0.1]]), "b": jnp.array([[1.0, 2.0, 0.1]])}
+    labels = {"a": jnp.array([[7, 3], [7, 3]]), "b": jnp.array([[3, 9, 9]])}
+    found = train(
+        lambda w, _: sum(jnp.sum((w[name] - means[name]) ** 2) for name in means) / 2,
+        means,
+        jnp.zeros(1),
+        jax.random.key(0),
+        epochs=400,
+        batch_size=1,
+        learning_rate=0.01,
+        group_lasso=0.6,
+        groups=labels,
+    )
+    flat, numbers = flatten(means), flatten(labels)
+    for label in (3, 7, 9):
+        of_group = flat[numbers == label]
+        expected = of_group * max(0, 1 - 0.6 * np.sqrt(len(of_group)) / np.linalg.norm(of_group))
+        # A group that goes to zero swings around it by a step of the descent.
+        at = 1e-3 if expected.any() else 0.1
+        np.testing.assert_allclose(flatten(found)[numbers == label], expected, atol=at)
+    whole = 0.6 * sum(
+        np.sqrt(np.sum(numbers == label)) * np.linalg.norm(flat[numbers == label]) for label in (3, 7, 9)
+    )
+    term = group_lasso_of(means, 0.6, labels)
+    assert term is not None
+    assert float(term(means)) == pytest.approx(whole, rel=1e-6)
+    assert not flatten(jax.grad(term)(jax.tree.map(jnp.zeros_like, means))).any()
+
+
+def test_group_lasso_of_a_model_is_that_of_its_function():
+    model = FullyConnected([4, 6, 3], rngs=nnx.Rngs(0))
+    predict, params = from_nnx(model)
+    arrays = jax.random.normal(jax.random.key(1), (40, 4)), jnp.arange(40) % 3
+    keywords = {"epochs": 1, "batch_size": 40, "learning_rate": 0.1, "group_lasso": 1e-2}
+    keywords |= {"groups": "input_channels"}
+    by_function = train(classification_loss(predict), params, arrays, jax.random.key(2), **keywords)
+    by_model = from_nnx(train_model(model, arrays, jax.random.key(2), **keywords))[1]
+    np.testing.assert_array_equal(flatten(by_function), flatten(by_model))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"group_lasso": 0.1}, "has no groups to act on: give groups"),
+        ({"group_lasso": -1.0, "groups": "output_channels"}, "group_lasso"),
+        ({"group_lasso": 0.1, "groups": "channels"}, "groups must be"),
+    ],
+)
+def test_a_group_lasso_without_groups_is_refused(keywords, message):
+    with pytest.raises(ValueError, match=message):
+        train(
+            lambda w, _: jnp.sum(w),
+            jnp.ones((2, 2)),
+            jnp.zeros(1),
+            jax.random.key(0),
+            epochs=1,
+            learning_rate=1.0,
+            **keywords,
+        )
+
+
+def test_a_checkpoint_knows_its_group_lasso(tmp_path):
+    def trained(strength):
+        keywords = {"epochs": 1, "learning_rate": 0.1, "groups": "output_channels", "checkpoint": tmp_path}
+        loss, start = lambda w, _: jnp.sum(w**2), jnp.full((2, 2), 100.0)
+        train(loss, start, jnp.zeros(1), jax.random.key(0), group_lasso=strength, **keywords)
+
+    trained(1e-6)
+    with pytest.raises(ValueError, match="group_lasso"):
+        trained(2e-6)
 
 
 def test_l1_norm_counts_every_parameter_and_keeps_its_dtype():

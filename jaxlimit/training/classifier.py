@@ -5,7 +5,8 @@ The paper trains its networks with momentum, without weight decay, and with an L
     minimise   mean_i loss_i(w) + l1 * sum_j |w_j|
 
 The L1 term belongs to training alone: the losses here are those whose Hessian and whose spread over batches
-the pruning limit is about, and the second derivative of |w| is zero wherever it exists.
+the pruning limit is about, and the second derivative of |w| is zero wherever it exists. A group lasso
+(`training.group_lasso`) may stand beside it or in its place, where whole channels are to go.
 """
 
 import os
@@ -23,6 +24,7 @@ from jaxlimit.core.programs import Program
 from jaxlimit.core.trees import PyTree
 from jaxlimit.geometry.magnitude import apply_mask
 from jaxlimit.training.descent import Objective, Settings, minimise
+from jaxlimit.training.group_lasso import GroupLasso, group_lasso_of
 from jaxlimit.training.losses import Loss, cross_entropy
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -40,6 +42,8 @@ def train(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     l1: float = 0.0,
+    group_lasso: float = 0.0,
+    groups: Any = None,
     mask: PyTree | None = None,
     on_epoch: Callable[[int, float], None] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -70,6 +74,8 @@ def train(
         momentum: 0 or more and below 1; 0.9, as in all presets of the paper's code.
         weight_decay: 0 or more, on every parameter; 0, as in all presets of the paper's code.
         l1: weight of the L1 term per example, 0 or more; 0 by default, the dense control of the paper.
+        group_lasso: weight of an L1 term on the norms of groups, 0 or more: see `training.group_lasso`.
+        groups: prunable weights that go together in it, as for `pruning_limit`.
         mask: weights that are False in it are set to zero and stay there: a pytree of booleans like `params`,
             with None for leaves that are not pruned, as `magnitude_mask` of the prunable weights gives it.
         on_epoch: called after each epoch as `on_epoch(epoch, mean_loss)`: the epoch from 0, and the mean over
@@ -100,15 +106,17 @@ def train(
     """
     require_problem("train(loss_fn, params, arrays, key, ...)", params, loss_fn=loss_fn)
 
-    def objective(params: PyTree, mask: PyTree, batch: PyTree, key: jax.Array) -> tuple[jax.Array, PyTree]:
+    def objective(params: PyTree, state: PyTree, batch: PyTree, key: jax.Array) -> tuple[jax.Array, PyTree]:
+        mask, lasso = state
         # Weights that start at zero and have no gradient stay there, exactly.
-        return loss_fn(apply_mask(params, mask), batch), mask
+        params = apply_mask(params, mask)
+        return loss_fn(params, batch) + _value(lasso, params), state
 
     settings = Settings(epochs, batch_size, learning_rate, momentum, weight_decay, l1)
-    start = _masked(params, mask)
-    return minimise(objective, start, mask, arrays, key, settings, on_epoch=on_epoch, checkpoint=checkpoint)[
-        0
-    ]
+    start, state = _masked(params, mask), (mask, group_lasso_of(params, group_lasso, groups))
+    keywords: dict[str, Any] = {"on_epoch": on_epoch, "checkpoint": checkpoint}
+    keywords["identity"] = _identity(group_lasso)
+    return minimise(objective, start, state, arrays, key, settings, **keywords)[0]
 
 
 def train_model(
@@ -122,6 +130,8 @@ def train_model(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     l1: float = 0.0,
+    group_lasso: float = 0.0,
+    groups: Any = None,
     mask: PyTree | None = None,
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     on_epoch: Callable[[int, float], None] | None = None,
@@ -143,6 +153,8 @@ def train_model(
         momentum: as for `train`.
         weight_decay: as for `train`, on every `nnx.Param`.
         l1: as for `train`, on every `nnx.Param`.
+        group_lasso: as for `train`.
+        groups: as for `train`.
         mask: as for `train`, like the parameters that `models.from_nnx` gives.
         augment: `augment(key, inputs) -> inputs`, applied to every batch (`data.random_crop_and_flip`). A
             checkpoint knows it by its name.
@@ -172,22 +184,32 @@ def train_model(
         raise ValueError("labels must be classes, 0 or more, got a negative one: leave such examples out.")
 
     def objective(params: PyTree, state: PyTree, batch: PyTree, key: jax.Array) -> tuple[jax.Array, PyTree]:
-        mask, state = state
-        loss, state = network.objective(apply_mask(params, mask), state, batch, key)
-        return loss, (mask, state)
+        mask, lasso, state = state
+        params = apply_mask(params, mask)
+        loss, state = network.objective(params, state, batch, key)
+        return loss + _value(lasso, params), (mask, lasso, state)
 
-    params, (_, state) = minimise(
+    params, (_, _, state) = minimise(
         objective,
         _masked(network.params, mask),
-        (mask, network.state),
+        (mask, group_lasso_of(network.params, group_lasso, groups), network.state),
         arrays,
         key,
         Settings(epochs, batch_size, learning_rate, momentum, weight_decay, l1),
         on_epoch=on_epoch,
         checkpoint=checkpoint,
-        identity=network.identity,
+        identity=network.identity | _identity(group_lasso),
     )
     return network.rebuild(params, state)
+
+
+def _value(lasso: GroupLasso | None, params: PyTree) -> jax.Array | float:
+    return 0.0 if lasso is None else lasso(params)
+
+
+def _identity(group_lasso: float) -> dict[str, float]:
+    """Of the term, for a checkpoint; its labels are in that of the state."""
+    return {"group_lasso": float(group_lasso)} if group_lasso else {}
 
 
 def _masked(params: PyTree, mask: PyTree | None) -> PyTree:
