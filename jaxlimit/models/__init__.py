@@ -11,6 +11,7 @@ from jaxlimit.models.fully_connected import FullyConnected, digits_net, fc2, fc5
 from jaxlimit.models.functional import from_equinox, from_linen, from_nnx
 from jaxlimit.models.resnet import ResNet
 from jaxlimit.models.torch_state import load_torch_state, save_torch_state, torch_state_dict
+from jaxlimit.models.traced_couplings import traced_labels
 
 __all__ = [
     "VGG",
@@ -35,5 +36,6 @@ __all__ = [
     "load_torch_state",
     "save_torch_state",
     "torch_state_dict",
+    "traced_labels",
     "unit_labels",
 ]
