@@ -539,6 +539,23 @@ def test_an_interrupted_search_goes_on_to_the_same_bits(network, tmp_path):
         assert same_bits(resumed.pruned.params, whole.pruned.params)
 
 
+@pytest.mark.parametrize("search", [attained_limit, prune])
+def test_a_first_step_that_was_far_too_long_ends_no_training(network, search):
+    """Without damping the first steps of the network that is not pruned go where the model is wrong."""
+    params, arrays = network
+    far = jax.tree.map(lambda x: 8 * x, params)
+    call = (predict, cross_entropy, far, batched(arrays, 30))
+    settings = Settings(damping=1e-9)
+    if search is prune:
+        reached = prune(*call, 0.0, max_products=200, settings=settings).loss
+    else:
+        reached = attained_limit(
+            *call, loss_tolerance=1e-3, max_products=200, settings=settings
+        ).unpruned_loss
+    dense = float(cross_entropy(predict(far, arrays), arrays))
+    assert reached < 0.7 * dense
+
+
 def test_a_budget_that_ends_the_search_is_told(network):
     params, arrays = network
     call = (predict, cross_entropy, params, batched(arrays, 30))

@@ -172,11 +172,12 @@ def _without_pruning(
     problem: Readjustable, store: Checkpoint, spent: float, tell: Callable[[Point, float], None]
 ) -> Point:
     """Where the network gets with as many products if no weight goes."""
-    free = problem.stored(store, "unpruned", problem.start)
+    free, done = problem.stored(store, "unpruned", (problem.start, False))
     every = problem.mask(problem.start.weights, 0)
-    while free.num_products < spent and (free.number == 0 or not settled(problem, free)):
-        free = problem.step(free, every)
-        store.save_tree("unpruned", free)
+    while free.num_products < spent and not done:
+        before, free = free, problem.step(free, every)
+        done = settled(problem, before, free)
+        store.save_tree("unpruned", (free, done))
         tell(free, spent)
     return free
 

@@ -21,6 +21,8 @@ from jaxlimit.pruning.trust_region import DEFAULT, Point, Settings
 # The last stage ends where two steps running lower the loss by less than this share of it, or of the loss
 # that the network had before it was pruned.
 SETTLED = 1e-3
+# With a damping of so much of the curvature along the first gradient, steps are lost in rounding.
+HELPLESS = 1e3
 # Where each step sees a part of the data, the mean of so many last ones is better than the last alone:
 # by .4 to 1.4 points of test accuracy in benchmarks/published.py, at no cost.
 AVERAGED = 6
@@ -183,8 +185,17 @@ def path(dim: int, last: int, share: float, first: int = 0) -> list[int]:
     return [*counts, last]
 
 
-def settled(problem: Readjustable, point: Point) -> bool:
-    """Whether the last step lowered the loss by little."""
+def settled(problem: Readjustable, before: Point, point: Point) -> bool:
+    """Whether the step from the point before lowered the loss by little, and no further step would do more.
+
+    A step whose model was wrong says nothing of the next one, which is damped more, until no damping helps.
+    """
+    right = point.damping <= before.damping
+    helpless = point.damping > HELPLESS * problem.start.damping / problem.settings.damping
+    return _little(problem, point) and (right or helpless)
+
+
+def _little(problem: Readjustable, point: Point) -> bool:
     return not point.fall > SETTLED * max(abs(point.loss), abs(problem.curvature.loss))
 
 
@@ -217,7 +228,7 @@ def _next(problem: Readjustable, state: _State, counts: list[int], fixed: PyTree
     point, mask, stage = state.point, state.mask, int(state.stage)
     if stage == len(counts):
         point = problem.step(point, mask)
-        done = settled(problem, point) and settled(problem, state.point)
+        done = settled(problem, state.point, point) and _little(problem, state.point)
         return state._replace(point=point, settled=done, average=_averaged(state.average, point))
     mask = problem.mask(point.weights, counts[stage]) if fixed is None else fixed
     point, stage = problem.cut(point, mask), stage + 1
