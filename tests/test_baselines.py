@@ -32,7 +32,6 @@ METHODS = {
     "smart-ratio": (smart_ratio, SmartRatio(fixed="last", recipe=RECIPE)),
     "hybrid": (smart_ratio, SmartRatio(fixed="last", hybrid=True, recipe=RECIPE)),
     "rare-gems": (rare_gems, RareGems(epochs=3, batch_size=12, drop_every=1, finetune=RECIPE)),
-    "greg-1": (greg, GReg(True, RECIPE, 2, 1, batch_size=12, finetune=RECIPE)),
     "greg-2": (greg, GReg(False, RECIPE, 2, 1, 2, batch_size=12, finetune=RECIPE)),
     "prune": (readjusted_pruning, Readjusting(RECIPE, max_products=10)),
     "imp": (iterative_pruning, IterativePruning(0.5, rewind_steps=2, recipe=RECIPE)),

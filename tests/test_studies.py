@@ -21,7 +21,7 @@ from jaxlimit.baselines.gems import signed_constants
 from jaxlimit.baselines.network import bare, cut
 from jaxlimit.cli import main
 from jaxlimit.core.trees import flatten, partition, unflatten
-from jaxlimit.experiments import EXPERIMENTS, gems, study, subject
+from jaxlimit.experiments import EXPERIMENTS, gems, orders, study, subject
 from jaxlimit.experiments.distance import EDGES, sampling_distance, shares, total_variation
 from jaxlimit.experiments.gradual import survivors
 from jaxlimit.experiments.scaling import scaled
@@ -340,6 +340,37 @@ def test_the_distance_of_two_samples_is_that_of_simulated_ones():
     assert sampling_distance(p, 500) == pytest.approx(
         distances.mean(), abs=3 * error + 0.02 * distances.mean()
     )
+
+
+@pytest.mark.slow
+def test_every_order_has_scores():
+    """Of the random start; magnitudes that are looked at anew have no scores."""
+    task = Study("tiny", num_examples=200).task()
+    model = task.network(0, until=0)
+    network, found = task.subject(model, 0), {}
+    for name in orders.ORDERS:
+        scores = orders.order_scores(name, network, model)
+        if name == orders.ANEW:
+            assert scores is None
+        else:
+            assert jax.tree.map(np.shape, scores) == jax.tree.map(np.shape, network.weights)
+            assert np.all(flatten(scores) >= 0)
+            found[name] = np.argsort(flatten(scores), kind="stable").tolist()
+    assert found["magnitude"] == np.argsort(np.abs(flatten(network.weights)), kind="stable").tolist()
+    assert len({tuple(order) for order in found.values()}) == len(found)
+
+
+def test_the_table_of_orders_has_what_is_predicted_measured_and_attained():
+    piece = {
+        "limit": {"one_shot": {"value": 0.5}},
+        "measured": {"loss": 0.6, "accuracy": 0.7},
+        "test_accuracy": {"0.8": 0.875, "0.9": 0.75},
+        "attained": {"sparsity": 0.9, "code": "out_of_products", "test_accuracy": 0.8},
+        "dense_test_accuracy": 0.95,
+    }
+    text = orders.table({"a": {"variant": "obd", **piece}})
+    assert "| obd | 0.500 | 0.600 | 0.700 | 87.5 | 75.0 | 0.900 | 80.0 |" in text
+    assert "without pruning: 95.0 %. The budget ended 1 of 1 searches" in text
 
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
