@@ -2,84 +2,95 @@
 
     python benchmarks/groups.py --work DIR [--networks digits fc2 lenet] [--stages masks limits report]
 
-Networks of `predicted_vs_measured`, trained as there with an L1 term, one seed. Losses are means over the
-examples of the case, the tolerance eps is the standard deviation of its batches' losses. The stages:
+Networks and data: groups_networks.py. Losses are means over the first examples, as many as `NUM_EXAMPLES` and
+`ASKED` say; the tolerance eps is the standard deviation of the losses of batches. The stages:
 
     masks    `predicted_loss` of 200 masks: 50 of the smallest weights, 50 at random, 50 of the weakest input
-             channels, 50 of N:M patterns; with the Hessian and with Gauss-Newton, beside the rise of the loss
-    limits   of single weights, blocks of 4x4, output channels, input channels and whole hidden units of
-             digits: the predicted limits of the Hessian, and the sparsity that `attained_limit` reaches
-    speed    milliseconds of 784-1000-600-300-100-10 on 128 images: dense, zeros stored as numbers, without
-             the hidden units that are gone (`shrink`), and with kernels in the format BCOO of
+             channels, 50 of N:M patterns; with the Hessian (resnet18-8: Gauss-Newton) and with Gauss-Newton,
+             beside the rise of the loss
+    limits   of single weights, blocks of 4x4, channels and units: predicted (digits: from the Hessian; the
+             others: one_shot, and of lenet readjusted, from Gauss-Newton), attained by `attained_limit`, and
+             certified on test examples (an error that rises by at most a point, of digits two; confidence
+             .95): of the networks that are cut as they are, and of those on the way to the attained one. And
+             2:4 and 4:8. Budgets of products, and resnet20 without a search, for two cores
+    lasso    digits and fc2 trained with a group lasso on their hidden units, in place of the L1 term:
+             one_shot of the units, and how many the training itself has emptied, for each lambda
+    speed    milliseconds of our networks on a batch: dense, zeros stored as numbers, without the units that
+             are gone (`shrink`), and, where all layers are dense, with kernels in the format BCOO of
              jax.experimental.sparse, at several sparsities; on whatever device JAX has
-    report   what is done so far, as results/groups.json, groups_masks.md, _limits.md, _speed.md and a figure
+    report   what is done so far: groups_tables.py
 
 DIR holds a folder for each network, and there a file for each step that is done. MNIST and CIFAR-10 are read
 from $JAXLIMIT_DATA.
 """
 
 import argparse
+import tempfile
 from collections.abc import Iterator
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import common
+import groups_networks
+import groups_speed
+import groups_tables
 import jax
 import jax.numpy as jnp
 import numpy as np
-import predicted_vs_measured
-from flax import nnx
-from jax.experimental import sparse
+from groups_networks import Network
 
 import jaxlimit
-from jaxlimit import models
+from jaxlimit import models, training
+from jaxlimit.application import answers, presets
+from jaxlimit.application.question import Certifying, Question
 from jaxlimit.baselines.masks import kept_counts, random_mask
-from jaxlimit.core.jaxprs import multiplications
 from jaxlimit.core.trees import PyTree, partition
 from jaxlimit.geometry.magnitude import magnitude_order
-from jaxlimit.plots import style
+from jaxlimit.limits.estimate import LIMITS
+from jaxlimit.measuring.certificates import certify
+from jaxlimit.measuring.risks import paired
 
-COMMAND = "python benchmarks/groups.py --work DIR"
-STAGES = ("masks", "limits", "speed", "report")
-CASES = {"digits": ("digits", 5e-4), "fc2": ("fc2-mnist", 5e-5), "lenet": ("lenet-cifar10", 5e-5)}
+STAGES = ("masks", "limits", "lasso", "speed", "report")
+# Examples of the masks' losses.
+NUM_EXAMPLES = {"digits": 1_438, "fc2": 2_048, "lenet": 256, "resnet18-8": 128}
+
+
+class Asked(NamedTuple):
+    """What the stage `limits` asks of a network, as far as the time goes.
+
+    Attributes:
+        num_examples: of the loss.
+        num_test: examples of the certificate.
+        curvature: which predicts.
+        which: limits.
+        max_matvecs: products of the prediction.
+        max_products: of the search; 0: none is made.
+        error_rise: what is certified. 359 test images cannot certify one point, even of no mistakes.
+    """
+
+    num_examples: int
+    num_test: int
+    curvature: str = "gauss_newton"
+    which: tuple[str, ...] = ("one_shot",)
+    max_matvecs: int = 60
+    max_products: float = 60.0
+    error_rise: float = 0.01
+
+
+NAMES = ("digits", "fc2", "lenet", "resnet18-8", "resnet20")
+ASKED = {
+    "digits": Asked(1_438, 359, "hessian", LIMITS, 10_000, 1_000.0, 0.02),
+    "lenet": Asked(256, 4_000, which=("one_shot", "readjusted")),
+    "resnet18-8": Asked(128, 1_000, max_products=25.0),
+    "resnet20": Asked(64, 1_000, max_products=0.0),
+}
 NUM_MASKS = 50
-KINDS = ("magnitude", "random", "channels", "N:M")
-# The real rise in units of eps: bins in which predictions are judged.
-EDGES = (0.1, 1.0, 10.0, 100.0, np.inf)
-SPARSITIES, BATCH = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99), 128
-
-
-class Trained:
-    """A trained network with its curvatures and its tolerance."""
-
-    def __init__(self, name: str, folder: Path):
-        preset, l1 = CASES[name]
-        cases = (x for x in predicted_vs_measured.CASES if x.preset.name == preset and x.seed == 0)
-        case = next(x for x in cases if x.preset.recipe.l1 == l1)
-        self.problem = predicted_vs_measured.Problem(case)
-        self.params = predicted_vs_measured.train(case, self.problem, folder)
-        self.batches, loss = self.problem.batches, self.problem.loss
-        self.eps = jaxlimit.loss_statistics(loss, self.params, self.batches).batch_std
-        self.curvatures = {
-            "hessian": jaxlimit.hessian(loss, self.params, self.batches),
-            "gauss_newton": jaxlimit.gauss_newton(self.predict, output_loss, self.params, self.batches),
-        }
-
-    @property
-    def weights(self) -> PyTree:
-        """The prunable ones."""
-        return self.curvatures["hessian"].weights
-
-    def predict(self, params: PyTree, batch: PyTree) -> jax.Array:
-        """The outputs of a batch."""
-        return self.problem.predict(params, batch[0])
-
-
-def output_loss(outputs: jax.Array, batch: PyTree) -> jax.Array:
-    """Cross-entropy, from the outputs."""
-    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(outputs), batch[1][:, None], 1))
+PATTERNS = ((2, 4), (4, 8))
+CUTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+LAMBDAS = {"digits": (0.0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "fc2": (0.0, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)}
+# A unit whose root mean square is below that of the largest times this has been emptied by its training.
+EMPTY = 1e-2
 
 
 def masks(weights: PyTree) -> Iterator[tuple[str, str, PyTree]]:
@@ -102,197 +113,174 @@ def masks(weights: PyTree) -> Iterator[tuple[str, str, PyTree]]:
         yield "N:M", f"{n}:{m} along axis {axis}", jaxlimit.nm_mask(weights, n, m, axis)
 
 
-def masks_of(network: Trained) -> dict[str, Any]:
+def masks_of(name: str, network: Network) -> dict[str, Any]:
     """The stage `masks`."""
+    cheap = network.curvature("gauss_newton")
+    first = network.curvature("hessian") if name in groups_networks.CASES else cheap
     rows = []
-    for kind, name, mask in masks(network.weights):
-        found = jaxlimit.predicted_loss(network.curvatures["hessian"], mask)
-        other = jaxlimit.predicted_loss(network.curvatures["gauss_newton"], mask)
-        rows.append({"kind": kind, "mask": name, **vars(found), "gauss_newton": other.increase})
-    return {"loss_tolerance": network.eps, "masks": rows}
+    for kind, mask_name, mask in masks(first.weights):
+        found = jaxlimit.predicted_loss(first, mask)
+        other = found if first is cheap else jaxlimit.predicted_loss(cheap, mask)
+        rows.append({"kind": kind, "mask": mask_name, **vars(found), "gauss_newton": other.increase})
+    return {"loss_tolerance": network.tolerance, "masks": rows}
 
 
-def hidden_units(weights: PyTree) -> PyTree:
-    """Labels of a fully connected network: a unit is its column of a kernel; in the last layer its row."""
-    first, labels = 0, {}
-    kernels = {name: layer["kernel"].shape for name, layer in weights["layers"].items()}
-    for name, (inputs, outputs) in kernels.items():
-        last = name == str(len(kernels) - 1)
-        at = first - inputs + np.arange(inputs)[:, None] if last else first + np.arange(outputs)
-        labels[name] = {"kernel": np.broadcast_to(at, (inputs, outputs)), "bias": None}
-        first += outputs
-    return {"layers": labels}
-
-
-def limit_of(network: Trained, groups: Any) -> dict[str, Any]:
-    """The stage `limits`, of one kind of groups: what is predicted."""
-    curvature, key = network.curvatures["hessian"], jax.random.key(0)
-    return jaxlimit.pruning_limit(curvature, key, loss_tolerance=network.eps, groups=groups).to_json()
-
-
-def attained_of(network: Trained, groups: Any) -> dict[str, Any]:
-    """The stage `limits`, of one kind of groups: what is attained."""
-    args = network.predict, output_loss, network.params, network.batches
-    keywords = {"unpruned": False, "groups": groups}
-    return jaxlimit.attained_limit(*args, loss_tolerance=network.eps, **keywords).to_json()
-
-
-def granularities(weights: PyTree) -> dict[str, Any]:
+def granularities(name: str, network: Network) -> dict[str, Any]:
     """The kinds of groups that are compared."""
+    one = np.asarray(network.train[0][:1])
+    labels = models.traced_labels(network.predict, network.params, one, prunable=network.prunable)
+    channels = {"output channels": "output_channels", "input channels": "input_channels"}
+    blocks: dict[str, Any] = {"single weights": None, "blocks of 4x4": ("blocks", (4, 4))}
+    return blocks | (channels if name == "digits" else {}) | {"units": labels}
+
+
+def limit_of(asked: Asked, network: Network, groups: Any) -> dict[str, Any]:
+    """The stage `limits`, of one kind of groups: what is predicted."""
+    keywords: dict[str, Any] = {"loss_tolerance": network.tolerance, "groups": groups, "which": asked.which}
+    keywords |= {"max_matvecs": asked.max_matvecs}
+    if asked.curvature != "hessian":
+        keywords["tolerance"] = 0.01
+    curvature = network.curvature(asked.curvature)
+    return jaxlimit.pruning_limit(curvature, jax.random.key(0), **keywords).to_json()
+
+
+def built_of(asked: Asked, network: Network, groups: Any) -> dict[str, Any]:
+    """The stage `limits`, of one kind of groups: what is attained and certified."""
+    weights, _ = partition(network.params, network.prunable)
+    order = magnitude_order(weights, groups=groups)
+    reached = {order.counts[n] / order.dim: n for n in (order.within(int(s * order.dim)) for s in CUTS) if n}
+    cuts = ((s, jaxlimit.apply_mask(network.params, order.mask(n))) for s, n in reached.items())
+    found = {"certified_cut": certified(asked, network, cuts)}
+    return found | (attained_of(asked, network, groups) if asked.max_products else {})
+
+
+def attained_of(asked: Asked, network: Network, groups: Any) -> dict[str, Any]:
+    """The search, and what is certified of the networks on its way."""
+    question = Question(
+        predict_fn=network.outputs,
+        loss_fn=network.output_loss,
+        params=network.params,
+        batches=network.batches,
+        key=jax.random.key(0),
+        loss_tolerance=network.tolerance,
+        attained_tolerance=0.005 if asked.curvature == "hessian" else 0.01,
+        max_products=asked.max_products,
+        prunable=network.prunable,
+        groups=groups,
+        certifying=Certifying(network.test_batches, network.wrong, rise=asked.error_rise),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        networks = answers.Networks(Path(folder), question)
+        attained = answers.attained(question, networks, None, lambda done, note: None)
+        certificate = answers.certified(question, networks, lambda done, note: None)
     return {
-        "single weights": None,
-        "blocks of 4x4": ("blocks", (4, 4)),
-        "output channels": "output_channels",
-        "input channels": "input_channels",
-        "hidden units": hidden_units(weights),
+        "attained": attained.to_json(),
+        "certified": None if certificate is None else certificate.to_json(),
     }
 
 
-def speed() -> dict[str, Any]:
-    """The stage `speed`: random weights, for products with them take as long as with trained ones."""
-    model = models.fc5(784, rngs=nnx.Rngs(0))
-    predict, params = models.from_nnx(model)
-    weights, _ = partition(params)
-    labels, images = models.unit_labels(model, weights), jax.random.normal(jax.random.key(0), (BATCH, 784))
-    chosen = np.random.default_rng(0).random(sum(model.widths[1:-1]))  # in every layer about the same share
-    scores, rows = jax.tree.map(lambda x: chosen[x], labels), []
-    for s in SPARSITIES:
-        mask = jaxlimit.magnitude_mask(weights, s, scores=scores, groups=labels)
-        small = jaxlimit.shrink(model, params, mask)
-        zeros = jaxlimit.apply_mask(params, jaxlimit.magnitude_mask(weights, s))
-        layers = [zeros["layers"][str(i)] for i in range(len(zeros["layers"]))]
-        stored = [(sparse.BCOO.fromdense(x["kernel"].T), x["bias"]) for x in layers]
-        calls = {
-            "dense": partial(jax.jit(predict), params, images),
-            "zeros": partial(jax.jit(predict), zeros, images),
-            "shrunk": partial(jax.jit(small.predict), small.params, images),
-            "BCOO": partial(jax.jit(sparse_predict), stored, images),
-        }
-        np.testing.assert_allclose(calls["BCOO"](), calls["zeros"](), rtol=1e-3, atol=1e-3)
-        counts = {"dense": (predict, params), "shrunk": (small.predict, small.params)}
-        rows.append(
-            {
-                "sparsity": s,
-                "milliseconds": {name: 1e3 * x for name, x in common.in_turns(calls).items()},
-                "parameters": {"dense": small.dense_num_params, "shrunk": small.num_params},
-                "multiplications": {name: multiplications(*x, images) for name, x in counts.items()},
-            }
-        )
-    return {"batch": BATCH, "rows": rows, "environment": common.environment()}
+def certified(asked: Asked, network: Network, networks: Any) -> dict[str, Any]:
+    """Up to which sparsity the error rises by no more than it may."""
+    metric, rise = paired(network.wrong, network.params), asked.error_rise
+    return certify(metric, networks, network.test_batches, bound=rise, bounds=(-1, 1)).to_json()
 
 
-def sparse_predict(layers: list[tuple[sparse.BCOO, jax.Array]], images: jax.Array) -> jax.Array:
-    """A fully connected network whose kernels (outputs, inputs) are stored as BCOO."""
-    hidden = images.T
-    for number, (kernel, bias) in enumerate(layers):
-        hidden = kernel @ hidden + bias[:, None]
-        hidden = hidden if number == len(layers) - 1 else jax.nn.relu(hidden)
-    return hidden.T
+def pattern_of(asked: Asked, network: Network, n: int, m: int) -> dict[str, Any]:
+    """The stage `limits`, of an N:M pattern: cut, and readjusted."""
+    curvature = network.curvature(asked.curvature)
+    mask = jaxlimit.nm_mask(curvature.weights, n, m)
+    predicted = jaxlimit.predicted_loss(curvature, mask)
+    of_cut = [(predicted.sparsity, jaxlimit.apply_mask(network.params, mask))]
+    found: dict[str, Any] = {"predicted": vars(predicted), "loss_tolerance": network.tolerance}
+    found["certified_cut"] = certified(asked, network, of_cut)
+    if asked.max_products == 0:
+        return found
+    keywords: dict[str, Any] = {"mask": mask, "prunable": network.prunable}
+    keywords["max_products"] = min(asked.max_products, 100.0)
+    problem = network.outputs, network.output_loss, network.params, network.batches
+    pruned = jaxlimit.prune(*problem, **keywords)
+    return found | {
+        "readjusted_rise": pruned.loss - curvature.loss,
+        "certified": certified(asked, network, [(pruned.sparsity, pruned.params)]),
+    }
 
 
-def speed_table(found: dict[str, Any]) -> str:
-    """Milliseconds, and what is left of the network without its units."""
-    names = ("dense", "zeros", "shrunk", "BCOO")
-    rows = []
-    for row in found["rows"]:
-        left, before = row["multiplications"]["shrunk"], row["multiplications"]["dense"]
-        cells = [f"{row['milliseconds'][name]:.2f}" for name in names]
-        rows.append([f"{row['sparsity']:.2f}", *cells, f"{left / before:.3f}"])
-    heads = ["sparsity", *(f"{name}, ms" for name in names), "multiplications left by shrink"]
-    return common.markdown(heads, rows)
+def limits(name: str, asked: Asked, network: Network, folder: Path) -> None:
+    """The stage `limits`."""
+    for kind, groups in granularities(name, network).items():
+        common.step(folder / f"limit {kind}.json", partial(limit_of, asked, network, groups))
+        common.step(folder / f"built {kind}.json", partial(built_of, asked, network, groups))
+    for n, m in PATTERNS:
+        common.step(folder / f"pattern {n}-{m}.json", partial(pattern_of, asked, network, n, m))
 
 
-def masks_table(found: dict[str, Any]) -> str:
-    """Predicted over real rise, by the real rise: median, and the middle half."""
-    heads = ["network, masks", *[f"{a:g} to {b:g} eps" for a, b in pairwise(EDGES)], "right about eps"]
-    rows = []
-    for network, result in found.items():
-        for kind in KINDS:
-            of_kind = [x for x in result["masks"] if x["kind"] == kind]
-            rises, increases = (
-                np.array([x[name] for x in of_kind]) / result["loss_tolerance"]
-                for name in ("rise", "increase")
-            )
-            ratios = np.divide(increases, rises, out=np.zeros(len(rises)), where=rises > 0)
-            cells = []
-            for low, high in pairwise(EDGES):
-                inside = ratios[(rises > low) & (rises <= high)]
-                quartiles = np.percentile(inside, [50, 25, 75]) if inside.size else []
-                text = "{:.2f} [{:.2f}, {:.2f}]".format(*quartiles) if inside.size else "-"
-                cells.append(f"{text} ({inside.size})" if inside.size else text)
-            right = int(np.sum((rises <= 1) == (increases <= 1)))
-            rows.append([f"{network}, {kind}", *cells, f"{right} of {len(of_kind)}"])
-    return common.markdown(heads, rows)
-
-
-def limits_table(found: dict[str, Any]) -> str:
-    """The limits of each kind of groups."""
-    names = ("one_shot", "width", "cone", "readjusted")
-    rows = []
-    for kind, result in found.items():
-        limit, attained = result["predicted"], result["attained"]
-        values = [f"{limit[name]['value']:.3f}" for name in names]
-        number = limit.get("num_groups", limit["dim"])
-        rows.append([kind, f"{number:,}", *values, f"{attained['sparsity']:.3f}", limit["code"]])
-    return common.markdown(["digits", "groups", *names, "attained", "ended"], rows)
-
-
-def draw(found: dict[str, Any]) -> None:
-    """Predicted against real rises, both in units of eps."""
-    figure, panels = style.new_figure(6.5, 3.4 * len(found), *[1.0] * len(found))
-    colours = dict(zip(KINDS, (style.BLUE, style.ORANGE, style.GREEN, style.PURPLE), strict=True))
-    for axes, (network, result) in zip(panels, found.items(), strict=True):
-        eps = result["loss_tolerance"]
-        for kind in KINDS:
-            points = [x for x in result["masks"] if x["kind"] == kind and x["rise"] > 0 < x["increase"]]
-            rises, increases = ([x[name] / eps for x in points] for name in ("rise", "increase"))
-            axes.plot(rises, increases, ".", color=colours[kind], label=kind)
-        axes.set(xscale="log", yscale="log", xlabel="real rise of the loss / eps", ylabel="predicted / eps")
-        ends = np.array(axes.get_xlim())
-        axes.plot(ends, ends, color=style.GREY, linewidth=0.8)
-        axes.set_title(network)
-        axes.legend(frameon=False)
-    figure.savefig(common.FIGURES / "groups.png", dpi=150)
+def lasso_of(name: str, network: Network, strength: float) -> dict[str, Any]:
+    """The stage `lasso`, of one lambda: one seed, training as for the other stages."""
+    preset = groups_networks.preset_of(name)
+    predict, start = models.from_nnx(presets.build_network(preset, 0))
+    labels = models.unit_labels(presets.build_network(preset, 0), partition(start)[0])
+    train, test = presets.load_arrays(preset, presets.Options())
+    loss, recipe = training.classification_loss(predict), preset.recipe
+    params = training.train(
+        loss,
+        start,
+        train,
+        jax.random.fold_in(jax.random.key(0), 0),
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        learning_rate=recipe.rate(len(train[1])),
+        momentum=recipe.momentum,
+        group_lasso=strength,
+        groups=labels,
+    )
+    batches = network.batches
+    statistics = jaxlimit.loss_statistics(loss, params, batches)
+    curvature = jaxlimit.hessian(loss, params, batches)
+    keywords: dict[str, Any] = {
+        "which": ["one_shot"],
+        "groups": labels,
+        "loss_tolerance": statistics.batch_std,
+    }
+    limit = jaxlimit.pruning_limit(curvature, jax.random.key(0), **keywords)
+    scores = np.sqrt(np.diff(magnitude_order(curvature.weights, groups=labels).squared_norm))
+    sizes = np.diff(magnitude_order(curvature.weights, groups=labels).counts)
+    rms = scores / np.sqrt(sizes)
+    wrong = jax.jit(lambda images, labels: jnp.mean(predict(params, images).argmax(-1) != labels))
+    return {
+        "lambda": strength,
+        "loss": statistics.mean,
+        "loss_tolerance": statistics.batch_std,
+        "test_error": float(wrong(*test)),
+        "units": len(rms),
+        "empty_units": int(np.sum(rms < EMPTY * rms.max())),
+        "one_shot": limit.to_json(),
+    }
 
 
 def main() -> None:
     """Does the stages that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--networks", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--networks", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     options = parser.parse_args()
     for name in options.networks:
-        folder = options.work / name
-        if "masks" in options.stages:
-            common.step(folder / "masks.json", lambda f=folder, n=name: masks_of(Trained(n, f)))
-        if "limits" in options.stages and name == "digits":
-            network = Trained(name, folder)
-            for kind, groups in granularities(network.weights).items():
-                common.step(folder / f"limit {kind}.json", partial(limit_of, network, groups))
-                common.step(folder / f"attained {kind}.json", partial(attained_of, network, groups))
+        folder, load = options.work / name, partial(groups_networks.load, name, options.work / name)
+        if "masks" in options.stages and name in NUM_EXAMPLES:
+            count = NUM_EXAMPLES[name]
+            common.step(folder / "masks.json", lambda n=name, load=load, m=count: masks_of(n, load(m)))
+        if "limits" in options.stages and name in ASKED:
+            asked = ASKED[name]
+            limits(name, asked, load(asked.num_examples, asked.num_test), folder)
+        if "lasso" in options.stages and name in LAMBDAS:
+            network = load(NUM_EXAMPLES[name])
+            for strength in LAMBDAS[name]:
+                common.step(folder / f"lasso {strength:g}.json", partial(lasso_of, name, network, strength))
     if "speed" in options.stages:
-        common.step(options.work / "speed.json", speed)
+        for name in groups_speed.NETWORKS:
+            common.step(options.work / f"speed {name}.json", partial(groups_speed.measured, name))
     if "report" in options.stages:
-        report(options.work)
-
-
-def report(work: Path) -> None:
-    """The stage `report`."""
-    found = {name: work / name / "masks.json" for name in CASES}
-    measured = {name: common.writing.read_json(path) for name, path in found.items() if path.exists()}
-    limits = {}
-    for path in sorted((work / "digits").glob("limit *.json"), key=lambda path: path.stat().st_mtime):
-        kind = path.stem.removeprefix("limit ")
-        attained = common.writing.read_json(path.with_name(f"attained {kind}.json"))
-        limits[kind] = {"predicted": common.writing.read_json(path), "attained": attained}
-    quick = common.writing.read_json(work / "speed.json")
-    document = {"command": COMMAND, "masks": measured, "limits": limits, "speed": quick}
-    common.write("groups", document)
-    common.write_table("groups_speed", speed_table(quick))
-    common.write_table("groups_masks", masks_table(measured))
-    common.write_table("groups_limits", limits_table(limits))
-    draw(measured)
+        groups_tables.report(options.work)
 
 
 if __name__ == "__main__":

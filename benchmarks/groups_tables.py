@@ -1,0 +1,145 @@
+"""Tables and figure of benchmarks/groups.py, from the files of its steps."""
+
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import common
+import groups_speed
+import numpy as np
+
+from jaxlimit.limits.estimate import LIMITS
+from jaxlimit.plots import style
+
+COMMAND = "python benchmarks/groups.py --work DIR"
+NETWORKS = ("digits", "fc2", "lenet", "resnet18-8", "resnet20")
+KINDS = ("magnitude", "random", "channels", "N:M")
+# The real rise in units of eps: bins in which predictions are judged.
+EDGES = (0.1, 1.0, 10.0, 100.0, np.inf)
+
+
+def report(work: Path) -> None:
+    """The stage `report`."""
+    masks = {name: found for name in NETWORKS for found in _read([work / name / "masks.json"])}
+    limits = {name: found for name in NETWORKS if (found := _limits(work / name))}
+    lasso = {name: found for name in NETWORKS if (found := _read((work / name).glob("lasso *.json")))}
+    timed = [(x, work / f"speed {x}.json") for x in groups_speed.NETWORKS]
+    quick = {name: found for name, path in timed for found in _read([path])}
+    common.write(
+        "groups", {"command": COMMAND, "masks": masks, "limits": limits, "lasso": lasso, "speed": quick}
+    )
+    common.write_table("groups_masks", masks_table(masks))
+    common.write_table("groups_limits", limits_table(limits))
+    common.write_table("groups_lasso", lasso_table(lasso))
+    common.write_table("groups_speed", groups_speed.table(quick))
+    draw(masks)
+
+
+def _read(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    return [common.writing.read_json(path) for path in paths if path.exists()]
+
+
+def _limits(folder: Path) -> dict[str, Any]:
+    """Predicted and built by kind of groups, then the patterns; in the order in which they were done."""
+    found = {}
+    for path in sorted(folder.glob("limit *.json"), key=lambda path: path.stat().st_mtime):
+        kind = path.stem.removeprefix("limit ")
+        built = _read([path.with_name(f"built {kind}.json")])
+        found[kind] = {"predicted": common.writing.read_json(path), **(built[0] if built else {})}
+    for path in sorted(folder.glob("pattern *.json")):
+        found[path.stem.removeprefix("pattern ").replace("-", ":")] = common.writing.read_json(path)
+    return found
+
+
+def masks_table(found: dict[str, Any]) -> str:
+    """Predicted over real rise, by the real rise: median, and the middle half."""
+    heads = ["network, masks", *[f"{a:g} to {b:g} eps" for a, b in pairwise(EDGES)], "right about eps"]
+    rows = []
+    for network, result in found.items():
+        for kind in KINDS:
+            of_kind = [x for x in result["masks"] if x["kind"] == kind]
+            rises, increases = (
+                np.array([x[name] for x in of_kind]) / result["loss_tolerance"]
+                for name in ("rise", "increase")
+            )
+            ratios = np.divide(increases, rises, out=np.zeros(len(rises)), where=rises > 0)
+            cells = []
+            for low, high in pairwise(EDGES):
+                inside = ratios[(rises > low) & (rises <= high)]
+                quartiles = np.percentile(inside, [50, 25, 75]) if inside.size else []
+                text = "{:.2f} [{:.2f}, {:.2f}]".format(*quartiles) if inside.size else "-"
+                cells.append(f"{text} ({inside.size})" if inside.size else text)
+            right = int(np.sum((rises <= 1) == (increases <= 1)))
+            rows.append([f"{network}, {kind}", *cells, f"{right} of {len(of_kind)}"])
+    return common.markdown(heads, rows)
+
+
+def limits_table(found: dict[str, Any]) -> str:
+    """The limits of each kind of groups, and what a pattern costs."""
+    rows = []
+    for network, kinds in found.items():
+        for kind, result in kinds.items():
+            of_pattern = "rise" in result["predicted"]
+            rows.append([f"{network}, {kind}", *(_pattern_row if of_pattern else _limit_row)(result)])
+    heads = ["network, groups", "number", *LIMITS, "attained", "certified as cut", "certified on the way"]
+    return common.markdown(heads, rows)
+
+
+def _limit_row(result: dict[str, Any]) -> list[str]:
+    predicted = result["predicted"]
+    values = [predicted.get(name) for name in LIMITS]
+    cells = ["-" if x is None else f"{x['value']:.3f}" for x in values]
+    number = predicted.get("num_groups", predicted["dim"])
+    attained = result.get("attained")
+    ended = "" if attained is None or attained["code"] == "bracketed" else " (out of products)"
+    cells.append("-" if attained is None else f"{attained['sparsity']:.3f}{ended}")
+    return [f"{number:,}", *cells, _certified(result, "certified_cut"), _certified(result, "certified")]
+
+
+def _pattern_row(result: dict[str, Any]) -> list[str]:
+    """Rises in units of eps stand where limits do: of one sparsity there is no limit."""
+    eps, predicted = result["loss_tolerance"], result["predicted"]
+    cut, left = (None if x is None else x / eps for x in (predicted["rise"], result.get("readjusted_rise")))
+    rises = ["-" if x is None else f"rise {x:.2g} eps" for x in (cut, left)]
+    cells = [rises[0], "-", "-", "-", rises[1]]
+    verdicts = [_certified(result, name) for name in ("certified_cut", "certified")]
+    return [f"sparsity {predicted['sparsity']:.3f}", *cells, *verdicts]
+
+
+def _certified(result: dict[str, Any], name: str) -> str:
+    found = result.get(name)
+    if found is None:
+        return "-"
+    return "nothing" if found["sparsity"] is None else f"{found['sparsity']:.3f}"
+
+
+def lasso_table(found: dict[str, Any]) -> str:
+    """Which lambda buys which sparsity of units."""
+    rows = []
+    for network, results in found.items():
+        for x in sorted(results, key=lambda x: x["lambda"]):
+            numbers = f"{x['loss']:.4f}", f"{x['loss_tolerance']:.4f}", f"{100 * x['test_error']:.2f}"
+            empty = f"{x['empty_units']} of {x['units']}"
+            one_shot = x["one_shot"]["one_shot"]["value"]
+            rows.append([f"{network}, {x['lambda']:g}", *numbers, empty, f"{one_shot:.3f}"])
+    heads = ["network, lambda", "loss", "eps", "test error, %", "emptied units", "one_shot of the units"]
+    return common.markdown(heads, rows)
+
+
+def draw(found: dict[str, Any]) -> None:
+    """Predicted against real rises, both in units of eps."""
+    figure, panels = style.new_figure(6.5, 3.4 * len(found), *[1.0] * len(found))
+    colours = dict(zip(KINDS, (style.BLUE, style.ORANGE, style.GREEN, style.PURPLE), strict=True))
+    for axes, (network, result) in zip(panels, found.items(), strict=True):
+        eps = result["loss_tolerance"]
+        for kind in KINDS:
+            points = [x for x in result["masks"] if x["kind"] == kind and x["rise"] > 0 < x["increase"]]
+            rises, increases = ([x[name] / eps for x in points] for name in ("rise", "increase"))
+            axes.plot(rises, increases, ".", color=colours[kind], label=kind)
+        axes.set(xscale="log", yscale="log", xlabel="real rise of the loss / eps", ylabel="predicted / eps")
+        ends = np.array(axes.get_xlim())
+        axes.plot(ends, ends, color=style.GREY, linewidth=0.8)
+        axes.set_title(network)
+        axes.legend(frameon=False)
+    figure.savefig(common.FIGURES / "groups.png", dpi=150)
