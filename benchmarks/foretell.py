@@ -40,7 +40,7 @@ NAME = "foretell"
 COMMAND = f"python benchmarks/{NAME}.py --work DIR"
 SHARES = (0.05, 0.1, 0.25, 0.5)
 PROBES = 4  # so that Lanczos is taken
-STEPS, SETTLED = 20_000, 1e-7  # of the proximal gradient method; a weight's last move
+STEPS, SETTLED = 2_000, 1e-5  # of the proximal gradient method; a weight's last move
 
 
 def minimiser(model: Quadratic, l1: float) -> Array:
