@@ -14,6 +14,8 @@ from jaxlimit.plots import style
 
 COMMAND = "python benchmarks/groups.py --work DIR"
 NETWORKS = ("digits", "fc2", "lenet", "resnet18-8", "resnet20")
+# Accuracy of the limits that Gauss-Newton predicts.
+WANTED = 0.01
 KINDS = ("magnitude", "random", "channels", "N:M")
 # The real rise in units of eps: bins in which predictions are judged.
 EDGES = (0.1, 1.0, 10.0, 100.0, np.inf)
@@ -31,6 +33,7 @@ def report(work: Path) -> None:
     )
     common.write_table("groups_masks", masks_table(masks))
     common.write_table("groups_limits", limits_table(limits))
+    common.write_table("groups_patterns", patterns_table(limits))
     common.write_table("groups_lasso", lasso_table(lasso))
     common.write_table("groups_speed", groups_speed.table(quick))
     draw(masks)
@@ -76,20 +79,40 @@ def masks_table(found: dict[str, Any]) -> str:
 
 
 def limits_table(found: dict[str, Any]) -> str:
-    """The limits of each kind of groups, and what a pattern costs."""
+    """The limits of each kind of groups."""
+    rows = [
+        [f"{network}, {kind}", *_limit_row(result)]
+        for network, kinds in found.items()
+        for kind, result in kinds.items()
+        if not _of_pattern(result)
+    ]
+    heads = ["network, groups", "number", *LIMITS, "attained", "certified as cut", "certified on the way"]
+    return common.markdown(heads, rows)
+
+
+def patterns_table(found: dict[str, Any]) -> str:
+    """What a pattern costs, in units of eps."""
     rows = []
     for network, kinds in found.items():
         for kind, result in kinds.items():
-            of_pattern = "rise" in result["predicted"]
-            rows.append([f"{network}, {kind}", *(_pattern_row if of_pattern else _limit_row)(result)])
-    heads = ["network, groups", "number", *LIMITS, "attained", "certified as cut", "certified on the way"]
-    return common.markdown(heads, rows)
+            if _of_pattern(result):
+                eps, predicted = result["loss_tolerance"], result["predicted"]
+                rises = predicted["increase"], predicted["rise"], result.get("readjusted_rise")
+                cells = ["-" if x is None else f"{x / eps:.2g}" for x in rises]
+                verdicts = [_certified(result, name) for name in ("certified_cut", "certified")]
+                rows.append([f"{network}, {kind}", f"{predicted['sparsity']:.3f}", *cells, *verdicts])
+    heads = ["network, pattern", "sparsity", "predicted / eps", "rise / eps", "readjusted / eps"]
+    return common.markdown([*heads, "certified as cut", "certified readjusted"], rows)
+
+
+def _of_pattern(result: dict[str, Any]) -> bool:
+    return "rise" in result["predicted"]
 
 
 def _limit_row(result: dict[str, Any]) -> list[str]:
     predicted = result["predicted"]
     values = [predicted.get(name) for name in LIMITS]
-    cells = ["-" if x is None else f"{x['value']:.3f}" for x in values]
+    cells = [_estimate(x) for x in values]
     number = predicted.get("num_groups", predicted["dim"])
     attained = result.get("attained")
     ended = "" if attained is None or attained["code"] == "bracketed" else " (out of products)"
@@ -97,14 +120,12 @@ def _limit_row(result: dict[str, Any]) -> list[str]:
     return [f"{number:,}", *cells, _certified(result, "certified_cut"), _certified(result, "certified")]
 
 
-def _pattern_row(result: dict[str, Any]) -> list[str]:
-    """Rises in units of eps stand where limits do: of one sparsity there is no limit."""
-    eps, predicted = result["loss_tolerance"], result["predicted"]
-    cut, left = (None if x is None else x / eps for x in (predicted["rise"], result.get("readjusted_rise")))
-    rises = ["-" if x is None else f"rise {x:.2g} eps" for x in (cut, left)]
-    cells = [rises[0], "-", "-", "-", rises[1]]
-    verdicts = [_certified(result, name) for name in ("certified_cut", "certified")]
-    return [f"sparsity {predicted['sparsity']:.3f}", *cells, *verdicts]
+def _estimate(found: dict[str, Any] | None) -> str:
+    """A limit; with its interval where products ran out before it was resolved."""
+    if found is None:
+        return "-"
+    wide = found["upper"] - found["lower"] > 5 * WANTED
+    return f"{found['value']:.3f}" + (f" [{found['lower']:.2f}, {found['upper']:.2f}]" if wide else "")
 
 
 def _certified(result: dict[str, Any], name: str) -> str:
