@@ -128,7 +128,8 @@ def test_one_table_and_back_from_json(problem):
         found = jaxlimit.layer_limits(problem[0], KEY, loss_tolerance=EPS, which=["width"])
     lines = repr(found).splitlines()
     assert lines[1].split() == ["layer", "weights", "width", "ended"]
-    for line, (name, limit) in zip(lines[2:], found.items(), strict=True):
+    assert lines[-1].startswith(f"for a loss increase of {EPS:.4g}; Hessian; ")
+    for line, (name, limit) in zip(lines[2:-1], found.items(), strict=True):
         assert line.split() == [name, str(limit.dim), f"{limit.width.value:.4f}", limit.code]
     again = jaxlimit.LayerLimits.from_json(found.to_json())
     assert repr(again) == repr(found)

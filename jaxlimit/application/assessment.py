@@ -1,12 +1,11 @@
 """What `assess` returns: predicted, attained and certified side by side, in one table and a few sentences."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from jaxlimit.application.answers import Cut
+from jaxlimit.core.display import Displayed, View, aligned, fill
 from jaxlimit.core.trees import PyTree
 from jaxlimit.limits.estimate import Estimate
 from jaxlimit.limits.result import PruningLimit
@@ -15,10 +14,7 @@ from jaxlimit.measuring.certificates import Certificate
 from jaxlimit.pruning.result import Attained
 from jaxlimit.training.losses import TITLES
 
-# Characters a line, for a terminal of 80 columns.
-WIDTH = 79
 COLUMNS = ("", "predicted", "interval", "true rise", "attained", "certified")
-fill = partial(textwrap.fill, width=WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 OPTIMISTIC = (
     "Gauss-Newton calls flat what is flat only to first order in the network: its readjusted limit is "
     "optimistic. What was attained on the networks of docs/limits.md lies between its cone and that."
@@ -33,7 +29,7 @@ UNTRAINED = 0.5
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Assessment:
+class Assessment(Displayed):
     """How sparse a network may be: predicted, attained and certified. Prints as a table.
 
     Attributes:
@@ -194,20 +190,24 @@ class Assessment:
         Args:
             notes: further ones.
         """
-        groups = self.rows()
-        lines = [COLUMNS, *(row for _, rows in groups for row in rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-
-        def row(cells: tuple[str, ...]) -> str:
-            others = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-            return "  ".join([f"  {cells[0]}".ljust(widths[0] + 2), *others]).rstrip()
-
-        head = row(COLUMNS)
+        head, *lines = aligned([COLUMNS, *self._cells("  ")])
         rule = "-" * len(head)
-        parts = [*map(fill, self.sentences), "", head, rule]
-        for title, rows in groups:
-            parts += [title, *map(row, rows)]
-        return "\n".join([*parts, rule, *map(fill, [*self.notes(), *notes])])
+        return "\n".join(
+            [*map(fill, self.sentences), "", head, rule, *lines, rule, *map(fill, [*self.notes(), *notes])]
+        )
+
+    def _cells(self, indent: str) -> list[tuple[str, ...]]:
+        """Rows of the table, those of a curvature below its title."""
+        return [
+            line
+            for title, rows in self.rows()
+            for line in [(title,), *((indent + name, *others) for name, *others in rows)]
+        ]
+
+    def _view(self) -> View:
+        asked, answer, agreement, recommended = self.sentences
+        above = f"{answer} {recommended}"
+        return View(above, COLUMNS, self._cells(""), [asked, agreement, *self.notes()])
 
     def __repr__(self) -> str:
         return self.text()

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxlimit.core.checks import require_count
 from jaxlimit.core.checksums import PassCheck
+from jaxlimit.core.display import Displayed, View
 from jaxlimit.core.leaves import copied, to_arrays
 from jaxlimit.core.passes import in_memory, passes
 from jaxlimit.core.sharding import (
@@ -29,8 +30,8 @@ from jaxlimit.core.sharding import (
 from jaxlimit.core.trees import PyTree
 
 
-@dataclass(frozen=True)
-class Batches:
+@dataclass(frozen=True, repr=False)
+class Batches(Displayed):
     """Arrays in memory, cut along the example axis in the order given; the last batch may be smaller.
 
     Attributes:
@@ -48,6 +49,12 @@ class Batches:
 
     def __len__(self) -> int:
         return -(-self.num_examples // self.batch_size)
+
+    def _view(self) -> View:
+        arrays = ", ".join(f"{x.dtype}{list(x.shape[1:])}" for x in jax.tree.leaves(self.arrays))
+        return View(
+            f"{self.num_examples:,} examples in {len(self):,} batches of {self.batch_size:,}, each {arrays}"
+        )
 
     def __iter__(self) -> Iterator[PyTree]:
         for start in range(0, self.num_examples, self.batch_size):

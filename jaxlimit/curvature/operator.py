@@ -25,9 +25,10 @@ import numpy as np
 from jax.core import Tracer
 from numpy.typing import NDArray
 
+from jaxlimit.core.display import Displayed, View
 from jaxlimit.core.sharding import explicit_sharding, sharding_like
 from jaxlimit.core.sums import ExampleSum, mean_of_sum
-from jaxlimit.core.trees import Prunable, PyTree, combine, partition
+from jaxlimit.core.trees import Prunable, PyTree, combine, partition, path_name
 from jaxlimit.curvature.data_checks import require_same_weight, require_single_precision
 from jaxlimit.curvature.dense_matrix import dense_matrix
 from jaxlimit.curvature.linearizing import linearize_groups, num_bytes
@@ -39,8 +40,8 @@ CONSTANT_BYTES = 2**26
 
 
 @jax.tree_util.register_pytree_with_keys_class
-@dataclass(frozen=True, eq=False)
-class Curvature:
+@dataclass(frozen=True, eq=False, repr=False)
+class Curvature(Displayed):
     """A symmetric matrix of size D x D known through its products. Vectors are pytrees like `weights`.
 
     It is a pytree, and can be an argument of a compiled function: its arrays are leaves. Its loss compares by
@@ -74,6 +75,15 @@ class Curvature:
     def dim(self) -> int:
         """Number of prunable weights D."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.weights))
+
+    def _view(self) -> View:
+        kind = "Gauss-Newton matrix" if self.positive_semidefinite else "Hessian"
+        arrays = [
+            f"{path_name(path)} {x.shape}" for path, x in jax.tree_util.tree_leaves_with_path(self.weights)
+        ]
+        more = [*arrays[:3], f"and {len(arrays) - 3} more"] if len(arrays) > 4 else arrays
+        size = f"{self.num_examples:,} examples, {self.dim:,} weights"
+        return View(f"{kind} of a mean loss over {size}: {', '.join(more)}")
 
     @property
     def params(self) -> PyTree:

@@ -14,7 +14,7 @@ LIMITS = ("one_shot", "width", "cone", "readjusted")
     data_fields=["value", "lower", "upper", "probe_error", "spread", "half_bracket"],
     meta_fields=[],
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Estimate:
     """A limit in units of sparsity, with what is known of its error.
 
@@ -88,6 +88,11 @@ class Estimate:
         """Whether its bounds crossed, so that nothing is known."""
         return self.half_bracket < 0
 
+    @property
+    def interval(self) -> str:
+        """Lower and upper bound as they are printed."""
+        return f"[{self.lower:.4f}, {self.upper:.4f}]"
+
     def widened(self, by: float) -> "Estimate":
         """The same value, less sure by so much to either side."""
         lower, upper = max(self.lower - by, 0.0), min(self.upper + by, 1.0)
@@ -95,4 +100,7 @@ class Estimate:
         return replace(self, lower=lower, upper=upper, spread=self.spread + by, half_bracket=half_bracket)
 
     def __str__(self) -> str:
-        return f"{self.value:.4f} [{self.lower:.4f}, {self.upper:.4f}]"
+        return f"{self.value:.4f} {self.interval}"
+
+    def __repr__(self) -> str:
+        return str(self)

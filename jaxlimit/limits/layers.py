@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from jaxlimit.core.checks import require_instance, require_key
+from jaxlimit.core.display import Displayed, View
 from jaxlimit.core.terminal import takes_bar
 from jaxlimit.core.trees import PyTree, flatten, path_name
 from jaxlimit.curvature.operator import Curvature
@@ -31,7 +32,7 @@ LayerOf = Callable[[tuple, Any], str | None]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LayerLimits(Mapping[str, PruningLimit]):
+class LayerLimits(Displayed, Mapping[str, PruningLimit]):
     """The limits of each layer pruned alone, by its name: a mapping. Prints as a table.
 
     Attributes:
@@ -62,23 +63,19 @@ class LayerLimits(Mapping[str, PruningLimit]):
         """
         return cls({name: PruningLimit.from_json(limit) for name, limit in values.items()})
 
-    def __repr__(self) -> str:
+    def _view(self) -> View:
         first = next(iter(self.values()))
         names = [name for name in LIMITS if any(name in limit.estimates() for limit in self.values())]
-        width = max(map(len, ("layer", *self)))
         kind = "Gauss-Newton" if first.positive_semidefinite else "Hessian"
-        lines = [
-            f"Limits of each layer pruned alone, for a loss increase of {first.loss_tolerance:.4g} "
-            f"({kind}, {first.num_examples:,} examples)",
-            f"{'layer':<{width}}{'weights':>12}" + "".join(f"{name:>12}" for name in names) + "  ended",
-        ]
+        title = "Limits of each layer pruned alone"
+        asked = f"for a loss increase of {first.loss_tolerance:.4g}; {kind}; {first.num_examples:,} examples"
+        rows = []
         for layer, limit in self.items():
             found = limit.estimates()
             cells = [f"{found[name].value:.4f}" if name in found else "-" for name in names]
-            row = "".join(f"{cell:>12}" for cell in cells)
-            lines.append(f"{layer:<{width}}{limit.dim:>12,}{row}  {limit.code}")
-        lines += [f"{layer}: {limit.status}" for layer, limit in self.items() if not limit.code.converged]
-        return "\n".join(lines)
+            rows.append((layer, f"{limit.dim:,}", *cells, limit.code))
+        unsure = [f"{layer}: {limit.status}" for layer, limit in self.items() if not limit.code.converged]
+        return View(title, ("layer", "weights", *names, "ended"), rows, [asked, *unsure])
 
 
 @takes_bar(lambda layer, state: shown(state)._replace(title=layer))

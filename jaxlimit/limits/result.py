@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from jaxlimit.core.display import Displayed, View, few
 from jaxlimit.geometry.dimensions import transition_halfwidth, width_ridge
 from jaxlimit.geometry.magnitude import num_removed
 from jaxlimit.limits.cone import cone_point, cone_root
@@ -20,6 +21,8 @@ from jaxlimit.spectrum.measure import SpectralMeasure
 
 # The window in which the probability falls from 95 % to 5 %.
 ETA = 0.05
+_HEAD = ("", "sparsity", "interval", "probe error", "spread", "true rise")
+_CURVE = ("sparsity", "removed norm", "width / D", "lower", "upper")
 # Of a limit, what is a number or a text: JSON carries it.
 _NUMBERS = (
     *("loss_tolerance", "tolerance", "num_matvecs", "num_probes", "num_steps", "num_examples", "dim"),
@@ -27,8 +30,8 @@ _NUMBERS = (
 )
 
 
-@dataclass(frozen=True, eq=False)
-class LimitCurve:
+@dataclass(frozen=True, eq=False, repr=False)
+class LimitCurve(Displayed):
     """The two sides of the phase-transition equation, for plots: the limit is where delta / D crosses s.
 
     Attributes:
@@ -48,9 +51,14 @@ class LimitCurve:
     cone_sparsity: NDArray[np.float64]
     cone_dimension: NDArray[np.float64]
 
+    def _view(self) -> View:
+        columns = (self.sparsity, self.removed_norm, self.width_dimension, self.lower, self.upper)
+        rows = [tuple(f"{x:.4f}" for x in row) for row in zip(*columns, strict=True)]
+        return View("The two sides of the limit's equation", _CURVE, few(rows))
 
-@dataclass(frozen=True, eq=False)
-class Sensitivity:
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Sensitivity(Displayed):
     """Limits against the loss tolerance, from the spectra at hand.
 
     Attributes:
@@ -63,6 +71,14 @@ class Sensitivity:
     loss_tolerance: NDArray[np.float64]
     width: NDArray[np.float64]
     cone: NDArray[np.float64] | None
+
+    def _view(self) -> View:
+        columns = {"width": self.width} if self.cone is None else {"width": self.width, "cone": self.cone}
+        rows = [
+            (f"{eps:.4g}", *(f"{x:.4f}" for x in row))
+            for eps, *row in zip(self.loss_tolerance, *columns.values(), strict=True)
+        ]
+        return View("Limits against the loss tolerance", ("loss tolerance", *columns), few(rows))
 
 
 class Behind(NamedTuple):
@@ -80,7 +96,7 @@ class Behind(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class PruningLimit:
+class PruningLimit(Displayed):
     """The sparsity that a network stands, as `pruning_limit` found it. Prints as a table.
 
     Attributes:
@@ -215,30 +231,41 @@ class PruningLimit:
         groups = values.get("num_groups")
         return cls(**limits, **numbers, rises=rises, measure=without, _behind=None, num_groups=groups)
 
-    def __repr__(self) -> str:
+    def _view(self) -> View:
+        groups = "" if self.num_groups is None else f" in {counted(self.num_groups, 'group')}"
+        title = (
+            f"Pruning limit for a loss increase of {self.loss_tolerance:.4g} "
+            f"({self.dim:,} weights{groups}, {self.num_examples:,} examples)"
+        )
+        rows = [
+            *((name, *_cells(limit), f"{self.rises[name]:.4g}") for name, limit in self.estimates().items()),
+            (EVERYTHING, f"{1:.4f}", "", "", "", f"{self.rises[EVERYTHING]:.4g}"),
+        ]
+        return View(title, _HEAD, rows, [self._window, self._work, f"status: {self.status}"])
+
+    @property
+    def _window(self) -> str:
+        halfwidth = self.transition_halfwidth
+        if halfwidth < 1:
+            return f"transition window of width and cone: +-{halfwidth:.4f} (95 % to 5 %)"
+        return (
+            f"transition window of width and cone: wider than [0, 1] (95 % to 5 %): {self.dim} weights are "
+            "too few for a sharp transition"
+        )
+
+    @property
+    def _work(self) -> str:
         kind = "Gauss-Newton" if self.positive_semidefinite else "Hessian"
         absolute = "" if self.positive_semidefinite and self.code is not Code.NOT_SEMIDEFINITE else ", |H|"
-        groups = "" if self.num_groups is None else f" in {counted(self.num_groups, 'group')}"
-        lines = [
-            f"Pruning limit for a loss increase of {self.loss_tolerance:.4g} "
-            f"({self.dim:,} weights{groups}, {self.num_examples:,} examples)",
-            f"{'':12}{'sparsity':>9}  {'interval':^18}{'probe error':>12}{'spread':>9}{'true rise':>11}",
-        ]
-        for name, limit in self.estimates().items():
-            interval = f"[{limit.lower:.4f}, {limit.upper:.4f}]"
-            lines.append(
-                f"{name:<12}{limit.value:>9.4f}  {interval:^18}{limit.probe_error:>12.4f}{limit.spread:>9.4f}"
-                f"{self.rises[name]:>11.4g}"
-            )
-        lines.append(f"{EVERYTHING:<12}{1:>9.4f}{self.rises[EVERYTHING]:>52.4g}")
         probes = f", {counted(self.num_probes, 'probe')} of {self.num_steps} steps" if self.num_probes else ""
-        lines += [
-            f"transition window of width and cone: +-{self.transition_halfwidth:.4f} (95 % to 5 %)",
+        return (
             f"{kind}{absolute}; {self.method}{probes}; {self.num_matvecs:,} products; "
-            f"lambda_max / a = {self.largest_eigenvalue / self.ridge:.3g}",
-            f"status: {self.status}",
-        ]
-        return "\n".join(lines)
+            f"lambda_max / a = {self.largest_eigenvalue / self.ridge:.3g}"
+        )
+
+
+def _cells(limit: Estimate) -> tuple[str, ...]:
+    return f"{limit.value:.4f}", limit.interval, f"{limit.probe_error:.4f}", f"{limit.spread:.4f}"
 
 
 def _cone_dimension(behind: Behind, n: int) -> float:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxlimit.core.checks import require_problem, require_range
+from jaxlimit.core.display import Displayed, View
 from jaxlimit.core.trees import PyTree
 from jaxlimit.measuring.p_values import METHODS
 from jaxlimit.measuring.risks import ExampleRisks, Metric, require_no_nan
@@ -26,7 +27,7 @@ CALL = "certify(metric_fn, [(sparsity, params), ...], batches, bound=...)"
 
 
 @dataclass(frozen=True, repr=False)
-class Certificate:
+class Certificate(Displayed):
     """Up to which sparsity the risk on new data is certified to be below a bound. Prints as a table.
 
     Attributes:
@@ -80,21 +81,21 @@ class Certificate:
         found: dict[str, Any] = {n: tuple(x) if isinstance(x, list) else x for n, x in values.items()}
         return cls(**found)
 
-    def __repr__(self) -> str:
+    def _view(self) -> View:
         found = "nothing" if self.sparsity is None else f"sparsity {self.sparsity:.4f}"
-        lines = [
+        title = (
             f"Certified: {found}, for a risk of at most {self.bound:.4g} on new data "
-            f"(confidence {self.confidence:.10g}, {self.num_examples:,} examples)",
-            f"{'sparsity':>10}{'observed risk':>16}{'p-value':>12}",
-        ]
+            f"(confidence {self.confidence:.10g}, {self.num_examples:,} examples)"
+        )
+        rows = []
         for s, mean, p in zip(self.sparsities, self.means, self.p_values, strict=True):
             verdict = "certified" if self.sparsity is not None and s <= self.sparsity else "not certified"
-            lines.append(f"{s:>10.4f}{mean:>16.4g}{p:>12.2g}  {verdict}")
-        if self.sparsity is not None:
-            lines.append(f"upper bound of the risk at {self.sparsity:.4f}, taken alone: {self.risk:.4g}")
+            rows.append((f"{s:.4f}", f"{mean:.4g}", f"{p:.2g}", verdict))
         lower, upper = self.bounds
-        lines += [f"{self.method} test; risks within [{lower:g}, {upper:g}]", f"status: {self.status}"]
-        return "\n".join(lines)
+        notes = [f"{self.method} test; risks within [{lower:g}, {upper:g}]", f"status: {self.status}"]
+        if self.sparsity is not None:
+            notes.insert(0, f"upper bound of the risk at {self.sparsity:.4f}, taken alone: {self.risk:.4g}")
+        return View(title, ("sparsity", "observed risk", "p-value", ""), rows, notes)
 
 
 def certify(

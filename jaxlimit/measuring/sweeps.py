@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from jaxlimit.core.checks import require_problem, require_weight_fn
 from jaxlimit.core.convolutions import quick_in_loops
 from jaxlimit.core.cuts import Sampled
+from jaxlimit.core.display import Displayed, View, few
 from jaxlimit.core.placement import placed
 from jaxlimit.core.programs import Traced
 from jaxlimit.core.sums import ExampleSum
@@ -33,9 +34,9 @@ SPARSITIES = np.arange(401) / 400
 ACCURACY_LOSS = 0.01 + 1e-6
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """Metrics of a network against its sparsity.
+@dataclass(frozen=True, repr=False)
+class Sweep(Displayed):
+    """Metrics of a network against its sparsity. Prints as a table, of many sparsities a few.
 
     Attributes:
         sparsities: (m,) ascending.
@@ -47,6 +48,12 @@ class Sweep:
         >>> sweep = Sweep(np.array([0.0, 0.5, 0.9]), {"loss": np.array([0.1, 0.2, 1.0])})
         >>> sweep.largest_sparsity("loss", 0.3)
         0.5
+        >>> sweep
+        Sweep of 3 sparsities
+        sparsity  loss
+        0.0000     0.1
+        0.5000     0.2
+        0.9000       1
     """
 
     sparsities: NDArray[np.float64]
@@ -74,6 +81,18 @@ class Sweep:
         if above.size == 0:
             return float(self.sparsities[-1])
         return float(self.sparsities[above[0] - 1]) if above[0] > 0 else 0.0
+
+    def _view(self) -> View:
+        columns = zip(*self.metrics.values(), strict=True)
+        rows = [
+            (f"{s:.4f}", *(f"{x:.4g}" for x in found))
+            for s, found in zip(self.sparsities, columns, strict=True)
+        ]
+        shown = few(rows)
+        title = f"Sweep of {len(rows)} sparsities"
+        if len(shown) < len(rows):
+            title += f", {len(shown)} of them shown"
+        return View(title, ("sparsity", *self.metrics), shown)
 
 
 @takes_bar(partial(Shown, "sparsity sweep"))

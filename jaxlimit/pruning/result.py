@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxlimit.core.display import Displayed, View, few
 from jaxlimit.core.terminal import Shown
 from jaxlimit.core.trees import PyTree
 
@@ -67,7 +68,7 @@ def shown(state: Readjusting) -> Shown:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Pruned:
+class Pruned(Displayed):
     """A pruned network whose kept weights were readjusted.
 
     Attributes:
@@ -113,17 +114,17 @@ class Pruned:
             losses = {name: _number(values[name]) for name in ("loss", "dense_loss")}
             return cls(params=params, mask=mask, **{**values, **losses, "code": Ending(values["code"])})
 
-    def __repr__(self) -> str:
-        return (
+    def _view(self) -> View:
+        title = (
             f"Pruned network of sparsity {self.sparsity:.4f}: loss {self.loss:.4g}, "
-            f"{self.dense_loss:.4g} before\n"
-            f"{self.num_steps} steps, {self.num_products:.1f} products with all the data\n"
-            f"status: {self.status}"
+            f"{self.dense_loss:.4g} before"
         )
+        work = f"{self.num_steps} steps, {self.num_products:.1f} products with all the data"
+        return View(title, notes=[work, f"status: {self.status}"])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Attained:
+class Attained(Displayed):
     """The sparsest network that was built here whose loss is within the tolerance.
 
     Attributes:
@@ -169,19 +170,20 @@ class Attained:
             found["pruned"] = Pruned.from_json(values["pruned"], params, mask)
             return cls(**found)
 
-    def __repr__(self) -> str:
-        lines = [
-            f"Attained sparsity {self.sparsity:.4f} for a loss increase of {self.loss_tolerance:.4g}",
+    def _view(self) -> View:
+        title = (
+            f"Attained sparsity {self.sparsity:.4f} for a loss increase of {self.loss_tolerance:.4g}: "
             f"loss {self.pruned.loss:.4g}, {self.dense_loss:.4g} before"
-            + (
-                ""
-                if self.unpruned_loss is None
-                else f", {self.unpruned_loss:.4g} without pruning and the same number of products"
-            ),
-            f"{len(self.tried)} networks, {self.num_products:.1f} products with all the data",
-            f"status: {self.status}",
+        )
+        most = self.dense_loss + self.loss_tolerance
+        rows = [
+            (f"{s:.4f}", f"{loss:.4g}", "within" if loss <= most else "beyond")
+            for s, loss in sorted(self.tried)
         ]
-        return "\n".join(lines)
+        notes = [f"{len(self.tried)} networks, {self.num_products:.1f} products with all the data"]
+        if self.unpruned_loss is not None:
+            notes.append(f"loss without pruning and the same number of products: {self.unpruned_loss:.4g}")
+        return View(title, ("built", "loss", ""), few(rows), [*notes, f"status: {self.status}"])
 
 
 def _json(value: Any) -> Any:

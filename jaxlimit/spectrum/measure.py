@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxlimit.core.checks import require_instance, require_key
+from jaxlimit.core.display import Displayed, View
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.spectrum import lanczos
 from jaxlimit.spectrum.probes import rademacher
@@ -25,8 +26,8 @@ from jaxlimit.spectrum.rules import Rule, gauss
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["nodes", "weights"], meta_fields=["dim"])
-@dataclass(frozen=True, eq=False)
-class SpectralMeasure:
+@dataclass(frozen=True, eq=False, repr=False)
+class SpectralMeasure(Displayed):
     """A discrete probability measure on the eigenvalue axis: one row a probe, equally weighted.
 
     Attributes:
@@ -53,6 +54,15 @@ class SpectralMeasure:
                 raise ValueError(
                     f"nodes and weights must have one shape, got {nodes.shape} and {weights.shape}."
                 )
+
+    def _view(self) -> View:
+        rows, nodes = self.nodes.shape
+        mean, error = self.integrate(lambda x: x)
+        used = self.nodes[self.weights > 0]
+        return View(
+            f"Spectral measure of {rows} x {nodes} nodes from {used.min():.4g} to {used.max():.4g}, "
+            f"mean eigenvalue {mean:.4g} +- {error:.1g}"
+        )
 
     def integrate(self, f: Callable[[NDArray[np.float64]], Any]) -> tuple[float, float]:
         """Integral of f, and its standard error over the probes.
