@@ -422,6 +422,13 @@ def test_pickles_are_not_opened(folder):
         store.load_tree("name", 0)
 
 
+def test_a_whole_number_is_the_same_problem_as_its_float(tmp_path):
+    Checkpoint(tmp_path / "it", {"budget": 1000, "parts": [1, float("nan")]})
+    Checkpoint(tmp_path / "it", {"budget": 1000.0, "parts": [1.0, float("nan")]})
+    with pytest.raises(ValueError, match="budget differ"):
+        Checkpoint(tmp_path / "it", {"budget": 1000.5, "parts": [1, float("nan")]})
+
+
 def test_a_damaged_identity(folder):
     Checkpoint(folder, FINGERPRINT)
     (folder / "problem.json").write_text("{")

@@ -15,10 +15,11 @@ from jaxlimit.pruning.result import Attained
 from jaxlimit.training.losses import TITLES
 
 COLUMNS = ("", "predicted", "interval", "true rise", "attained", "certified")
-OPTIMISTIC = (
-    "Gauss-Newton calls flat what is flat only to first order in the network: its readjusted limit is "
-    "optimistic. What was attained on the networks of docs/limits.md lies between its cone and that."
+TRUSTED = (
+    "Gauss-Newton leaves out the second derivative of the network itself. Its cone limit was nearest to what "
+    "was attained on the networks of docs/limits.md; limits of the Hessian |H| were lower."
 )
+_THE = {"hessian": "the Hessian |H|", "gauss_newton": "Gauss-Newton"}
 # The limits that are compared with what was attained, by curvature.
 _JUDGED = (
     ("gauss_newton", ("cone", "readjusted")),
@@ -89,21 +90,25 @@ class Assessment(Displayed):
         attained, close = self.attained.sparsity, self.attained.tolerance
         lowest = min(limits, key=lambda name: limits[name].lower)
         highest = max(limits, key=lambda name: limits[name].upper)
+        the = _THE[curvature]
         if attained > limits[highest].upper:
             return (
                 f"They do not agree: a network of sparsity {attained:.4f} was built, beyond the {highest} "
-                f"limit of the {TITLES[curvature]}, {limits[highest]}; for this network the prediction is "
-                "refuted, and too low."
+                f"limit of {the}, {limits[highest]}; for this network the prediction is refuted, and too low."
             )
         if attained < limits[lowest].lower - close:
             return (
-                f"They differ: {attained:.4f} was attained, below the {lowest} limit of the "
-                f"{TITLES[curvature]}, {limits[lowest]}. That refutes nothing: another search may find a "
-                "sparser network."
+                f"They differ: {attained:.4f} was attained, below the {lowest} limit of {the}, "
+                f"{limits[lowest]}. That refutes nothing: another search may find a sparser network."
             )
-        limit = " and ".join(f"the {name} limit, {limits[name]}" for name in dict.fromkeys((lowest, highest)))
-        between = "was attained, and predicted was" if lowest == highest else "was attained, between"
-        return f"They agree: {attained:.4f} {between} {limit}, of the {TITLES[curvature]}."
+        if lowest == highest:
+            about = f"and the {lowest} limit of {the} is {limits[lowest]}"
+        else:
+            about = (
+                f"between the {lowest} limit of {the}, {limits[lowest]}, and its {highest} limit, "
+                f"{limits[highest]}"
+            )
+        return f"They agree: {attained:.4f} was attained, {about}."
 
     @property
     def sentences(self) -> tuple[str, str, str, str]:
@@ -178,7 +183,7 @@ class Assessment(Displayed):
         else:
             notes.append(f"certified: {_risk(self.certificate)} {self.certificate.status}")
         if "gauss_newton" in self.predicted:
-            notes.append(OPTIMISTIC)
+            notes.append(TRUSTED)
         for name, limit in self.predicted.items():
             if limit.code is not Code.EXACT:
                 notes.append(f"{TITLES[name]}: {limit.status}")

@@ -130,7 +130,7 @@ def _different(
                 found[*at, name] = (old["about"], new["about"])
         elif isinstance(old, dict) and isinstance(new, dict):
             found |= _different(old, new, (*at, name))
-        elif json.dumps(old) != json.dumps(new):  # NaN is itself
+        elif old != new and json.dumps(old) != json.dumps(new):  # 1 is 1.0, and NaN is itself
             found[*at, name] = (old, new)
     return found
 
