@@ -191,10 +191,15 @@ def last_reached(reached: Callable[[float], bool], sparsities: NDArray[np.float6
 
 
 def one_shot(
-    curvature: jaxlimit.Curvature, loss_tolerance: float, accuracy: float, max_matvecs: int
+    curvature: jaxlimit.Curvature,
+    loss_tolerance: float,
+    accuracy: float,
+    max_matvecs: int,
+    groups: Any = None,
 ) -> dict[str, Any]:
     """The one_shot limit alone, without a glance at the spectrum."""
-    problem = Problem(magnitude_order(curvature.weights), loss_tolerance)
+    problem = Problem(magnitude_order(curvature.weights, groups=groups), loss_tolerance)
     budget = Budget(curvature, max_matvecs)
-    limit = one_shot_limit(*predicted_path(problem, budget), loss_tolerance, accuracy)
+    path, counts = predicted_path(problem, budget), problem.counts
+    limit = one_shot_limit(*path, loss_tolerance, accuracy, counts=counts)
     return {**vars(limit), "num_matvecs": budget.count}

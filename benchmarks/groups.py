@@ -46,7 +46,7 @@ from jaxlimit.application import answers, presets
 from jaxlimit.application.question import Certifying, Question
 from jaxlimit.baselines.masks import kept_counts, random_mask
 from jaxlimit.core.trees import PyTree, partition
-from jaxlimit.geometry.magnitude import magnitude_order
+from jaxlimit.geometry.magnitude import MagnitudeOrder, magnitude_order
 from jaxlimit.limits.estimate import LIMITS
 from jaxlimit.measuring.certificates import certify
 from jaxlimit.measuring.risks import paired
@@ -136,6 +136,11 @@ def granularities(name: str, network: Network) -> dict[str, Any]:
 
 def limit_of(asked: Asked, network: Network, groups: Any) -> dict[str, Any]:
     """The stage `limits`, of one kind of groups: what is predicted."""
+    if asked.which == ("one_shot",):
+        curvature, order = network.curvature(asked.curvature), _order(network, groups)
+        wanted = network.tolerance, groups_tables.WANTED, asked.max_matvecs
+        found = common.one_shot(curvature, *wanted, groups=groups)
+        return {"one_shot": found, "dim": order.dim, "num_groups": order.num_removals}
     keywords: dict[str, Any] = {"loss_tolerance": network.tolerance, "groups": groups, "which": asked.which}
     keywords |= {"max_matvecs": asked.max_matvecs}
     if asked.curvature != "hessian":
@@ -146,12 +151,15 @@ def limit_of(asked: Asked, network: Network, groups: Any) -> dict[str, Any]:
 
 def built_of(asked: Asked, network: Network, groups: Any) -> dict[str, Any]:
     """The stage `limits`, of one kind of groups: what is attained and certified."""
-    weights, _ = partition(network.params, network.prunable)
-    order = magnitude_order(weights, groups=groups)
+    order = _order(network, groups)
     reached = {order.counts[n] / order.dim: n for n in (order.within(int(s * order.dim)) for s in CUTS) if n}
     cuts = ((s, jaxlimit.apply_mask(network.params, order.mask(n))) for s, n in reached.items())
     found = {"certified_cut": certified(asked, network, cuts)}
     return found | (attained_of(asked, network, groups) if asked.max_products else {})
+
+
+def _order(network: Network, groups: Any) -> MagnitudeOrder:
+    return magnitude_order(partition(network.params, network.prunable)[0], groups=groups)
 
 
 def attained_of(asked: Asked, network: Network, groups: Any) -> dict[str, Any]:
@@ -207,8 +215,10 @@ def pattern_of(asked: Asked, network: Network, n: int, m: int) -> dict[str, Any]
 
 def limits(name: str, asked: Asked, network: Network, folder: Path) -> None:
     """The stage `limits`."""
-    for kind, groups in granularities(name, network).items():
+    kinds = granularities(name, network)
+    for kind, groups in kinds.items():
         common.step(folder / f"limit {kind}.json", partial(limit_of, asked, network, groups))
+    for kind, groups in kinds.items():
         common.step(folder / f"built {kind}.json", partial(built_of, asked, network, groups))
     for n, m in PATTERNS:
         common.step(folder / f"pattern {n}-{m}.json", partial(pattern_of, asked, network, n, m))
