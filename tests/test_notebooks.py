@@ -1,4 +1,7 @@
-"""The notebooks: stored without outputs, and every cell, with the assertions that end each, runs."""
+"""The notebooks: stored with outputs, and every cell, with the assertions that end each, runs.
+
+After a change, outputs are made by `jupyter nbconvert --execute --inplace`, or by nbclient as below.
+"""
 
 from pathlib import Path
 
@@ -23,11 +26,13 @@ def test_there_are_notebooks():
 
 
 @every_notebook
-def test_no_outputs_are_stored(path):
-    for cell in read(path).cells:
-        if cell.cell_type == "code":
-            assert cell.outputs == []
-            assert cell.execution_count is None
+def test_outputs_of_one_run_from_top_to_bottom_are_kept(path):
+    cells = [cell for cell in read(path).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert any("text/html" in output.get("data", {}) or output.output_type == "stream" for output in outputs)
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert not any(output.output_type == "error" or output.get("name") == "stderr" for output in outputs)
 
 
 @every_notebook
