@@ -26,17 +26,36 @@ EXTRA = ("tyro", "rich", "matplotlib", "safetensors", "jinja2")
 INSTALL = 'pip install "jaxlimit[cli]"'
 DESCRIPTION = """How sparse can a trained network be pruned, how sure is that, and is it true?
 
+Start with `jaxlimit run`, which takes one to four minutes; `jaxlimit COMMAND --help` has examples.
+
 (--version prints the version.)"""
 COMMANDS = {
     "run": """Train a network, predict how sparse it can be pruned, measure the truth, write a report.
 
 After Ctrl-C the same command goes on with what is missing. What is not given of the training is the preset's;
-of other epochs its warm-up takes at most half.""",
-    "presets": "Print the presets as a table.",
-    "report": "Make the figures and report.html of a finished run again, from its files.",
+of other epochs its warm-up takes at most half.
+
+Examples (times on two cores):
+  jaxlimit run                                digits, one to four minutes
+  jaxlimit run --curvature gauss_newton       the faster of the two predictions
+  jaxlimit run --l1 0 --seed 1                other training, other seed
+  jaxlimit run mnist-fc2 --epochs 10          MNIST, about an hour""",
+    "presets": """Print the presets as a table, at once.
+
+Example:
+  jaxlimit presets""",
+    "report": """Make the figures and report.html of a finished run again, from its files: seconds.
+
+Example:
+  jaxlimit report results/digits-seed0""",
     "experiment": """Run an experiment; `jaxlimit experiment --help` names them.
 
-Each has options of its own, which `jaxlimit experiment NAME --help` lists.""",
+Each has options of its own, which `jaxlimit experiment NAME --help` lists.
+
+Examples (times on one core; three seeds are the default):
+  jaxlimit experiment rows digits             one minute
+  jaxlimit experiment lambda digits           eight minutes
+  jaxlimit experiment compare digits          twelve minutes""",
 }
 # Customary exit codes for wrong use and for failure.
 WRONG_USE, FAILED = 2, 1
@@ -77,7 +96,9 @@ def main(args: Sequence[str] | None = None) -> int:
             command = parse(args or ["--help"])
             return _PERFORM[args[0]](command, args, interrupt)
         except (ValueError, OSError) as error:
-            return _error(error, WRONG_USE)
+            code = _error(error, WRONG_USE)
+            _next(f"{_help_of(args)} lists what can be given")
+            return code
         except (FloatingPointError, ImportError, MemoryError) as error:
             return _error(error, FAILED)
         except KeyboardInterrupt:
@@ -106,7 +127,7 @@ def parse(args: Sequence[str]) -> "Run | Presets | Report | Experiment":
     from tyro.extras import subcommand_cli_from_dict
 
     # Prints the commands, or says that there is no such one.
-    names = {name: _named(text) for name, text in COMMANDS.items()}
+    names = {name: _named(text.split("\n\n")[0]) for name, text in COMMANDS.items()}
     subcommand_cli_from_dict(names, prog="jaxlimit", description=DESCRIPTION, args=list(args))
     raise ValueError(f"the first word must be one of {', '.join(COMMANDS)}, got {name!r}.")
 
@@ -142,7 +163,7 @@ def _read(command: Any, args: Sequence[str], name: str, description: str | None 
     """What a function makes of the arguments, each of its parameters being an option."""
     import tyro
 
-    config = (tyro.conf.FlagCreatePairsOff,)
+    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)  # groups have titles, options none
     prog = f"jaxlimit {name}"
     return tyro.cli(command, prog=prog, description=description, args=list(args), config=config)
 
@@ -165,7 +186,7 @@ def _presets(command: Presets, args: Sequence[str], interrupt: Interrupt) -> int
     from jaxlimit.application.presets import presets_table
 
     print(presets_table())
-    return 0
+    return _next("jaxlimit run PRESET")
 
 
 def _run(command: "Run", args: Sequence[str], interrupt: Interrupt) -> int:
@@ -197,7 +218,9 @@ def _run(command: "Run", args: Sequence[str], interrupt: Interrupt) -> int:
     assessment = stage_answers.assessment_of(run.document, run.columns)
     told = assessment.text(stage_answers.notes(run.document))
     print(f"\n{told}\n\nreport: {folder / run_folder.REPORT}")
-    return 0
+    return _next(
+        f"open the report; in Python, jaxlimit.load_assessment({str(folder)!r}) has the pruned network"
+    )
 
 
 def _report(command: Report, args: Sequence[str], interrupt: Interrupt) -> int:
@@ -206,7 +229,7 @@ def _report(command: Report, args: Sequence[str], interrupt: Interrupt) -> int:
     with _writing_to(command.folder):
         run = run_folder.read_record(command.folder)
         print(f"report: {report.write_report(command.folder, run)}")
-    return 0
+    return _next("open the report in a browser")
 
 
 def _experiment(command: "Experiment", args: Sequence[str], interrupt: Interrupt) -> int:
@@ -218,7 +241,7 @@ def _experiment(command: "Experiment", args: Sequence[str], interrupt: Interrupt
         table = execute_experiment(command, shlex.join(["jaxlimit", *args]), monitor)
         interrupt.finish()
     print(f"\n{table}\nresults: {command.out}")
-    return 0
+    return _next(f"look at the figure in {command.out}; more seeds: the same command with --seeds 5")
 
 
 def _interrupted(folder: Path, args: Sequence[str], what: str | None = None) -> str:
@@ -244,6 +267,19 @@ def _writing_to(folder: Path) -> Iterator[None]:
         if error.errno not in ELSEWHERE or (named and not inside):
             raise
         raise OSError(f"{folder} cannot be written to ({error.strerror}): name another --out.") from error
+
+
+def _next(what: str) -> int:
+    """Says on standard error, which pipes leave out, what to do now; the exit code of success."""
+    print(f"next: {what}", file=sys.stderr)
+    return 0
+
+
+def _help_of(args: Sequence[str]) -> str:
+    """The command whose help lists the options of these arguments."""
+    from jaxlimit.experiments import EXPERIMENTS
+
+    return " ".join(["jaxlimit", *(word for word in args[:2] if word in {*COMMANDS, *EXPERIMENTS}), "--help"])
 
 
 def _error(message: object, code: int) -> int:

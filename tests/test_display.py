@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxlimit
+from jaxlimit import plots
 from jaxlimit.core.display import MOST_ROWS, View, few
 from jaxlimit.measuring.sweeps import Sweep
 
@@ -112,3 +113,16 @@ def test_of_many_rows_the_ends_are_shown():
 
 def test_an_estimate_prints_as_its_interval(shown):
     assert repr(shown["limit"].cone) == str(shown["limit"].cone)
+
+
+def test_a_narrow_figure_has_its_legend_in_one_column(shown):
+    figure = plots.plot_limit(shown["limit"])
+    wide, _ = figure.get_size_inches()
+    plots.narrow(figure)
+    width, _ = figure.get_size_inches()
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert width < 3.5 < wide
+    assert legend.get_window_extent().width <= figure.bbox.width
+    lefts = {round(text.get_window_extent().x0) for text in legend.get_texts()}
+    assert len(lefts) == 1

@@ -9,6 +9,7 @@ figures/, report.html
 """
 
 import importlib.util
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -139,12 +140,8 @@ def _checksum(tree: PyTree) -> float:
 
 
 def write_report(folder: Path, found: Assessment, document: Mapping[str, Any]) -> Path:
-    """Writes figures/*.png and report.html, and returns the path of the latter."""
-    pictures: dict[str, bytes] = {}
-    for name, figure in make_figures(folder, found).items():
-        picture = folder / FIGURES / f"{name}.png"
-        write_file(picture, partial(figure.savefig, format="png", metadata={"Software": None}))
-        pictures[name] = picture.read_bytes()
+    """Writes figures/*.png and *.pdf, and report.html, and returns the path of the latter."""
+    pictures = save_figures(folder, make_figures(folder, found))
     text = page.render(
         title="How sparse can this network be pruned?",
         sentences=found.sentences,
@@ -156,6 +153,21 @@ def write_report(folder: Path, found: Assessment, document: Mapping[str, Any]) -
     )
     write_file(folder / REPORT, text)
     return folder / REPORT
+
+
+def save_figures(folder: Path, figures: Mapping[str, "Figure"]) -> dict[str, page.Picture]:
+    """Writes figures/NAME.png and, one column wide for print, NAME.pdf; returns them for the page."""
+    pictures = {}
+    for name, figure in figures.items():
+        path = folder / FIGURES / f"{name}.png"
+        write_file(path, partial(figure.savefig, format="png", metadata={"Software": None}))
+        plots.narrow(figure)
+        pdf = {"Creator": None, "Producer": None, "CreationDate": None}
+        write_file(path.with_suffix(".pdf"), partial(figure.savefig, format="pdf", metadata=pdf))
+        shown = io.BytesIO()
+        figure.savefig(shown, format="png", metadata={"Software": None})
+        pictures[name] = page.Picture(path.read_bytes(), shown.getvalue())
+    return pictures
 
 
 def table(found: Assessment, notes: Sequence[str] = ()) -> page.Table:

@@ -91,9 +91,9 @@ class Run:
 def run(
     preset: PresetName = "digits",
     *,
-    options: Annotated[GivenOptions, arg(name="")] = GivenOptions(),  # noqa: B008 (frozen)
-    recipe: Annotated[GivenRecipe, arg(name="")] = GivenRecipe(),  # noqa: B008 (frozen)
-    others: Annotated[GivenPreset, arg(name="")] = GivenPreset(),  # noqa: B008 (frozen)
+    options: Annotated[GivenOptions, arg(name="prediction")] = GivenOptions(),  # noqa: B008 (frozen)
+    recipe: Annotated[GivenRecipe, arg(name="training")] = GivenRecipe(),  # noqa: B008 (frozen)
+    others: Annotated[GivenPreset, arg(name="data-and-measurement")] = GivenPreset(),  # noqa: B008 (frozen)
     out: Annotated[Path | None, shown("results/PRESET-seedSEED-...", "DIR")] = None,
     data: DataFolder = None,
     overwrite: bool = False,

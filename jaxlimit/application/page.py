@@ -7,6 +7,29 @@ from typing import Any, NamedTuple
 
 from jaxlimit.limits.estimate import LIMITS
 
+MEANINGS = {
+    "one_shot": "How far the smallest weights can be set to zero, all others staying as they are, by the "
+    "quadratic model of the loss.",
+    "width": "The paper's limit: how sparse some network within the tolerance may be, if the kept weights "
+    "lie in no special direction, by the length alone of what is removed.",
+    "cone": "The same, by the length and the direction of what is removed.",
+    "readjusted": "How far the smallest weights can be set to zero when all others may take new values, by "
+    "the quadratic model of the loss.",
+    "Hessian |H|": "The second derivative of the loss, every negative eigenvalue taken as positive.",
+    "Gauss-Newton": "The second derivative without the network's own curvature: its limits are higher.",
+    "predicted": "A limit computed at the trained weights, before any network was pruned.",
+    "attained": "The sparsity of a pruned network that was really built here, and is within the tolerance.",
+    "certified": "The sparsity up to which networks pass a statistical test on data they have not seen.",
+}
+"""What the words of a report mean, in a sentence each."""
+
+
+class Picture(NamedTuple):
+    """A figure as PNG: as it is, and in its narrow form for a phone."""
+
+    wide: bytes
+    narrow: bytes
+
 
 class Table(NamedTuple):
     """A table of the page.
@@ -30,7 +53,7 @@ def render(
     sentences: Sequence[str],
     tables: Sequence[Table],
     captions: Mapping[str, str],
-    pictures: Mapping[str, bytes],
+    pictures: Mapping[str, Picture],
     details: Mapping[str, Mapping[str, Any]],
     command: str,
 ) -> str:
@@ -41,7 +64,7 @@ def render(
         sentences: that open it.
         tables: in their order.
         captions: of the pictures, by name.
-        pictures: PNGs by name, in the order shown.
+        pictures: by name, in the order shown.
         details: names and values, by heading.
         command: that made it.
     """
@@ -57,10 +80,18 @@ def render(
         sentences=sentences,
         tables=tables,
         captions=captions,
-        pictures={name: base64.b64encode(png).decode() for name, png in pictures.items()},
+        pictures={
+            name: {"wide": _encoded(both.wide), "narrow": _encoded(both.narrow)}
+            for name, both in pictures.items()
+        },
         details=details,
         command=command,
+        meanings=MEANINGS,
     )
+
+
+def _encoded(png: bytes) -> str:
+    return base64.b64encode(png).decode()
 
 
 def details(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ Everything is made from the files of the run's folder (see `run_folder`); nothin
 """
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from jaxlimit.application import assessed_folder, page, run_folder
 from jaxlimit.application.run_folder import Record
 from jaxlimit.application.stage_answers import assessment_of, notes
 from jaxlimit.core import writing
+from jaxlimit.measuring.sweeps import Sweep
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +34,7 @@ CAPTIONS = {
     "spectrum": "Cumulative spectral measure, unsmoothed. Dotted: the ridge a of the width limit. A "
     "direction counts as free to the degree a / (a + |λ|).",
     "sensitivity": "The limits if the loss tolerance were another one, from the same spectra, and the "
-    "thresholds measured on the same sweeps (interpolated between the sparsities measured).",
+    "largest sparsities measured that stay within it, by the rule of the other figures and the table.",
 }
 
 
@@ -94,42 +94,34 @@ def _measured_sensitivity(run: Record) -> dict[str, plots.Curve]:
     base = run.document["network"]["train_loss"]
     curves = {label: run.measured_curve(name) for label, name in kinds.items() if name in run.columns}
     return {
-        label: (tolerances, np.array([_crossing(sparsity, loss, base + eps) for eps in tolerances]))
+        label: (tolerances, np.array([_within(sparsity, loss, base + eps) for eps in tolerances]))
         for label, (sparsity, loss) in curves.items()
     }
 
 
-def _crossing(sparsity: NDArray[np.float64], values: NDArray[np.float64], bound: float) -> float:
-    """Where the values first exceed the bound, linear between the points."""
-    index = int(np.argmax(np.append(values > bound, True)))
-    if index in (0, len(values)):
-        return float(sparsity[0] if index == 0 else sparsity[-1])
-    fraction = (bound - values[index - 1]) / (values[index] - values[index - 1])
-    return float(sparsity[index - 1] + fraction * (sparsity[index] - sparsity[index - 1]))
+def _within(sparsity: NDArray[np.float64], values: NDArray[np.float64], bound: float) -> float:
+    """The last sparsity measured before the values first exceed the bound, as the table has it."""
+    return Sweep(sparsity, {"loss": values}).first_crossing("loss", bound)
 
 
 def write_report(folder: Path, run: Record) -> Path:
-    """Writes figures/*.png and report.html, and returns the path of the latter."""
+    """Writes figures/*.png and *.pdf, and report.html, and returns the path of the latter."""
     from jinja2 import TemplateError
 
-    pictures: dict[str, bytes] = {}
     with writing.content_of(folder / run_folder.LIMIT, ValueError, TemplateError):
-        for name, figure in make_figures(run).items():
-            picture = folder / run_folder.FIGURES / f"{name}.png"
-            writing.write_file(picture, partial(figure.savefig, format="png", metadata={"Software": None}))
-            pictures[name] = picture.read_bytes()
+        pictures = assessed_folder.save_figures(folder, make_figures(run))
         text = render(run, pictures)
     path = folder / run_folder.REPORT
     writing.write_file(path, text)
     return path
 
 
-def render(run: Record, pictures: Mapping[str, bytes]) -> str:
+def render(run: Record, pictures: Mapping[str, page.Picture]) -> str:
     """The page: one file, no external resource.
 
     Args:
         run: what to report.
-        pictures: PNGs by the names of `CAPTIONS`, in the order shown.
+        pictures: by the names of `CAPTIONS`, in the order shown.
     """
     document, preset, options = run.document, run.config["preset"], run.config["options"]
     assessment = assessment_of(document, run.columns)

@@ -9,7 +9,7 @@ from jaxlimit.plots.assessments import plot_assessment
 from jaxlimit.plots.measurements import plot_sweep
 from jaxlimit.plots.predictions import plot_limit, plot_sensitivity, plot_spectrum, plot_transition
 from jaxlimit.plots.series import plot_methods, plot_series
-from jaxlimit.plots.style import COLOURS, STYLES, Curve
+from jaxlimit.plots.style import COLOURS, STYLES, Curve, narrow
 from jaxlimit.training.losses import TITLES
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "STYLES",
     "TITLES",
     "Curve",
+    "narrow",
     "plot_assessment",
     "plot_limit",
     "plot_methods",

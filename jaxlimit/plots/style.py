@@ -25,6 +25,8 @@ COLOURS = {"hessian": BLUE, "gauss_newton": ORANGE}
 """The colours of the curvatures, the same in all figures."""
 MARKERS = {"one_shot": "o", "width": "s", "cone": "^", "readjusted": "D"}
 MEASURED = ("#000000", GREEN, PURPLE, SKY)
+# Of a legend as it is; and inches: one column of a paper, one line of a legend.
+COLUMNS, COLUMN, LINE = 3, 3.4, 0.17
 STYLES: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -57,6 +59,23 @@ def new_figure(width: float, *heights: float) -> tuple["Figure", list["Axes"]]:
     return figure, axes
 
 
+def narrow(figure: "Figure") -> None:
+    """Makes a figure one column of a paper wide; its words stay as large as they are.
+
+    For print and for phones: the legend gets one column. `figure.savefig("name.pdf")` then writes vectors.
+    """
+    _, height = figure.get_size_inches()
+    for legend in list(figure.legends):
+        handles, labels = legend.legend_handles, [text.get_text() for text in legend.get_texts()]
+        legend.remove()
+        _legend(figure, handles, labels, ncols=1)
+        height += LINE * (len(labels) - -(-len(labels) // COLUMNS))
+    for axes in figure.axes:
+        if len(axes.get_xticks()) > 8:  # their labels would run into each other
+            axes.tick_params(axis="x", labelrotation=90)
+    figure.set_size_inches(COLUMN, height)
+
+
 def legend_below(figure: "Figure", *panels: "Axes") -> None:
     """One legend for all panels, below them, where it covers nothing."""
     found = {
@@ -64,11 +83,15 @@ def legend_below(figure: "Figure", *panels: "Axes") -> None:
         for axes in panels
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
+    _legend(figure, list(found.values()), list(found), ncols=COLUMNS)
+
+
+def _legend(figure: "Figure", handles: Sequence[Any], labels: Sequence[str], *, ncols: int) -> None:
     figure.legend(
-        list(found.values()),
-        list(found),
+        handles,
+        labels,
         loc="outside lower center",
-        ncols=3,
+        ncols=ncols,
         frameon=False,
         fontsize=8,
         handlelength=2.2,
