@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 
-from jaxlimit.core.jaxprs import primitives, rewritten
+from jaxlimit.core.jaxprs import call_instead, has_plain_numbers, primitives, rewritten
 
 # Patches that leave the cache cost more than the loop, and take memory: such a convolution stays. Measured by
 # benchmarks/products.py. Those in groups are so slow that they never do.
@@ -45,24 +45,9 @@ def convolves(jaxpr: ClosedJaxpr) -> bool:
 def _instead(eqn: JaxprEqn) -> JaxprEqn | None:
     name, avals = eqn.primitive.name, [x.aval for x in eqn.invars]
     if name in _RULES:
-        call = _RULES[name](*avals, **eqn.params) if all(map(_plain, avals)) else None
-        return eqn if call is None else _call(call, eqn)
+        call = _RULES[name](*avals, **eqn.params) if all(map(has_plain_numbers, avals)) else None
+        return eqn if call is None else call_instead(call, eqn)
     return eqn if name.startswith("custom_") else None  # it brings its own derivative
-
-
-def _plain(aval: Any) -> bool:
-    """Whether an array has real numbers, and no axis is divided over the devices of a mesh."""
-    spec = getattr(getattr(aval, "sharding", None), "spec", ())
-    whole = all(axis is None for axis in spec) and not getattr(aval, "vma", None)
-    return jnp.issubdtype(aval.dtype, jnp.floating) and aval.size > 0 and whole
-
-
-def _call(fn: Callable[..., jax.Array], eqn: JaxprEqn) -> JaxprEqn:
-    """A call of the function in place of an equation."""
-    avals: list[Any] = [x.aval for x in eqn.invars]
-    like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals]
-    call = jax.make_jaxpr(jax.jit(fn))(*like).eqns[0]
-    return eqn.replace(primitive=call.primitive, params=call.params)
 
 
 class _Window(NamedTuple):

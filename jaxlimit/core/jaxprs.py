@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 # What stands in place of an equation; None where it stays, but for the programs that it calls.
@@ -72,6 +73,21 @@ def rewritten(jaxpr: ClosedJaxpr, rule: Rule) -> ClosedJaxpr:
     """The program with its equations replaced, also in what is called; itself where all of them stay."""
     inner = _rewritten(jaxpr.jaxpr, rule)
     return jaxpr if inner is jaxpr.jaxpr else ClosedJaxpr(inner, jaxpr.consts)
+
+
+def has_plain_numbers(aval: Any) -> bool:
+    """Whether an array has real numbers, and no axis is divided over the devices of a mesh."""
+    spec = getattr(getattr(aval, "sharding", None), "spec", ())
+    whole = all(axis is None for axis in spec) and not getattr(aval, "vma", None)
+    return jnp.issubdtype(aval.dtype, jnp.floating) and aval.size > 0 and whole
+
+
+def call_instead(fn: Callable[..., jax.Array], eqn: JaxprEqn) -> JaxprEqn:
+    """A call of the function in place of an equation, with its arguments."""
+    avals: list[Any] = [x.aval for x in eqn.invars]
+    like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals]
+    call = jax.make_jaxpr(jax.jit(fn))(*like).eqns[0]
+    return eqn.replace(primitive=call.primitive, params=call.params)
 
 
 def _rewritten(jaxpr: Jaxpr, rule: Rule) -> Jaxpr:
