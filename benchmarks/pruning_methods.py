@@ -153,12 +153,10 @@ def pruned_path(
                 record(point)
             point = problem.step(point, mask)
     record(point)
-    before = False
-    while product * point.num_products < max_cost:
-        if before and path_of_masks.settled(problem, point):
-            break
-        before = path_of_masks.settled(problem, point)
-        point = problem.step(point, mask)
+    done = [False]
+    while product * point.num_products < max_cost and not all(done[-2:]):
+        before, point = point, problem.step(point, mask)
+        done.append(path_of_masks.settled(problem, before, point))
         record(point)
     return curve
 
