@@ -105,18 +105,21 @@ def tables(cases: Mapping[str, Mapping[str, Any]]) -> str:
     heads = ("prediction", "about", "products", "networks", *KINDS, "worst", "mean, signed")
     text = common.markdown(heads, predictions)
 
+    def measured(value: float | None) -> str:
+        return "-" if value is None else common.sparsity(value)
+
     def prediction(case: Mapping[str, Any], which: str) -> str:
         found = case["predicted"].get(which)
         if found is None:
             return "-"
-        return f"{'~' if found.get('spread', 0) > RESOLVED else ''}{found['sparsity']:.3f}"
+        return f"{'~' if found.get('spread', 0) > RESOLVED else ''}{common.sparsity(found['sparsity'])}"
 
     networks = [
         (
             name,
             f"{case['num_weights']:,}",
             f"{case['num_examples']:,}",
-            *(shown(case["measured"].get(of)) for of in MEASURED),
+            *(measured(case["measured"].get(of)) for of in MEASURED),
             *(prediction(case, which) for which in SHOWN),
         )
         for name, case in cases.items()

@@ -126,6 +126,17 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def sparsity(value: float) -> str:
+    """In three digits, or in as many as do not make it 1.
+
+    Examples:
+        >>> sparsity(0.98196), sparsity(0.99967)
+        ('0.982', '0.9997')
+    """
+    digits = next((digits for digits in range(3, 8) if value == 1 or round(value, digits) < 1), 8)
+    return f"{value:.{digits}f}"
+
+
 def write(name: str, document: Mapping[str, Any], table: str | None = None) -> None:
     """Results as results/NAME.json, with the machine, and as NAME.md if there is a table."""
     write_document(name, {**document, "environment": environment()})

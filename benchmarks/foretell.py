@@ -172,9 +172,13 @@ def main() -> None:
             "early": common.step(
                 folder / "early.json", partial(early, case, seen["loss_tolerance"], options.work)
             ),
-            "elsewhere": common.step(
-                folder / "elsewhere.json", partial(elsewhere, case, tolerances, options.work)
-            ),
+            "elsewhere": {
+                name: value
+                for name, value in common.step(
+                    folder / "elsewhere.json", partial(elsewhere, case, tolerances, options.work)
+                ).items()
+                if isinstance(value, dict)  # the file holds its seconds, too
+            },
         }
     document = {"command": COMMAND, "networks": networks}
     common.write(NAME, document, tables(document))

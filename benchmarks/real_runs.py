@@ -28,7 +28,7 @@ RUNS = {
     "mnist-fc2-60": "run mnist-fc2 --epochs 60",
     "cifar10-lenet-30": "run cifar10-lenet --epochs 30 --num-examples 1024 --finetune-steps 0",
     "cifar10-lenet-200": "run cifar10-lenet --num-examples 1024 --finetune-steps 0",
-    "cifar10-fc5": "run cifar10-fc5 --num-examples 1024",
+    "cifar10-fc5": "run cifar10-fc5 --num-examples 1024 --curvature gauss_newton",
     "cifar10-fc5-l1-0": "run cifar10-fc5 --l1 0 --num-examples 1024 --curvature gauss_newton",
 }
 # Columns of the Markdown table, and where their values are in limit.json. Measured thresholds are bold, and
@@ -41,6 +41,7 @@ COLUMNS = {
     "width": ("limits", "hessian", "width", "value"),
     "cone": ("limits", "hessian", "cone", "value"),
     "readjusted": ("limits", "hessian", "readjusted", "value"),
+    "GN one_shot": ("limits", "gauss_newton", "one_shot", "value"),
     "GN width": ("limits", "gauss_newton", "width", "value"),
     "GN cone": ("limits", "gauss_newton", "cone", "value"),
     "GN readjusted": ("limits", "gauss_newton", "readjusted", "value"),
@@ -54,10 +55,12 @@ def perform(name: str, folder: Path) -> None:
     Raises:
         SystemExit: the run failed or was interrupted; it has said so.
     """
-    code = cli.main([*RUNS[name].split(), "--out", str(folder)])
-    if code:
-        raise SystemExit(code)
-    document = writing.read_json(folder / run_folder.LIMIT) | {"command": f"jaxlimit {RUNS[name]}"}
+    limit = folder / run_folder.LIMIT
+    if not limit.exists() or not writing.read_json(limit)["finished"]:
+        code = cli.main([*RUNS[name].split(), "--out", str(folder)])
+        if code:
+            raise SystemExit(code)
+    document = writing.read_json(limit) | {"command": f"jaxlimit {RUNS[name]}"}
     common.write_document(name, document)
     shutil.copyfile(folder / run_folder.FIGURES / "loss.png", common.FIGURES / f"{name}.png")
 
@@ -78,8 +81,9 @@ def _cell(document: Mapping[str, Any], path: tuple[str, ...]) -> str:
         found = found.get(name, {})
     if not found:
         return "-"
-    unresolved = found.get("spread", 0) > document["limits"]["hessian"]["tolerance"]
-    return f"{'~' if unresolved else ''}{found[path[-1]]:.3f}"
+    first = next(iter(document["limits"].values()))
+    unresolved = found.get("spread", 0) > first["tolerance"]
+    return f"{'~' if unresolved else ''}{common.sparsity(found[path[-1]])}"
 
 
 def main() -> None:
