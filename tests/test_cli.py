@@ -36,7 +36,11 @@ TINY = presets.Preset(
     finetune_steps=5,
 )
 RUN = ["run", "tiny", "--curvature", "gauss_newton"]
-FIGURES = {"assessment.png", "loss.png", "accuracy.png", "transition.png", "spectrum.png", "sensitivity.png"}
+FIGURES = {
+    f"{name}.{kind}"
+    for name in ("assessment", "loss", "accuracy", "transition", "spectrum", "sensitivity")
+    for kind in ("png", "pdf")
+}
 
 
 @pytest.fixture(autouse=True)
@@ -301,13 +305,13 @@ def test_going_on_with_other_options_is_refused(finished, tmp_path, capsys):
         (["report", "nowhere"], "there is no folder nowhere"),
     ],
 )
-def test_bad_values_get_one_line_and_code_2(args, message, tmp_path, monkeypatch, capsys):
+def test_bad_values_get_one_line_what_to_type_next_and_code_2(args, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(args) == 2
-    error = capsys.readouterr().err
+    error, following = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ")
     assert message in error
-    assert error.count("\n") == 1
+    assert following == f"next: jaxlimit {args[0]} --help lists what can be given"
     assert not list(tmp_path.iterdir())
 
 
