@@ -1,6 +1,6 @@
 r"""Which assumption of the theory fails, where a network was attained beyond the predicted limit?
 
-    python benchmarks/assumptions.py --work DIR [--envelopes 0]
+    python benchmarks/assumptions.py --work DIR [--seeds 0] [--envelopes 0]
 
 The limits of the Hessian assume that there is no gradient, no negative curvature, that the loss is quadratic,
 and that the kept weights are as good as a random subspace. Here each is given up in turn, on the dense
@@ -148,12 +148,15 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder of believe.py")
     parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1], choices=[0, 1], help="of the networks"
+    )
+    parser.add_argument(
         "--envelopes", nargs="*", type=int, default=[0], help="seeds whose envelope is computed"
     )
     options = parser.parse_args()
     measured = common.read_document("believe")["cases"]
     networks: dict[str, Any] = {}
-    for name, make in believe_cases.subjects(["digits"], [0, 1], options.work).items():
+    for name, make in believe_cases.subjects(["digits"], options.seeds, options.work).items():
         subject, seen, folder = make(), measured[name], options.work / name
         tolerance = seen["loss_tolerance"]
         found = common.step(folder / "assumptions.json", partial(limits, subject, tolerance))
