@@ -16,8 +16,8 @@ from jaxlimit.training.losses import TITLES
 
 COLUMNS = ("", "predicted", "interval", "true rise", "attained", "certified")
 TRUSTED = (
-    "Gauss-Newton leaves out the second derivative of the network itself. Its cone limit was nearest to what "
-    "was attained on the networks of docs/limits.md; limits of the Hessian |H| were lower."
+    "Gauss-Newton leaves out the second derivative of the network itself. Most of the networks of "
+    "docs/limits.md were attained between its cone and its readjusted limit; limits of |H| were lower."
 )
 _THE = {"hessian": "the Hessian |H|", "gauss_newton": "Gauss-Newton"}
 # The limits that are compared with what was attained, by curvature.
