@@ -130,16 +130,17 @@ def table(networks: Mapping[str, Mapping[str, Any]]) -> str:
         value = found["limits"].get(name)
         return "-" if value is None else f"{value:.3f}"
 
+    shown = [x for x in COLUMNS if any(found["limits"].get(x) is not None for found in networks.values())]
     rows = [
-        (name, f"{found['attained']:.3f}", *(cell(found, column) for column in COLUMNS))
+        (name, f"{found['attained']:.3f}", *(cell(found, column) for column in shown))
         for name, found in networks.items()
     ]
     means = []
-    for column in COLUMNS:
+    for column in shown:
         known = [x for x in networks.values() if x["limits"].get(column) is not None]
         errors = [abs(x["limits"][column] - x["attained"]) for x in known]
         means.append(f"{np.mean(errors):.3f}" if errors else "-")
-    return common.markdown(("network", "**attained**", *COLUMNS), [*rows, ("mean error", "", *means)])
+    return common.markdown(("network", "**attained**", *shown), [*rows, ("mean error", "", *means)])
 
 
 def main() -> None:
