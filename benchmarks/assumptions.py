@@ -6,7 +6,7 @@ The limits of the Hessian assume that there is no gradient, no negative curvatur
 and that the kept weights are as good as a random subspace. Here each is given up in turn, on the dense
 matrices of the digits networks of believe.py (DIR is its folder):
 
-    |H|             as the paper takes it
+    Hessian         |H|, as the paper takes it
     H+              negative curvature is flat
     H+, g           and the gradient counts
     Taylor          H with its signs, and the gradient: the second-order polynomial itself
@@ -44,7 +44,7 @@ NAME = "assumptions"
 COMMAND = f"python benchmarks/{NAME}.py --work DIR"
 # Of the envelope: sparsities, ridges between which the right one is sought, steps of L-BFGS.
 SPARSITIES, RIDGES, NUM_STEPS = (0.85, 0.9, 0.93, 0.95, 0.97), (1e-7, 10.0), 400
-COLUMNS = ("|H|", "H+", "H+, g", "Taylor", "Gauss-Newton", "and g", "kept weights", "envelope")
+COLUMNS = ("Hessian", "H+", "H+, g", "Taylor", "Gauss-Newton", "and g", "kept weights", "envelope")
 
 
 def curvature_at(subject: Subject, params: Any, name: str) -> jaxlimit.Curvature:
@@ -68,7 +68,7 @@ def limits(subject: Subject, loss_tolerance: float) -> dict[str, float]:
     absolute = replace(hessian, eigenvalues=size[rising], eigenvectors=hessian.eigenvectors[:, rising])
     positive = replace(hessian, eigenvalues=np.maximum(hessian.eigenvalues, 0))
     random = {
-        "|H|": still(absolute),
+        "Hessian": still(absolute),
         "H+": still(positive),
         "H+, g": positive,
         "Taylor": hessian,
