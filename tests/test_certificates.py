@@ -515,7 +515,7 @@ def test_the_example_of_the_documentation_runs(capsys):
     for line in ("exact binomial test; risks within [0, 1]", "betting test; risks within [-1, 1]"):
         assert line in found.splitlines()
         assert line in shown.splitlines()
-    assert found.count("of at most 0.08 on new data (confidence 0.95, 359 examples)") == 1
+    assert " ".join(found.split()).count("of at most 0.08 on new data (confidence 0.95, 359 examples)") == 1
     assert len(re.findall("^Certified: ", found, flags=re.MULTILINE)) == 2
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
-from jaxlimit.core.trees import PyTree
+from jaxlimit.core.trees import PyTree, frozen, thawed
 
 SPREAD = "broadcast_in_dim"
 
@@ -48,7 +48,8 @@ def compacted(fn: Callable[..., PyTree]) -> Callable[..., Callable[[], PyTree]]:
     """A function like `fn` whose result, a pytree of less memory, is called to give what `fn` gives."""
 
     def small(*args: PyTree) -> Callable[[], PyTree]:
-        traced, like = jax.make_jaxpr(fn, return_shape=True)(*args)
+        args = frozen(args)  # what is no array is part of the structure
+        traced, like = jax.make_jaxpr(lambda *args: fn(*thawed(args)), return_shape=True)(*args)
         jaxpr = traced.jaxpr
         origins = tuple(_origin(jaxpr, x) for x in jaxpr.outvars)
         atoms = list(dict.fromkeys(x.atom for x in origins if not isinstance(x.atom, Literal)))

@@ -130,10 +130,11 @@ def layer_limits(
         >>> weights = {"w": jnp.linspace(0.0, 1.0, 64).reshape(64, 1)}
         >>> curvature = hessian(loss, {"a": weights, "b": weights}, batched(8 * jnp.eye(64), 64))
         >>> print(layer_limits(curvature, jax.random.key(0), loss_tolerance=1.0, which=["width"]))
-        Limits of each layer pruned alone, for a loss increase of 1 (Hessian, 64 examples)
-        layer     weights       width  ended
-        a.w            64      0.4688  exact
-        b.w            64      0.2812  exact
+        Limits of each layer pruned alone
+        layer  weights   width  ended
+        a.w         64  0.4688  exact
+        b.w         64  0.2812  exact
+        for a loss increase of 1; Hessian; 64 examples
     """
     require_instance("curvature", curvature, Curvature, "hessian or gauss_newton")
     key = require_key("key", key)
