@@ -127,7 +127,7 @@ def attention_kernel(path, leaf):
     return path[-1].key == "kernel" and "attention" in jax.tree_util.keystr(path)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_without_drift_the_hessian_is_the_gauss_newton_matrix(folder, x64):
     """At its minimum 0 the loss has no first derivative, and what distinguishes the two matrices vanishes."""
     predict, params = models.from_nnx(models.load_sentence_encoder(folder))

@@ -212,6 +212,6 @@ def test_the_other_examples_of_the_documentation_run(capsys, monkeypatch):
     monkeypatch.setattr(models, "digits_net", lambda *, rngs: models.FullyConnected([64, 4, 10], rngs=rngs))
     names = {}
     run_example(with_flax, names)
-    assert "(296 weights in 68 groups, 1,438 examples)" in capsys.readouterr().out
+    assert "(296 weights in 68 groups, 1,438 examples)" in " ".join(capsys.readouterr().out.split())
     run_example(smaller, names)
     assert "of 160 parameters, 310 before\nsame outputs: True\n148 of 296 mult" in capsys.readouterr().out

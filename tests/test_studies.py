@@ -57,9 +57,10 @@ OPTIONS = {
     "training": ["--at", "0"],
 }
 # They train in other ways, which compile for longer, are several limits, or are run by another test, too.
-SLOW = ("crossing", "gems", "gradual", "order", "orders", "scaling", "tolerances", "training")
-# The longest. What it trains with is tested in `test_differentiable.py`.
-MARKS = dict.fromkeys(SLOW, pytest.mark.slow) | {"regularizer": pytest.mark.nightly}
+SLOW = ("crossing", "gems", "order", "scaling", "tolerances", "training")
+# The longest. What `regularizer` trains with is tested in `test_differentiable.py`.
+NIGHTLY = ("gradual", "orders", "regularizer")
+MARKS = dict.fromkeys(SLOW, pytest.mark.slow) | dict.fromkeys(NIGHTLY, pytest.mark.nightly)
 
 
 @pytest.fixture(autouse=True)

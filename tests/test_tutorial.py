@@ -21,7 +21,7 @@ def code():
     return "\n".join(re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ends_in_a_certified_network_that_can_be_read_again(tmp_path, monkeypatch):
     names = run(code(), tmp_path, monkeypatch)
     removed = np.concatenate([np.ravel(~np.asarray(kept)) for kept in jax.tree.leaves(names["mask"])])
