@@ -40,7 +40,6 @@ from jaxlimit.core import writing
 from jaxlimit.core.trees import PyTree, flatten, partition
 from jaxlimit.geometry.dimensions import last_within, width_dimension
 from jaxlimit.geometry.magnitude import magnitude_order
-from jaxlimit.limits.estimate import LIMITS
 from jaxlimit.measuring.sweeps import ACCURACY_LOSS
 from jaxlimit.reference.paper_code import reference_limit
 from jaxlimit.spectrum.measure import SpectralMeasure
@@ -77,17 +76,41 @@ def believe(subject: Subject, folder: Path) -> dict[str, Any]:
         progress=True,
     )
     weights = partition(subject.params, subject.prunable)[0]
-    predicted = dict(_from_limits({name: limit.to_json() for name, limit in found.predicted.items()}))
+    of_hessian: dict[str, Any] = {}
     if "hessian" in found.predicted:
-        measure = found.predicted["hessian"].measure
-        predicted |= _clipped(weights, measure, found.attained.loss_tolerance, predicted["Hessian width"])
+        of_hessian = _clipped(weights, found, found.predicted["hessian"].measure)
         key = jax.random.fold_in(subject.key, 1)
         curvature = jaxlimit.hessian(subject.loss, subject.params, subject.batches, prunable=subject.prunable)
         reference = reference_limit(curvature, key, loss_tolerance=found.attained.loss_tolerance)
-        predicted["paper's code"] = {"sparsity": reference.value, "products": reference.num_matvecs}
+        of_hessian["paper's code"] = {"sparsity": reference.value, "products": reference.num_matvecs}
+    return _row(subject.l1, subject.seed, weights, found, of_hessian)
+
+
+def believe_run(name: str, folder: Path) -> dict[str, Any]:
+    """The same of a `jaxlimit run`, from its folder."""
+    if not (document := common.read_document(name)).get("finished") or not folder.exists():
+        real_runs.perform(name, folder)
+        document = common.read_document(name)
+    config, found = writing.read_json(folder / run_folder.CONFIG), jaxlimit.load_assessment(folder)
+    preset, seed = find_preset(config["preset"]["name"]), config["options"]["seed"]
+    model = load_model(folder / run_folder.MODEL, build_network(preset, seed))
+    weights = partition(models.from_nnx(model)[1])[0]
+    of_hessian: dict[str, Any] = {}
+    if "hessian" in found.predicted:
+        spectrum = load_spectrum(run_folder.spectrum_path(folder, "hessian"))
+        of_hessian = _clipped(weights, found, spectrum.measure)
+        reference = document["limits"]["hessian"]["reference"]
+        of_hessian["paper's code"] = {"sparsity": reference["value"], "products": reference["num_matvecs"]}
+    return _row(config["preset"]["l1"], seed, weights, found, of_hessian)
+
+
+def _row(
+    l1: float, seed: int, weights: PyTree, found: Assessment, of_hessian: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What is kept of a network; `of_hessian`: predictions that are no limits of the assessment."""
     return {
-        "l1": subject.l1,
-        "seed": subject.seed,
+        "l1": l1,
+        "seed": seed,
         "num_weights": flatten(weights).size,
         "num_examples": next(iter(found.predicted.values())).num_examples,
         "loss_tolerance": found.attained.loss_tolerance,
@@ -101,45 +124,8 @@ def believe(subject: Subject, folder: Path) -> dict[str, Any]:
             "attained": found.attained.sparsity,
             "certified": None if found.certificate is None else found.certificate.sparsity,
         },
-        "predicted": predicted | _from_weights(weights),
+        "predicted": {**dict(_from_limits(found)), **of_hessian, **_from_weights(weights)},
         "status": {name: limit.status for name, limit in found.predicted.items()},
-    }
-
-
-def believe_run(name: str, folder: Path) -> dict[str, Any]:
-    """The same of a `jaxlimit run`, from its documents."""
-    if not (document := common.read_document(name)).get("finished") or not folder.exists():
-        real_runs.perform(name, folder)
-        document = common.read_document(name)
-    config = writing.read_json(folder / run_folder.CONFIG)
-    preset, seed = find_preset(config["preset"]["name"]), config["options"]["seed"]
-    model = load_model(folder / run_folder.MODEL, build_network(preset, seed))
-    weights = partition(models.from_nnx(model)[1])[0]
-    predicted = dict(_from_limits(document["limits"]))
-    if "hessian" in document["limits"]:
-        measure = load_spectrum(run_folder.spectrum_path(folder, "hessian")).measure
-        predicted |= _clipped(weights, measure, document["loss_tolerance"], predicted["Hessian width"])
-        reference = document["limits"]["hessian"]["reference"]
-        predicted["paper's code"] = {"sparsity": reference["value"], "products": reference["num_matvecs"]}
-    attained, certificate = document["attained"], document.get("certificate") or {}
-    return {
-        "l1": config["preset"]["l1"],
-        "seed": seed,
-        "num_weights": document["network"]["num_weights"],
-        "num_examples": next(iter(document["limits"].values()))["num_examples"],
-        "loss_tolerance": document["loss_tolerance"],
-        "dense_error": 1 - document["network"]["test_accuracy"],
-        "attained_error": document["attained_error"],
-        "unpruned_loss": attained["unpruned_loss"],
-        "dense_loss": attained["dense_loss"],
-        "measured": {
-            "cut": document["measured"]["loss"]["value"],
-            "point": document["measured"]["accuracy"]["value"],
-            "attained": attained["sparsity"],
-            "certified": certificate.get("sparsity"),
-        },
-        "predicted": predicted | _from_weights(weights),
-        "status": {name: limit["status"] for name, limit in document["limits"].items()},
     }
 
 
@@ -151,26 +137,25 @@ def _point(found: Assessment) -> float | None:
     return float(np.array(found.cut.sparsities)[errors <= errors[0] + ACCURACY_LOSS][-1])
 
 
-def _from_limits(limits: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, limit in limits.items():
-        for which in LIMITS:
-            estimate = limit.get(which)
-            if estimate and estimate["half_bracket"] >= 0:  # its bounds do not cross
-                interval = {key: estimate[key] for key in ("lower", "upper", "spread")}
-                found = {"sparsity": estimate["value"], "products": limit["num_matvecs"], **interval}
-                yield f"{SHORT[name]} {which}", found
+def _from_limits(found: Assessment) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, limit in found.predicted.items():
+        for which, estimate in limit.estimates().items():
+            if not estimate.crossed:
+                interval = {"lower": estimate.lower, "upper": estimate.upper, "spread": estimate.spread}
+                yield (
+                    f"{SHORT[name]} {which}",
+                    {"sparsity": estimate.value, "products": limit.num_matvecs, **interval},
+                )
 
 
-def _clipped(
-    weights: PyTree, measure: SpectralMeasure, loss_tolerance: float, width: Mapping[str, Any]
-) -> dict[str, Any]:
+def _clipped(weights: PyTree, found: Assessment, measure: SpectralMeasure) -> dict[str, Any]:
     """Widths with the negative eigenvalues taken as flat, and as half as stiff."""
-    found = {}
+    width, widths = dict(_from_limits(found))["Hessian width"], {}
     for name, factor in {"H+ width": 0.0, "H-/2 width": 0.5}.items():
         nodes = np.where(measure.nodes < 0, factor * measure.nodes, measure.nodes)
         changed = SpectralMeasure(nodes, measure.weights, measure.dim)
-        found[name] = dict(width) | {"sparsity": width_of(weights, changed, loss_tolerance)}
-    return found
+        widths[name] = width | {"sparsity": width_of(weights, changed, found.attained.loss_tolerance)}
+    return widths
 
 
 def width_of(weights: PyTree, measure: SpectralMeasure, loss_tolerance: float) -> float:
@@ -231,7 +216,7 @@ def write(work: Path, computed: Mapping[str, Callable[[], dict[str, Any]]]) -> N
             case["measured"]["finetuned"] = found["finetuned"]
             case["predicted"] |= found["predicted"]
         cases[name] = case
-        common.write(NAME, {"command": COMMAND, "cases": cases, "summary": summary(cases)}, tables(cases))
+    common.write(NAME, {"command": COMMAND, "cases": cases, "summary": summary(cases)}, tables(cases))
     figure(cases).savefig(common.FIGURES / f"{NAME}.png", dpi=110, metadata={"Software": None})
 
 
