@@ -57,6 +57,8 @@ def draws(kind, mean, shape, rng):
         return rng.beta(20 * mean, 20 * (1 - mean), shape)
     if kind == "wide beta":
         return rng.beta(mean, 1 - mean, shape)
+    if kind == "nearly equal":
+        return mean + rng.uniform(-0.001, 0.001, shape)
     worse = 0.015 + (mean - 0.5)
     u = rng.random(shape)
     return np.where(u < worse, 1.0, np.where(u < 0.03, 0.0, 0.5))
@@ -220,6 +222,8 @@ def test_betting_finds_as_much_as_the_exact_test_and_more_than_hoeffding_bentkus
         ("betting", "errors", 0.0, 0.03),
         ("betting", "beta", 0.29, 0.3),
         ("betting", "paired", 0.5, 0.505),
+        ("betting", "nearly equal", 0.48, 0.5),
+        ("betting", "nearly equal", 0.09, 0.1),
     ],
 )
 def test_about_the_needed_examples_do(method, kind, mean, bound):
@@ -227,6 +231,8 @@ def test_about_the_needed_examples_do(method, kind, mean, bound):
     rng, quantiles = np.random.default_rng(8), (np.arange(20_000) + 0.5) / 20_000
     if kind == "beta":
         risks = stats.beta.ppf(quantiles, 20 * mean, 20 * (1 - mean))
+    elif kind == "nearly equal":
+        risks = mean + 0.002 * (quantiles - 0.5)
     else:
         risks = {"errors": 1.0 * (quantiles < mean), "paired": 0.5 + np.sign(quantiles - 0.5) / 2}[kind]
         risks[np.abs(quantiles - 0.5) < (0.485 if kind == "paired" else 0)] = 0.5

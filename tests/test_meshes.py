@@ -23,17 +23,23 @@ from jaxlimit.core.placement import placed
 from jaxlimit.core.sharding import ExampleSharding
 
 
-@pytest.mark.slow
-def test_where_data_and_kernels_lie_does_not_matter():
+@pytest.mark.parametrize(
+    ("wanted", "count"),
+    [
+        pytest.param("kernels divided|over", 6, marks=pytest.mark.slow),
+        pytest.param("", 27, marks=pytest.mark.nightly),
+    ],
+)
+def test_where_data_and_kernels_lie_does_not_matter(wanted, count):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     script = Path(__file__).with_name("meshes.py")
-    command = [sys.executable, "-W", "error", str(script)]
+    command = [sys.executable, "-W", "error", str(script), wanted]
     done = subprocess.run(
         command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     cases = json.loads(done.stdout)
-    assert len(cases) == 27
+    assert len(cases) == count
     for case, values in cases.items():
         for name, value in values["found"].items():
             np.testing.assert_allclose(

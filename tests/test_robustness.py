@@ -200,7 +200,7 @@ def solved_and_checked(problem):
     return limit
 
 
-@pytest.mark.parametrize("share", [20, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [20, pytest.param(5, marks=pytest.mark.nightly)])
 def test_random_problems(share):
     """`benchmarks/fuzz.py` does 2,000 of them."""
     count = settings.default.max_examples // share

@@ -45,7 +45,7 @@ print(json.dumps({"product": np.ravel(product).tolist(), "grown": data_bytes() -
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_stream_larger_than_the_memory_of_the_process():
     # 4 MiB a batch, 512 MiB a pass; 128 MiB more than at the start, since the checks mix batches.
     num_batches, size, dim = 128, 1024, 1024

@@ -205,10 +205,15 @@ def _needed_for(p_value: Callable[[float, int, float], float]) -> Callable[[Risk
 
 
 def _needed_for_betting(risks: Risks, bound: float, level: float) -> int | None:
-    """Examples of the z-test, and half as many again as the largest bets need if all risks are the mean."""
+    """Examples of the z-test, and those that the largest bets need if all risks are the mean.
+
+    These bets multiply p by 1 + gap / (1 - a) until it is near 1, and then 1 - p by 1 - gap / a. A tenth is
+    added for the middle, where the option's stakes are smaller.
+    """
     gap = bound - float(np.mean(risks))
     z_test = np.var(risks) * ((ndtri(POWER) - ndtri(level)) / gap) ** 2
-    needed = z_test - 1.5 * math.log(level) * (1 - bound) / gap
+    largest_bets = -((1 - bound) * math.log(level) + bound * math.log(1 - REACHED)) / gap
+    needed = z_test + 1.1 * largest_bets
     return math.ceil(needed) if needed <= 2**40 else None
 
 
