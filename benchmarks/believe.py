@@ -28,7 +28,7 @@ import jax
 import numpy as np
 import real_runs
 from believe_cases import Subject
-from believe_tables import NAME, SHORT, figure, summary, tables
+from believe_tables import NAME, SHORT, figure, networks_table, predictions_table, summary
 
 import jaxlimit
 from jaxlimit import baselines, models
@@ -216,7 +216,9 @@ def write(work: Path, computed: Mapping[str, Callable[[], dict[str, Any]]]) -> N
             case["measured"]["finetuned"] = found["finetuned"]
             case["predicted"] |= found["predicted"]
         cases[name] = case
-    common.write(NAME, {"command": COMMAND, "cases": cases, "summary": summary(cases)}, tables(cases))
+    document = {"command": COMMAND, "cases": cases, "summary": summary(cases)}
+    common.write(NAME, document, predictions_table(cases))
+    common.write_table(f"{NAME}_networks", networks_table(cases))
     figure(cases).savefig(common.FIGURES / f"{NAME}.png", dpi=110, metadata={"Software": None})
 
 

@@ -24,10 +24,12 @@ SAID = {
     "effective number": "point",
     "PQ index (.5, 1)": "point",
     **{f"scaling law, {count} networks": "finetuned" for count in (5, 8)},
+    **{f"median of the other networks, {about}": about for about in ("cut", "point", "attained")},
 }
 """What each prediction is about, as far as its authors say. `Hessian` is |H|: negative curvature counts as
 stiff; of H+ as flat, of H-/2 as half as stiff. Then come five formulas in the weights alone, and the law of
-the error fitted to networks that were fine-tuned: its products are gradients."""
+the error fitted to networks that were fine-tuned: its products are gradients. Whoever knows nothing of a
+network says the median of the others."""
 # Columns of mean errors, and which networks each is over.
 KINDS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "all": lambda case: True,
@@ -46,14 +48,18 @@ SHOWN = (
     "Hessian cone",
     "Gauss-Newton width",
     "Gauss-Newton cone",
+    "Gauss-Newton readjusted",
     "paper's code",
 )
 # Predictions that the figure shows.
-DRAWN = (*SHOWN[:2], "near zero, .01", "effective number", *SHOWN[2:], "Gauss-Newton readjusted", "H+ width")
+DRAWN = (*SHOWN[:2], "near zero, .01", "effective number", *SHOWN[2:], "H+ width")
 
 
 def summary(cases: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Of each prediction: its cost and its errors against what it is about, over all networks and kinds."""
+    cases = {
+        name: case | {"predicted": case["predicted"] | _medians(cases, name)} for name, case in cases.items()
+    }
     rows = []
     for name, about in SAID.items():
         known = [
@@ -62,48 +68,78 @@ def summary(cases: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
             if name in case["predicted"] and case["measured"].get(about) is not None
         ]
         if known:
-            errors = np.array(
-                [case["predicted"][name]["sparsity"] - case["measured"][about] for case in known]
-            )
+            said = np.array([case["predicted"][name]["sparsity"] for case in known])
+            measured = np.array([case["measured"][about] for case in known])
+            one_weight = 1 / np.array([case["num_weights"] for case in known])
+            kept = np.maximum(1 - said, one_weight) / np.maximum(1 - measured, one_weight)
             kinds = {kind: [is_of(case) for case in known] for kind, is_of in KINDS.items()}
             rows.append(
                 {
                     "prediction": name,
                     "about": about,
                     "products": float(np.median([case["predicted"][name]["products"] for case in known])),
-                    "mean": {kind: _mean(np.abs(errors[chosen])) for kind, chosen in kinds.items()},
-                    "worst": float(max(errors, key=abs)),
-                    "sign": _mean(errors),
+                    "mean": {kind: _mean(np.abs(said - measured)[chosen]) for kind, chosen in kinds.items()},
+                    "factor": float(np.exp(np.mean(np.abs(np.log(kept))))),
+                    "worst": float(max(said - measured, key=abs)),
+                    "sign": _mean(said - measured),
                     "num_cases": len(known),
                 }
             )
     return rows
 
 
+def _medians(cases: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, dict[str, Any]]:
+    """What a network is expected to be by someone who knows the other networks only."""
+    found = {}
+    for about in ("cut", "point", "attained"):
+        measured = [case["measured"].get(about) for other, case in cases.items() if other != name]
+        others = [value for value in measured if value is not None]
+        if others:
+            found[f"median of the other networks, {about}"] = {
+                "sparsity": float(np.median(others)),
+                "products": 0,
+            }
+    return found
+
+
 def _mean(values: Any) -> float | None:
     return float(np.mean(values)) if len(values) else None
 
 
-def tables(cases: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table of predictions, and that of the networks."""
+def predictions_table(cases: Mapping[str, Mapping[str, Any]]) -> str:
+    """A row for each prediction: its cost, and its errors over all networks."""
 
     def shown(value: float | None, form: str = ".3f") -> str:
         return "-" if value is None else format(value, form)
 
-    predictions = [
+    rows = [
         (
             row["prediction"],
             row["about"],
             f"{row['products']:,.0f}",
             f"{row['num_cases']}",
             *(shown(row["mean"][kind]) for kind in KINDS),
+            shown(row["factor"], ".2f"),
             shown(row["worst"], "+.3f"),
             shown(row["sign"], "+.3f"),
         )
         for row in summary(cases)
     ]
-    heads = ("prediction", "about", "products", "networks", *KINDS, "worst", "mean, signed")
-    text = common.markdown(heads, predictions)
+    heads = (
+        "prediction",
+        "about",
+        "products",
+        "networks",
+        *KINDS,
+        "kept weights, factor",
+        "worst",
+        "mean, signed",
+    )
+    return common.markdown(heads, rows)
+
+
+def networks_table(cases: Mapping[str, Mapping[str, Any]]) -> str:
+    """A row for each network: what was measured of it, and the predictions that are shown."""
 
     def measured(value: float | None) -> str:
         return "-" if value is None else common.sparsity(value)
@@ -114,7 +150,7 @@ def tables(cases: Mapping[str, Mapping[str, Any]]) -> str:
             return "-"
         return f"{'~' if found.get('spread', 0) > RESOLVED else ''}{common.sparsity(found['sparsity'])}"
 
-    networks = [
+    rows = [
         (
             name,
             f"{case['num_weights']:,}",
@@ -125,7 +161,7 @@ def tables(cases: Mapping[str, Mapping[str, Any]]) -> str:
         for name, case in cases.items()
     ]
     heads = ("network", "weights", "examples", *(f"**{name}**" for name in MEASURED), *SHOWN)
-    return f"{text}\n{common.markdown(heads, networks)}"
+    return common.markdown(heads, rows)
 
 
 def figure(cases: Mapping[str, Mapping[str, Any]]) -> Any:

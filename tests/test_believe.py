@@ -70,7 +70,7 @@ def test_what_was_measured_and_what_weights_say(subject, found):
     measured = found["measured"]
     assert 0 < measured["cut"] < measured["attained"] < 1
     said = {name for name, about in believe_tables.SAID.items() if about != "finetuned"}
-    assert {*found["predicted"]} == said
+    assert {*found["predicted"]} == {name for name in said if "other networks" not in name}
     images, labels = (np.concatenate([batch[i] for batch in subject.test_batches]) for i in (0, 1))
     right = np.asarray(subject.predict(subject.params, images)).argmax(1) == labels
     assert found["dense_error"] == pytest.approx(1 - np.mean(right))
@@ -82,16 +82,20 @@ def test_errors_are_means_over_networks():
         return SIZES | {"l1": l1, "measured": {"cut": cut}, "predicted": known}
 
     cases = {"a": case(0, 0.5, 0.9), "b": case(1e-4, 0.8, 0.7), "c": case(1e-4, 0.7, 0.7)}
-    (row,) = believe_tables.summary(cases)
+    row, median = believe_tables.summary(cases)
     means = {"all": 0.5 / 3, "L1": 0.05, "no L1": 0.4}
     assert row["mean"] == pytest.approx(dict.fromkeys(believe_tables.KINDS, means["all"]) | means)
     assert (row["worst"], row["sign"]) == pytest.approx((-0.4, -0.1))
     assert row["products"] == 7
+    assert row["factor"] == pytest.approx((5 * 1.5) ** (1 / 3))  # .5 of the weights for .1, .2 for .3
+    assert (median["worst"], median["sign"]) == pytest.approx((-0.2, 0))  # .7 for .9, twice .8 for .7
 
 
 @pytest.mark.slow
 def test_the_tables_and_the_figure_have_a_place_for_each(found):
-    text = believe_tables.tables({"tiny": found})
-    assert len([line for line in text.splitlines() if line.startswith("|")]) == len(found["predicted"]) + 5
+    cases = {"tiny": found, "another": found}
+    rows = believe_tables.predictions_table(cases).splitlines()
+    assert len(rows) == 2 + len(found["predicted"]) + 3  # and the medians of the other networks
+    assert len(believe_tables.networks_table(cases).splitlines()) == 2 + 2
     panels = [panel for panel in believe_tables.figure({"tiny": found}).axes if panel.get_title()]
     assert len(panels) == len(believe_tables.DRAWN)
