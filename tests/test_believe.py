@@ -17,7 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import believe
 import believe_cases
 import believe_tables
+import common
 
+ROOT = Path(__file__).parents[1]
 HIDDEN = 8
 SIZES = {"num_weights": 200_000, "num_examples": 1}
 
@@ -99,3 +101,36 @@ def test_the_tables_and_the_figure_have_a_place_for_each(found):
     assert len(believe_tables.networks_table(cases).splitlines()) == 2 + 2
     panels = [panel for panel in believe_tables.figure({"tiny": found}).axes if panel.get_title()]
     assert len(panels) == len(believe_tables.DRAWN)
+
+
+def test_the_advice_has_the_numbers_of_the_table():
+    rows = {row["prediction"]: row for row in common.read_document("believe")["summary"]}
+
+    def error(name, kind="all", digits=2):
+        return f"{rows[name]['mean'][kind]:.{digits}f}"[1:]
+
+    one_shots = [f"{name} one_shot" for name in ("Hessian", "Gauss-Newton")]
+    l1, without = ([error(name, kind) for name in one_shots] for kind in ("L1", "no L1"))
+    cone, readjusted = (f"Gauss-Newton {which}" for which in ("cone", "readjusted"))
+    width, median = "Hessian width", "median of the other networks, attained"
+    advice = " ".join((ROOT / "docs" / "limits.md").read_text().split())
+    readme = (ROOT / "README.md").read_text()
+    factors = {name: row["factor"] for name, row in rows.items()}
+    assert l1[0] == l1[1]
+    for sentence in (
+        f"{l1[0]} on average after training with an L1 term, {without[0]} (Hessian) or {without[1]} (Gauss-",
+        f"`cone` {error(cone, digits=3)} on average, mostly too low",
+        f"`readjusted` {error(readjusted, digits=3)}, mostly too high",
+        f"it was {error(width)} too low on average",
+        f"even the median of the others is {error(median)} off",
+        f"by {factors[median]:.1f}, the cone by {factors[cone]:.1f}",
+    ):
+        assert sentence in advice
+    for sentence in (
+        f"On {rows[one_shots[1]]['num_cases']} networks it was off by {error(one_shots[0])} on average",
+        f"`cone`, {error(cone, digits=3)} off on average",
+        f"right to a factor of {factors[cone]:.1f}",
+        f"was {error(width)} too low on average, and its number of kept weights {factors[width]:.0f} times",
+    ):
+        assert sentence in readme
+    assert rows[cone]["sign"] < 0 < rows[readjusted]["sign"]
