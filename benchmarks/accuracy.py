@@ -9,7 +9,7 @@ the paper's PyTorch code trained, on MNIST and CIFAR-10 from $JAXLIMIT_DATA.
     subsampling  the width limit on parts of the training set, at the loss tolerance of the whole
     precision    the width limit in float32 and float64, with and without reorthogonalisation
     reference    what the paper's code would predict, by probe and number of steps
-    table        all that is there, as results/accuracy.json and accuracy.md
+    table        all that is there, as results/accuracy.json and accuracy*.md
 
 DIR keeps one file for each piece of work; an interrupted run goes on behind them. What DIR does not hold
 stays as it is in results/accuracy.json.
@@ -440,43 +440,67 @@ def run_reference(network: Network) -> dict[str, Any]:
     return {"prediction": predictions, "zero_share": zero_share}
 
 
-def markdown(document: dict[str, Any]) -> str:
-    """The tables of the documentation."""
-    runs = list(document["estimators"])
-    names = list(dict.fromkeys(name for run in runs for name in document["estimators"][run]["estimators"]))
-    lines = ["| estimator | " + " | ".join(runs) + " |", "|---|" + "---:|" * len(runs)]
+def markdown(document: dict[str, Any]) -> dict[str, str]:
+    """The tables of the documentation, by the names of their files."""
+    tables = {
+        "accuracy": estimators_table(document["estimators"]),
+        "accuracy_examples": examples_table(document["subsampling"]),
+        "accuracy_precision": precision_table(document["precision"]),
+        "accuracy_reference": reference_table(document["reference"]),
+    }
+    return {name: "\n".join(lines) + "\n" for name, lines in tables.items()}
+
+
+def estimators_table(runs: dict[str, Any]) -> list[str]:
+    """Products that each estimator needs, a column for each run: the network, its examples, the curvature."""
+    names = list(dict.fromkeys(name for run in runs.values() for name in run["estimators"]))
+    headings = []
+    for run in runs:
+        network, count, kind = run.rsplit("-", 2)
+        headings.append(f"{network}, {int(count):,}, {'H' if kind == 'hessian' else 'GN'}")
+    lines = ["| estimator | " + " | ".join(headings) + " |", "|---|" + "---:|" * len(runs)]
     for name in names:
         cells = []
-        for run in runs:
-            found = document["estimators"][run]["estimators"].get(name)
-            steps, spread = (document["estimators"][run][key] for key in ("steps", "truth_spread"))
-            products = found["products"] if found is not None and spread <= TOLERANCE else None
-            cells.append("" if found is None else str(products or f"> {steps}"))
+        for run in runs.values():
+            found = run["estimators"].get(name)
+            products = found["products"] if found is not None and run["truth_spread"] <= TOLERANCE else None
+            cells.append("" if found is None else str(products or f"> {run['steps']}"))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    if document["subsampling"]:
-        lines += ["", "| network | curvature | width limit by number of examples | foretold, error |"]
-        lines += ["|---|---|---|---|"]
-    for name, found in document["subsampling"].items():
+    return lines
+
+
+def examples_table(subsampling: dict[str, Any]) -> list[str]:
+    """Width limits of the first examples, and by how much the last one is missed by extrapolations."""
+    lines = ["| network | width limit by number of examples | error of an extrapolation to the last |"]
+    lines += ["|---|---|---|"]
+    for name, found in subsampling.items():
         widths = ", ".join(
             f"{n:,}: {w:.4f}" for n, w in zip(found["num_examples"], found["width"], strict=True)
         )
         error = ", ".join(f"{key} {value:+.4f}" for key, value in found["foretold_error"].items())
-        lines.append(f"| {name} | {found['curvature']} | {widths} | {error} |")
-    if document["precision"]:
-        lines += ["", "| network | precision | reorthogonalised | width | upper bound |"]
-        lines += ["|---|---|---|---:|---:|"]
-    for row in document["precision"]:
+        lines.append(f"| {name.replace('gauss_newton', 'Gauss-Newton')} | {widths} | {error} |")
+    return lines
+
+
+def precision_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Width limits in two precisions, with and without reorthogonalisation."""
+    lines = ["| network | precision | reorthogonalised | width | upper bound |", "|---|---|---|---:|---:|"]
+    for row in rows:
         lines.append(
             f"| {row['network']} | {row['dtype']} | {'yes' if row['reorthogonalize'] else 'no'} "
             f"| {row['value']:.5f} | {row['upper']:.5f} |"
         )
-    if document["reference"]:
-        lines += ["", "| network | " + " | ".join(f"{steps} steps" for steps in REFERENCE_STEPS) + " |"]
-        lines += ["|---|" + "---:|" * len(REFERENCE_STEPS)]
-    for name, found in document["reference"].items():
+    return lines
+
+
+def reference_table(reference: dict[str, Any]) -> list[str]:
+    """What the paper's code predicts, from its smallest to its largest number over the probes."""
+    lines = ["| network | " + " | ".join(f"{steps} steps" for steps in REFERENCE_STEPS) + " |"]
+    lines += ["|---|" + "---:|" * len(REFERENCE_STEPS)]
+    for name, found in reference.items():
         columns = zip(*found["prediction"], strict=True)
         lines.append(f"| {name} | " + " | ".join(f"{min(x):.3f} to {max(x):.3f}" for x in columns) + " |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def runs_part(networks: list[Network], stored: Callable[..., Any]) -> dict[str, Any]:
@@ -579,7 +603,8 @@ def main() -> None:
             if isinstance(results, dict):
                 document[part] = {**before.get(part, {}), **results}
         common.write_document("accuracy", document)
-        common.write_table("accuracy", markdown(document))
+        for name, table in markdown(document).items():
+            common.write_table(name, table)
 
 
 if __name__ == "__main__":
