@@ -7,6 +7,7 @@ import common
 import numpy as np
 
 from jaxlimit.limits.estimate import LIMITS
+from jaxlimit.plots.assessments import last_sparsity, opened_axis
 
 NAME = "believe"
 SHORT = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton"}
@@ -165,7 +166,7 @@ def networks_table(cases: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def figure(cases: Mapping[str, Mapping[str, Any]]) -> Any:
-    """Predicted against measured, a panel for each prediction."""
+    """Predicted against measured, a panel for each prediction; beyond .9 logarithmic in the density."""
     from matplotlib.figure import Figure
 
     rows = [row for row in summary(cases) if row["prediction"] in DRAWN]
@@ -173,6 +174,8 @@ def figure(cases: Mapping[str, Mapping[str, Any]]) -> Any:
     height = -(-len(rows) // columns)
     drawn = Figure(figsize=(2.3 * columns, 2.3 * height), layout="constrained")
     panels = drawn.subplots(height, columns, sharex=True, sharey=True, squeeze=False)
+    end = last_sparsity([x for case in cases.values() for x in case["measured"].values() if x is not None])
+    scale = {"functions": opened_axis(end)}
     for panel, row in zip(panels.flat, rows, strict=False):
         for with_l1, marker in ((True, "o"), (False, "x")):
             points = [
@@ -182,11 +185,16 @@ def figure(cases: Mapping[str, Mapping[str, Any]]) -> Any:
                 and case["measured"].get(row["about"]) is not None
                 and (case["l1"] > 0) == with_l1
             ]
-            label = "trained with L1" if with_l1 else "without"
+            label = "trained with L1" if with_l1 else "trained without"
             panel.plot(*np.array(points).reshape(-1, 2).T, marker, color="#0072B2", markersize=4, label=label)
         panel.plot([0, 1], [0, 1], color="#888888", linewidth=0.8)
         panel.set_title(f"{row['prediction']} ({row['about']})", fontsize=8)
-        panel.set(xlim=(0, 1), ylim=(0, 1))
+        panel.set_xscale("function", **scale)
+        panel.set_yscale("function", **scale)
+        ticks = [tick for tick in (0.0, 0.5, 0.9, 0.99, 0.999, 0.9999) if tick < end]
+        panel.set(xlim=(0, end), ylim=(0, end), xticks=ticks, yticks=ticks)
+        panel.set_xticklabels([f"{tick:g}" for tick in ticks], rotation=90, fontsize=7)
+        panel.set_yticklabels([f"{tick:g}" for tick in ticks], fontsize=7)
     for panel in panels.flat[len(rows) :]:
         panel.axis("off")
     panels.flat[0].legend(fontsize=7)

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import itertools
 import re
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -229,6 +230,23 @@ def test_sweep_plot_without_limits_is_a_plain_curve():
     (axes,) = plots.plot_sweep({"train": (GRID, LOSS)}, ylabel="loss", logarithmic=True).axes
     assert axes.get_yscale() == "log"
     assert axes.get_xlim() == (0, 1)
+
+
+@pytest.mark.parametrize("sparsity", [0.6, 0.98, 0.9997, 1 - 2e-6, 1.0])
+def test_the_figure_of_an_assessment_shows_the_sparsest_network(sparsity):
+    tried = (np.array([0.5, 0.99, sparsity]), np.ones(3))
+    panels = {"loss": {"cut": (GRID, LOSS), "attained": tried}}
+    measured = {"cut within the tolerance": 0.4, "sparsest attained": sparsity}
+    figure = plots.plot_assessment(panels, limits={}, measured=measured, bounds={})
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        left, right = axes.transData.transform([(axes.get_xlim()[0], 1), (sparsity, 1)])[:, 0]
+        assert axes.bbox.x0 == pytest.approx(left)
+        assert left < right <= axes.bbox.x1 + 1e-6
+    texts = {text.get_text(): text.get_window_extent() for text in figure.axes[-1].get_xticklabels()}
+    boxes = sorted(texts.values(), key=lambda box: box.x0)
+    assert all(before.x1 < after.x0 for before, after in itertools.pairwise(boxes))
+    assert (sparsity >= 0.999) <= ("1" in texts)
 
 
 def test_sensitivity_plot_has_the_measured_thresholds(run):

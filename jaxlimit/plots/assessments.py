@@ -1,6 +1,7 @@
 """The figure of an assessment: loss and error against sparsity, as cut and as attained, below the limits."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,9 +15,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Beyond this sparsity the axis is logarithmic in the density, 1 - s; and it ends at this one.
+# Beyond this sparsity the axis is logarithmic in the density, 1 - s; and it ends at this one, or further.
 OPEN, END = 0.9, 0.999
-TICKS = (*np.arange(9) / 10, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
+# The first ones have precedence where labels would run into each other: nearer than APART of the axis.
+TICKS, APART = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.95, 0.995, 0.98, *np.arange(9) / 10), 0.06
 STYLED = {"cut": ("-", "#000000"), "attained": ("o", GREEN)}
 
 
@@ -40,7 +42,7 @@ def plot_assessment(
     strip = 0.26 * (len(marked) + 1)
     figure, rows = new_figure(6.4, strip + 2.9 * len(panels) + 0.4, strip, *[2.9] * len(panels))
     values = [limit.value for found in limits.values() for limit in found.values()] + list(measured.values())
-    start = first_sparsity(values)
+    start, end = first_sparsity(values), last_sparsity(values)
     for row, (ylabel, curves) in zip(rows[1:], panels.items(), strict=True):
         for label, (sparsity, found) in curves.items():
             style, colour = STYLED[label]
@@ -50,10 +52,10 @@ def plot_assessment(
             row.axhline(value, color=GREY, linestyle="--", linewidth=1, label=label)
         row.set_ylabel(ylabel)
         _fit(row, curves, start, logarithmic=row is rows[1])
-        _open(row, start, opened=max(values) > OPEN)
+        _open(row, start, end)
         row.tick_params(labelbottom=row is rows[-1])
     rows[-1].set_xlabel("sparsity")
-    _open(rows[0], start, opened=max(values) > OPEN)
+    _open(rows[0], start, end)
     draw_limits(rows[0], rows[1:], marked, measured)
     legend_below(figure, *rows)
     return figure
@@ -73,26 +75,55 @@ def _fit(axes: "Axes", curves: Mapping[str, Curve], start: float, *, logarithmic
         axes.set_ylim((low / 1.4, high * 1.4) if logarithmic else (low - margin, high + margin))
 
 
-def _open(axes: "Axes", start: float, *, opened: bool) -> None:
+def _open(axes: "Axes", start: float, end: float) -> None:
     """The sparsity axis: beyond OPEN logarithmic in the density, where something lies there."""
-    if not opened:
+    if end <= OPEN:
         axes.set_xlim(start, 1)
         return
-    axes.set_xscale("function", functions=(opened_out, _closed))
-    axes.set_xlim(min(start, OPEN - 0.1), END)
-    ticks = [tick for tick in TICKS if tick >= min(start, OPEN - 0.1) - 1e-9]
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    position = partial(opened_out, end=end)
+    axes.set_xscale("function", functions=opened_axis(end))
+    start = min(start, OPEN - 0.1)
+    axes.set_xlim(start, end)
+    ticks, apart = [end], APART * (position(end) - position(start))
+    for tick in TICKS:
+        if start - 1e-9 <= tick < end and np.min(np.abs(position(ticks) - position(tick))) > apart:
+            ticks.append(tick)
+    axes.set_xticks(ticks, [f"{END:g}" if end == END else "1", *(f"{tick:g}" for tick in ticks[1:])])
 
 
-def opened_out(sparsity: ArrayLike) -> NDArray[np.float64]:
+def last_sparsity(values: Sequence[float]) -> float:
+    """Where the axis ends so that these sparsities are seen: OPEN, END, or as much further as they lie.
+
+    Beyond END it ends in 1, which stands where the density is at most half that of the others.
+
+    Examples:
+        >>> [round(last_sparsity([value]), 9) for value in (0.5, 0.98, 0.9997, 1.0)]
+        [0.9, 0.999, 0.9999, 0.9999]
+    """
+    if max(values) <= OPEN:
+        return OPEN
+    if max(values) < END:
+        return END
+    density = min([1 - END, *(1 - value for value in values if value < 1)])
+    return float(1 - 10 ** np.floor(np.log10(density / 2)))
+
+
+def opened_axis(end: float) -> tuple[Callable[[ArrayLike], NDArray], Callable[[ArrayLike], NDArray]]:
+    """The `functions` of a "function" scale of matplotlib: `opened_out`, and its inverse."""
+    return partial(opened_out, end=end), _closed
+
+
+def opened_out(sparsity: ArrayLike, end: float = 1 - 1e-6) -> NDArray[np.float64]:
     """The sparsity up to .9; beyond, logarithmic in the density, and at first as steep as before.
+
+    What lies beyond `end` stands at the end.
 
     Examples:
         >>> opened_out([0.5, 0.9, 0.99, 0.999]).round(3).tolist()
         [0.5, 0.9, 1.13, 1.361]
     """
     s = np.asarray(sparsity, np.float64)
-    density = np.maximum(1 - s, 1e-6)
+    density = np.maximum(1 - s, 1 - end)
     return np.where(s <= OPEN, s, OPEN + (1 - OPEN) * np.log((1 - OPEN) / density))
 
 

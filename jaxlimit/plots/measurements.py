@@ -88,7 +88,8 @@ def draw_limits(
         for name, limit in found.items():
             label = None if name in shown else name.replace("_", "-")
             shown.add(name)
-            strip.plot(limit.value, -row, MARKERS[name], color=colour, markersize=5, label=label, alpha=0.85)
+            style = {"color": colour, "markersize": 5, "alpha": 0.85, "clip_on": False}
+            strip.plot(limit.value, -row, MARKERS[name], label=label, **style)
     for (label, value), marker in zip(measured.items(), ("|", "x", "*"), strict=False):
         strip.plot(
             value,
@@ -98,6 +99,7 @@ def draw_limits(
             markersize=9 if marker == "|" else 6,
             markeredgewidth=1.6,
             label=label,
+            clip_on=False,
         )
         for axes in below:
             axes.axvline(value, color="black", linewidth=0.7, linestyle=":")
