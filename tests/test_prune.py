@@ -523,6 +523,30 @@ def test_a_step_that_was_cut_short_ends_no_network(regression, monkeypatch, dist
     assert found.sparsity == sparsity
 
 
+@pytest.mark.parametrize("labels", [None, np.arange(12)[:, None] // 2], ids=["weights", "pairs"])
+def test_a_network_that_failed_is_tried_again_from_the_one_beside_it(regression, monkeypatch, labels):
+    """What can be reached at once is one weight more, or one pair, and never more than 8 of 12."""
+    weights, arrays = regression
+    most = 1 if labels is None else 2
+
+    def cut(problem, point, mask):
+        before, after = np.sum(point.weights == 0), np.sum(~np.asarray(mask))
+        within = after - before <= most and after <= 8
+        return point._replace(weights=point.weights * mask, loss=0.0 if within else 9.0, fall=0.0)
+
+    def step(problem, point, mask):  # of no avail
+        return point._replace(number=point.number + 1)
+
+    monkeypatch.setattr(Readjustable, "cut", cut)
+    monkeypatch.setattr(Readjustable, "step", step)
+    keywords = {"loss_tolerance": 0.1, "tolerance": 0.01, "groups": labels, "unpruned": False}
+    found = attained_limit(linear, squared_error, weights, [arrays], **keywords)
+    assert found.sparsity == 8 / 12
+    assert found.code is Ending.BRACKETED
+    assert found.tried[-1] == ((8 + most) / 12, 9.0)
+    assert f"at {(8 + most) / 12:.4f} the loss did not come" in found.status
+
+
 def test_an_interrupted_search_goes_on_to_the_same_bits(network, tmp_path):
     params, arrays = network
     call = (predict, cross_entropy, params, list(batched(arrays, 10)))

@@ -37,7 +37,9 @@ class _State(NamedTuple):
         num_steps: it had.
         best: the sparsest network within the tolerance.
         best_removed: of its weights.
-        failed: fewest weights removed of those that did not come within it; D + 1 where none is known.
+        failed: fewest weights removed, beyond those of `best`, of a network that did not come within it;
+            D + 1 where none is known.
+        failed_from: weights removed of the network that was `best` when it failed.
         tried: (n, 2) sparsity and loss of the networks that were built.
     """
 
@@ -47,6 +49,7 @@ class _State(NamedTuple):
     best: Point
     best_removed: int
     failed: int
+    failed_from: int
     tried: NDArray[np.float64]
 
 
@@ -77,8 +80,10 @@ def attained_limit(
     r"""The sparsest network that was found within the loss tolerance: a lower bound of what is possible.
 
     Networks are built one from the other at rising sparsities, as in `prune`, until one does not come down
-    to L* + eps within `max_steps` steps; the sparsity between it and the best one is bisected. A network is
-    given up as soon as steps like its last one would not suffice.
+    to L* + eps within `max_steps` steps; the sparsity between it and the best one is bisected. The one that
+    failed is tried again from the network beside it, for which it is a smaller step, and if it comes within
+    the tolerance, the walk goes on. A network is given up as soon as steps like its last one would not
+    suffice.
 
     Cost: about 4.5 products with all the data for each step, as `prune` counts them; again as many for the
     network without pruning. Memory: as for `prune`, and the best network.
@@ -89,7 +94,8 @@ def attained_limit(
         params: as for `prune`.
         batches: as for `prune`.
         loss_tolerance: eps, the rise of the loss that is allowed; positive.
-        tolerance: the search ends where a network that failed is so close, in units of sparsity.
+        tolerance: the search ends where a network that was made from the best one failed and is so close, in
+            units of sparsity.
         prunable: as for `prune`.
         trainable: as for `prune`.
         scores: as for `prune`.
@@ -153,7 +159,7 @@ def attained_limit(
                 progress(Readjusting(stage, sparsity, point.loss, to, point.num_products, most))
 
         start = problem.start
-        first = _State(start, 0, 0, start, 0, problem.dim + 1, np.zeros((0, 2)))
+        first = _State(start, 0, 0, start, 0, problem.dim + 1, 0, np.zeros((0, 2)))
         state = problem.stored(store, "search", first)
         while (target := _target(problem, state, tolerance)) is not None:
             if state.point.num_products >= max_products:
@@ -183,15 +189,25 @@ def _without_pruning(
 
 
 def _target(problem: Readjustable, state: _State, tolerance: float) -> int | None:
-    """How many weights go next: on the path while no network failed, else between; None at the end."""
+    """How many weights go next: on the path while no network failed, else between; None at the end.
+
+    Whether a network comes within the tolerance depends on the one that it is made from, and where they lie
+    far apart, on rounding. So the one that failed is tried again from the best one, once that is next to it.
+    """
     if state.num_steps > 0:  # not done with this one
         return int(state.num_removed)
     best, failed, dim = int(state.best_removed), int(state.failed), problem.dim
-    between = failed <= dim  # else nothing has failed: to within the tolerance of 1 it is still a long way
-    if best == dim or (between and failed - best <= max(1, tolerance * dim)):
+    if best == dim:
         return None
-    wanted = (best + failed) // 2 if between else path(dim, dim, problem.settings.stage_share, best)[0]
-    return problem.reachable(state.best.weights, wanted, best, failed)
+    weights, failed_from = state.best.weights, int(state.failed_from)
+    if failed > dim:  # to within the tolerance of 1 it is still a long way
+        wanted = path(dim, dim, problem.settings.stage_share, best)[0]
+        return problem.reachable(weights, wanted, best, failed)
+    if failed - best > max(1, tolerance * dim):
+        between = problem.reachable(weights, (best + failed) // 2, best, failed)
+        if between is not None:
+            return between
+    return None if failed_from == best else problem.reachable(weights, failed, best, dim + 1)
 
 
 def _next(problem: Readjustable, state: _State, target: int, goal: float, max_steps: int) -> _State:
@@ -218,9 +234,13 @@ def _next(problem: Readjustable, state: _State, target: int, goal: float, max_st
         return state._replace(point=point, num_removed=target, num_steps=num_steps)
     tried = np.concatenate([state.tried, [[target / problem.dim, loss]]])
     done = state._replace(point=point, num_removed=target, num_steps=0, tried=tried)
-    if loss <= goal:
-        return done._replace(best=point, best_removed=target)
-    return done._replace(failed=target)
+    if loss > goal:
+        return done._replace(failed=target, failed_from=int(state.best_removed))
+    done = done._replace(best=point, best_removed=target)
+    if target < state.failed:
+        return done
+    beyond = [round(s * problem.dim) for s, loss in tried if loss > goal and s * problem.dim > target]
+    return done._replace(failed=min(beyond, default=problem.dim + 1), failed_from=-1)
 
 
 def _result(
