@@ -97,6 +97,16 @@ def loss(params, batch):
     return output_loss(predict(params, batch), batch)
 
 
+def linear(params, batch):
+    """Outputs of one dense layer without biases."""
+    return batch[0] @ params
+
+
+def squared_error(outputs, batch):
+    """The mean over the examples, of outputs."""
+    return jnp.mean((outputs - batch[1]) ** 2)
+
+
 def make_mlp(dtype) -> Problem:
     """A tanh network 4-5-3 with softmax cross-entropy: 35 prunable weights and 8 biases, in `dtype`."""
     rng = np.random.default_rng(0)

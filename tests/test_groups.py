@@ -4,11 +4,12 @@ Brute force sorts (root mean square, first index) pairs, removes one group after
 functions everywhere and applies their definitions. It knows nothing of orders, counts, bisection or Lanczos.
 """
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_mlp
+from conftest import linear, make_mlp, squared_error
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from scipy.optimize import brentq
 from jaxlimit import (
     PruningLimit,
     Settings,
+    apply_mask,
     assess,
     attained_limit,
     batched,
@@ -277,14 +279,6 @@ def test_sweeps_are_at_the_sparsities_that_groups_reach(network, x64):
     assert tuned.metrics["loss"][1] == pytest.approx(sweep.metrics["loss"][-1])
 
 
-def linear(params, batch):
-    return batch[0] @ params
-
-
-def squared_error(outputs, batch):
-    return jnp.mean((outputs - batch[1]) ** 2)
-
-
 @pytest.fixture(scope="module")
 def regression():
     """12 weights in 5 groups of unequal sizes, and the least squares without the first 0, 1, ... of them."""
@@ -383,6 +377,20 @@ def test_heads_of_attention_in_two_layouts():
     np.testing.assert_array_equal(found["out"]["kernel"][:, 0, 0], np.arange(3))
 
 
+def test_heads_of_equinox_stand_along_its_outputs():
+    """Without the group of a head, its slices of query, key, value and of what goes into the output are 0."""
+    attention = eqx.nn.MultiheadAttention(3, 6, key=jax.random.key(0))
+    chosen = partition(eqx.filter(attention, eqx.is_array))[0]
+    labels = head_labels(chosen, 3)
+    without = apply_mask(eqx.filter(attention, eqx.is_array), jax.tree.map(lambda x: x != 1, labels))
+    for kernel in (without.query_proj, without.key_proj, without.value_proj):
+        heads = (kernel.weight @ jnp.arange(1.0, 7.0)).reshape(3, 2)
+        np.testing.assert_array_equal(heads != 0, [[True] * 2, [False] * 2, [True] * 2])
+    one = jnp.zeros((3, 2)).at[1].set(1.0).ravel()
+    np.testing.assert_array_equal(without.output_proj.weight @ one, 0)
+    assert np.all(np.asarray(without.output_proj.weight @ (1 - one)) != 0)
+
+
 def like_the_weights(hidden, out):
     return {"hidden": {"kernel": hidden, "bias": None}, "out": {"kernel": out, "bias": None}}
 
@@ -420,6 +428,8 @@ def test_heads_that_do_not_fit_are_refused():
         head_labels({"query": np.ones((8, 4, 2))}, 2)
     with pytest.raises(ValueError, match="belongs to no head"):
         head_labels({"query": np.ones((8, 8)), "out": {"bias": np.ones(8)}}, 2)
+    with pytest.raises(ValueError, match=r"weights\['top'\] hold an output kernel without"):
+        head_labels({"top": {"out": np.ones((8, 3))}, "below": {"query": np.ones((8, 8))}}, 2)
 
 
 def test_one_call_assesses_groups(regression):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import linear, squared_error
 from digits import trained
 from flax import linen
 from test_compilation import compilations
@@ -28,14 +29,6 @@ from jaxlimit.pruning.windows import window
 
 PAGE = (Path(__file__).parents[1] / "docs" / "prune.md").read_text()
 ALL = Settings(curvature_share=1.0)
-
-
-def linear(params, batch):
-    return batch[0] @ params
-
-
-def squared_error(outputs, batch):
-    return jnp.mean((outputs - batch[1]) ** 2)
 
 
 @pytest.fixture(scope="module")

@@ -128,7 +128,8 @@ def head_labels(weights: PyTree, number: int) -> PyTree:
 
     Kernels are known by a part of their path, as "query" and "out" of Flax or "q_proj" and "o_proj"; those
     whose paths agree before that part belong to one attention. The axis of heads is either of size `number`,
-    as in (inputs, heads, size of a head), or holds the heads one after the other, as in (inputs, outputs).
+    as in (inputs, heads, size of a head), or holds the heads one after the other, as in (inputs, outputs). An
+    array named "weight" is (outputs, inputs), as in PyTorch and Equinox.
 
     Args:
         weights: pytree of the kernels of attention alone: choose them by `prunable`, or `curvature.of`.
@@ -136,7 +137,8 @@ def head_labels(weights: PyTree, number: int) -> PyTree:
         number: of heads of each attention.
 
     Raises:
-        ValueError: other weights; heads that do not fit, as where several share a key and a value.
+        ValueError: other weights; an output kernel without query, key and value, which may be of any layer;
+            heads that do not fit, as where several share a key and a value.
 
     Examples:
         >>> kernels = {"query": np.ones((1, 4)), "out": np.ones((4, 1))}
@@ -146,12 +148,14 @@ def head_labels(weights: PyTree, number: int) -> PyTree:
     require_count("the number of heads", number)
     first: dict[tuple, int] = {}
     sizes: dict[tuple, set[int]] = defaultdict(set)
+    led_into: set[tuple] = set()
 
     def labels(path: tuple, leaf: Any) -> NDArray[np.int64]:
         attention, into = _place_in_attention(path)
         name, shape = jax.tree_util.keystr(path), np.shape(leaf)
         axis, size = _heads(name, shape, number, into)
         sizes[attention].add(size)
+        led_into.update([attention] if into else [])
         if len(sizes[attention]) > 1:
             raise ValueError(
                 f"heads of {name}, of shape {shape}, have another size than those of its attention. Where "
@@ -164,7 +168,14 @@ def head_labels(weights: PyTree, number: int) -> PyTree:
         )
         return np.broadcast_to(heads.reshape(along), shape)
 
-    return jax.tree_util.tree_map_with_path(labels, weights)
+    found = jax.tree_util.tree_map_with_path(labels, weights)
+    if alone := [attention for attention in sizes if attention not in led_into]:
+        raise ValueError(
+            f"weights{jax.tree_util.keystr(alone[0])} hold an output kernel without query, key or value, "
+            "which may be of any layer: choose the kernels of attention by prunable or curvature.of, or "
+            "give integer labels."
+        )
+    return found
 
 
 def _place_in_attention(path: tuple) -> tuple[tuple, bool]:
@@ -184,8 +195,10 @@ def _place_in_attention(path: tuple) -> tuple[tuple, bool]:
 
 def _heads(name: str, shape: tuple[int, ...], number: int, into: bool) -> tuple[int, int]:
     """The axis along which heads stand, and the size of a head."""
-    if name.endswith("['bias']") or name.endswith(".bias"):
+    if name.endswith(("['bias']", ".bias")):
         axis, apart = 0, len(shape) == 2
+    elif name.endswith(("['weight']", ".weight")) and len(shape) == 2:  # (outputs, inputs)
+        axis, apart = (0 if into else 1), False
     else:
         apart = len(shape) == 3
         axis = 0 if not into else len(shape) - (2 if apart else 1)
