@@ -48,7 +48,7 @@ from jaxlimit.training.model_files import load_model
 
 COMMAND = f"python benchmarks/{NAME}.py --work DIR"
 # Runs of real_runs.py whose attained network is known.
-RUNS = tuple(name for name in real_runs.RUNS if name.startswith(("mnist-fc2-10", "cifar10-fc")))
+RUNS = tuple(name for name in real_runs.RUNS if name.startswith(("mnist-fc2-10", "fashion", "cifar10-fc")))
 # Densities of the networks that the scaling law is fitted to, and the sparsities at which its threshold is
 # measured.
 FITTED = {5: (0.5, 0.2, 0.1, 0.05, 0.02), 8: (0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.01)}

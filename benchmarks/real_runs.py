@@ -29,6 +29,7 @@ RUNS = {
     "cifar10-lenet-30": "run cifar10-lenet --epochs 30 --num-examples 1024 --finetune-steps 0",
     "cifar10-lenet-200": "run cifar10-lenet --num-examples 1024 --finetune-steps 0",
     "cifar10-fc5": "run cifar10-fc5 --num-examples 1024 --curvature gauss_newton",
+    "fashion-mnist-fc5": "run fashion-mnist-fc5 --epochs 20 --num-examples 1024 --curvature gauss_newton",
     "cifar10-fc12": "run cifar10-fc12 --num-examples 1024 --curvature gauss_newton",
     "cifar10-fc5-l1-0": "run cifar10-fc5 --l1 0 --num-examples 1024 --curvature gauss_newton",
 }
