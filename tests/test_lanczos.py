@@ -109,7 +109,7 @@ def test_a_vector_mostly_within_the_basis_is_orthogonalised_again(inside, dtype)
     basis, new = jnp.asarray(orthonormal[:, :64].T, dtype), orthonormal[:, 64]
     vector = jnp.asarray(inside * orthonormal[:, :64].sum(axis=1) + new, dtype)
     panels = [basis[None, :32], basis[None, 32:]]
-    result = np.asarray(orthogonalize(panels, vector[None])[0], np.float64)
+    result = np.asarray(orthogonalize(panels, len(panels), vector[None])[0], np.float64)
     overlap = np.asarray(basis, np.float64) @ result
     assert np.max(np.abs(overlap)) <= 10 * eps
     assert np.linalg.norm(result) == pytest.approx(1, abs=100 * eps * max(inside, 1))
@@ -206,7 +206,8 @@ def test_breakdown_is_an_exact_answer(name, reorthogonalize, dtype):
     assert integral(run, f) == pytest.approx(expected, rel=20 * float(np.finfo(dtype).eps))
 
 
-def test_no_products_after_the_end(x64):
+def test_at_most_one_product_after_the_end(x64):
+    """The host is a step ahead of the device, and no more."""
     products = []
 
     def matvec(v):
@@ -214,7 +215,7 @@ def test_no_products_after_the_end(x64):
         return 2 * v
 
     assert tridiagonalize(matvec, jnp.ones(5), 10).num_steps == 1
-    assert len(products) == 1
+    assert len(products) <= 2
 
 
 def test_breakdown_at_the_last_step(dtype):

@@ -139,7 +139,7 @@ class Program:
         lowered, trace = self._lower(args, leaves, structure)
         consts = trace.jaxpr.consts
         call = _shared_program(lowered, trace.jaxpr, [*consts, *leaves])
-        if _parts_of_one_processor([*consts, *leaves]):
+        if parts_of_one_processor([*consts, *leaves]):
             return lambda *args: jax.block_until_ready(call(*args)), consts, trace.structure
         return call, consts, trace.structure
 
@@ -201,7 +201,7 @@ def _copy(x: Any) -> jax.Array:
     return jax.device_put(np.array(x))
 
 
-def _parts_of_one_processor(leaves: list) -> bool:
+def parts_of_one_processor(leaves: list) -> bool:
     """Whether devices share a CPU: waiting for each other in two programs at once they may wait for ever."""
     return jax.default_backend() == "cpu" and any(
         isinstance(x, jax.Array) and len(x.sharding.device_set) > 1 for x in leaves
@@ -236,9 +236,11 @@ def _like(x: Any) -> Any:
 
 
 def _placed(x: Any) -> tuple:
-    return jax.typeof(x), _placement(x)
+    if isinstance(x, jax.Array):  # in every call, for every leaf: `typeof` takes longer than all the rest
+        return x.aval, x.sharding if x.committed else None
+    return jax.typeof(x), None
 
 
 def _placement(x: Any) -> Any:
     """Where an array lies, if that is not for JAX to choose."""
-    return x.sharding if isinstance(x, jax.Array) and x.committed else None
+    return _placed(x)[1]

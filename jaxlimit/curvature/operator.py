@@ -224,7 +224,9 @@ class Curvature(Displayed):
 
 def _beside(vectors: Any, weight: Any) -> jax.Array:
     """In the dtype of a weight, and divided as it is where that is part of its type."""
-    vectors, sharding = jnp.asarray(vectors, weight.dtype), sharding_like(weight, new_axes=1)
+    if not isinstance(vectors, jax.Array) or vectors.dtype != weight.dtype:
+        vectors = jnp.asarray(vectors, weight.dtype)
+    sharding = sharding_like(weight, new_axes=1)
     explicit = explicit_sharding(jax.typeof(weight)) is not None and not isinstance(weight, Tracer)
     return jax.sharding.reshard(vectors, sharding) if explicit and sharding is not None else vectors
 

@@ -7,11 +7,12 @@ With reorthogonalisation every new vector is made orthogonal to the whole basis,
 panels, and once more where that cancelled much of it (Daniel, Gragg, Kaufman and Stewart 1976).
 """
 
+from collections.abc import Sequence
 from functools import partial
+from itertools import count
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlimit.core.sharding import explicit_sharding, sharding_like
@@ -53,21 +54,42 @@ def store(panel: PyTree, vectors: PyTree, index: int) -> PyTree:
     return jax.tree.map(lambda b, q: b.at[:, index].set(q), panel, vectors)
 
 
-def orthogonalize(basis: list[PyTree], vectors: PyTree) -> PyTree:
-    """Gram-Schmidt of the vectors of all runs, against one panel of their bases after the other."""
+def in_slots(basis: Sequence[PyTree]) -> tuple[PyTree, ...]:
+    """The panels of a basis in 0, 4, 16, 64, ... slots, so that few programs serve bases of all sizes.
+
+    Slots that are left hold the last panel again, which takes no memory.
+    """
     if not basis:
+        return ()
+    size = next(size for size in (4**i for i in count(1)) if size >= len(basis))
+    return (*basis, *[basis[-1]] * (size - len(basis)))
+
+
+def orthogonalize(slots: Sequence[PyTree], num_panels: jax.Array | int, vectors: PyTree) -> PyTree:
+    """Gram-Schmidt of the vectors of all runs, against one panel of their bases after the other.
+
+    Args:
+        slots: panels, the first `num_panels` of which count.
+        num_panels: may be an array.
+        vectors: leaves (P, *shape).
+    """
+    if not slots:
         return vectors
-    before = np.asarray(norms(vectors))
-    for _ in range(2):  # "twice is enough" (Kahan and Parlett)
-        for panel in basis:
-            vectors = project_out(panel, vectors)
-        before, after = np.asarray(norms(vectors)), before
-        if np.all(before >= CANCELLATION * after):
-            break
-    return vectors
+
+    def once_more(state: tuple) -> jax.Array:
+        _, before, after, passed = state
+        return (passed < 2) & jnp.any(after < CANCELLATION * before)  # "twice is enough" (Kahan and Parlett)
+
+    def one_pass(state: tuple) -> tuple:
+        vectors, _, before, passed = state
+        for i, panel in enumerate(slots):
+            vectors = jax.lax.cond(i < num_panels, project_out, lambda _, v: v, panel, vectors)
+        return vectors, before, norms(vectors), passed + 1
+
+    before = norms(vectors)
+    return jax.lax.while_loop(once_more, one_pass, (vectors, jnp.full_like(before, jnp.inf), before, 0))[0]
 
 
-@jax.jit
 def project_out(panel: PyTree, vectors: PyTree) -> PyTree:
     """R - Q Q^T r for the vectors Q of one panel."""
     overlap = jnp.sum(jnp.stack(jax.tree.leaves(jax.tree.map(_overlap, panel, vectors))), axis=0)

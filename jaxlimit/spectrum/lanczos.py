@@ -15,6 +15,10 @@ are what comes back where orthogonality is lost.
 
 When beta_k vanishes the Krylov space is exhausted and T_k is exact: the run ends there with a shorter T,
 which is an answer and no error.
+
+A step is two calls of compiled programs, its product and the rest, and one that keeps its vector. The host is
+a step ahead of the device: it reads a column of T while the next step is under way. So the last product of a
+run that ends by itself may be one that was not needed.
 """
 
 from collections.abc import Callable
@@ -25,10 +29,12 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxlimit.core.programs import parts_of_one_processor
 from jaxlimit.core.trees import PyTree
 from jaxlimit.spectrum.basis import (
     PANEL,
     empty_panel,
+    in_slots,
     inner_products_per_run,
     norms,
     orthogonalize,
@@ -89,20 +95,26 @@ def init(starts: PyTree) -> LanczosState:
         ValueError: a start vector that is zero or not finite.
     """
     starts = jax.tree.map(jnp.asarray, starts)
-    lengths = np.asarray(norms(starts))
-    if not np.all(np.isfinite(lengths)) or np.any(lengths == 0):
-        raise ValueError(f"start vectors must be finite and not zero, got norms {lengths}.")
-    current = jax.tree.map(lambda x: x / per_run(jnp.asarray(lengths, x.dtype), x), starts)
-    num_runs = len(lengths)
+    current, lengths = _normalized(starts)
+    host_lengths, num_runs = np.asarray(lengths), len(lengths)
+    if not np.all(np.isfinite(host_lengths)) or np.any(host_lengths == 0):
+        raise ValueError(f"start vectors must be finite and not zero, got norms {host_lengths}.")
     return LanczosState(
         basis=(),
         previous=jax.tree.map(jnp.zeros_like, current),
         current=current,
-        norm=jnp.zeros_like(jnp.asarray(lengths)),
+        norm=jnp.zeros_like(lengths),
         diagonal=np.zeros((num_runs, 0)),
         off_diagonal=np.zeros((num_runs, 0)),
         num_steps=np.zeros(num_runs, np.int64),
     )
+
+
+@jax.jit
+def _normalized(starts: PyTree) -> tuple[PyTree, jax.Array]:
+    """The vectors at length 1, and the lengths that they had."""
+    lengths = norms(starts)
+    return jax.tree.map(lambda x: x / per_run(lengths, x), starts), lengths
 
 
 def run(
@@ -127,37 +139,76 @@ def run(
         FloatingPointError: a product with the matrix is not finite.
     """
     taken = state.diagonal.shape[1]
-    alive = state.num_steps == taken
-    if taken:
-        alive &= state.off_diagonal[:, -1] > 0
-    diagonal, off_diagonal = [state.diagonal], [state.off_diagonal]
-    num_steps = state.num_steps.copy()
-    previous, current, norm = state.previous, state.current, state.norm
-    beta = jnp.asarray(state.off_diagonal[:, -1] if taken else np.zeros(len(alive)), norm.dtype)
+    beta = state.off_diagonal[:, -1] if taken else np.zeros(len(state.num_steps))
+    at = _Vectors(state.previous, state.current, jnp.asarray(beta, state.norm.dtype), state.norm)
     basis, kept = _growing_basis(state, max_basis)
+    columns, under_way = _Columns(state), None
+    in_turn = parts_of_one_processor(jax.tree.leaves(state.current))
     for index in range(taken, taken + num_matvecs):
-        if not np.any(alive):
+        if not columns.alive.any():
             break
-        residual, alpha = three_terms(previous, current, beta, matmat(current))
         if index < kept:
             if index % PANEL == 0:
-                basis.append(jax.tree.map(empty_panel, current))
-            basis[-1] = store(basis[-1], current, index % PANEL)
-        residual = orthogonalize(basis, residual)
-        previous = current
-        current, beta, norm = next_vector(residual, alpha, beta, norm)
-        column = np.asarray(alpha, np.float64), np.asarray(beta, np.float64)
-        if not np.all(np.isfinite(column)):
+                basis.append(jax.tree.map(empty_panel, at.current))
+            basis[-1] = store(basis[-1], at.current, index % PANEL)
+        product = matmat(at.current)
+        at, column = _rest_of_step(in_slots(basis), len(basis), at, product)
+        if under_way is not None:
+            columns.append(under_way)
+        under_way = jax.block_until_ready(column) if in_turn else column
+    if under_way is not None:
+        columns.append(under_way)
+    return LanczosState(tuple(basis), at.previous, at.current, at.norm, *columns.matrices())
+
+
+class _Vectors(NamedTuple):
+    """What a step changes on the device, as in `LanczosState`; beta (P,) of the step before."""
+
+    previous: PyTree
+    current: PyTree
+    beta: jax.Array
+    norm: jax.Array
+
+
+@jax.jit
+def _rest_of_step(
+    slots: tuple[PyTree, ...], num_panels: int, at: _Vectors, product: PyTree
+) -> tuple[_Vectors, jax.Array]:
+    """All of a step behind its product, and alpha_j and beta_j (2, P)."""
+    residual, alpha = three_terms(at.previous, at.current, at.beta, product)
+    residual = orthogonalize(slots, num_panels, residual)
+    current, beta, norm = next_vector(residual, alpha, at.beta, at.norm)
+    return _Vectors(at.current, current, beta, norm), jnp.stack([alpha, beta])
+
+
+class _Columns:
+    """The tridiagonal matrices of a state, growing on the host; `alive` (P,) are the runs that go on."""
+
+    def __init__(self, state: LanczosState) -> None:
+        taken = state.diagonal.shape[1]
+        self._diagonal, self._off_diagonal = [state.diagonal], [state.off_diagonal]
+        self._taken, self._num_steps = taken, state.num_steps.copy()
+        self.alive = state.num_steps == taken
+        if taken:
+            self.alive &= state.off_diagonal[:, -1] > 0
+
+    def append(self, column: jax.Array) -> None:
+        """alpha_j and beta_j, which are waited for; a FloatingPointError if they are not finite."""
+        alpha, beta = np.asarray(column, np.float64)
+        self._taken += 1
+        if not (np.all(np.isfinite(alpha)) and np.all(np.isfinite(beta))):
             raise FloatingPointError(
-                f"product {index + 1} with the matrix is not finite: lower the learning rate that made these "
-                "weights, or look for overflow in the loss at large inputs."
+                f"product {self._taken} with the matrix is not finite: lower the learning rate that made "
+                "these weights, or look for overflow in the loss at large inputs."
             )
-        diagonal.append(column[0][:, None])
-        off_diagonal.append(column[1][:, None])
-        num_steps[alive] = index + 1
-        alive &= column[1] > 0
-    columns = np.hstack(diagonal), np.hstack(off_diagonal)
-    return LanczosState(tuple(basis), previous, current, norm, *columns, num_steps)
+        self._diagonal.append(alpha[:, None])
+        self._off_diagonal.append(beta[:, None])
+        self._num_steps[self.alive] = self._taken
+        self.alive &= beta > 0
+
+    def matrices(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+        """The last fields of a `LanczosState`."""
+        return np.hstack(self._diagonal), np.hstack(self._off_diagonal), self._num_steps
 
 
 def _growing_basis(state: LanczosState, max_basis: int | None) -> tuple[list[PyTree], float]:
@@ -212,7 +263,6 @@ def tridiagonalize(
     return run(matmat, state, num_matvecs, None if reorthogonalize else 0).tridiagonals()[0]
 
 
-@jax.jit
 def three_terms(
     previous: PyTree, current: PyTree, beta: jax.Array, product: PyTree
 ) -> tuple[PyTree, jax.Array]:
@@ -224,7 +274,6 @@ def three_terms(
     return residual, alpha
 
 
-@jax.jit
 def next_vector(
     residual: PyTree, alpha: jax.Array, beta: jax.Array, norm: jax.Array
 ) -> tuple[PyTree, jax.Array, jax.Array]:
