@@ -228,9 +228,9 @@ def test_a_pruned_weight_is_zero_even_if_it_was_not_a_number():
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        ({"w": np.ones((2, 2), bool)}, None),
-        ({"w": np.ones((2, 2), bool), "b": None, "c": None}, None),
-        ([np.ones((2, 2), bool), None], None),
+        ({"w": np.ones((2, 2), bool)}, "mask must be a pytree like params"),
+        ({"w": np.ones((2, 2), bool), "b": None, "c": None}, "mask must be a pytree like params"),
+        ([np.ones((2, 2), bool), None], "mask must be a pytree like params"),
         (
             {"w": np.ones((2, 3), bool), "b": None},
             r"mask has a leaf of shape \(2, 3\) where params has \(2, 2\)",

@@ -28,6 +28,16 @@ class Cached(nnx.Module):
         return self.made[...]
 
 
+class Plain(nnx.Module):
+    """Holds an array that is no variable."""
+
+    def __init__(self):
+        self.dense, self.scale = nnx.Linear(3, 4, rngs=rngs()), jnp.arange(4.0)
+
+    def __call__(self, x):
+        return self.dense(x) * self.scale
+
+
 class Carried(nnx.Module):
     """Reads what it writes: every call of `predict` starts from the model as it was."""
 
@@ -51,6 +61,7 @@ MODELS = {
     ),
     "cache": Cached,
     "carry": Carried,
+    "array": Plain,
 }
 
 

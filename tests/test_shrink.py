@@ -181,11 +181,36 @@ def test_other_networks_are_refused():
             shrink(model, models.from_nnx(model)[1])
         with pytest.raises(ValueError, match=r"the units of a .* are not known"):
             models.unit_labels(model, {"kernel": jnp.ones((2, 2))})
+    with pytest.raises(ValueError, match="a Squared is not known well enough"):
+        shrink(Squared([2, 3, 1], rngs=rngs), models.from_nnx(Squared([2, 3, 1], rngs=rngs))[1])
+    with pytest.raises(ValueError, match="the units of a Squared are not known"):
+        models.unit_labels(Squared([2, 3, 1], rngs=rngs), {"kernel": jnp.ones((2, 2))})
     model, _ = made("fully connected", 0)
     with pytest.raises(ValueError, match="params must have the shapes of the model's"):
         shrink(model, {"layers": {}})
     with pytest.raises(ValueError, match=r"\['other'\] is no kernel of FullyConnected"):
         models.unit_labels(model, {"other": jnp.ones((2, 2))})
+
+
+class Squared(models.FullyConnected):
+    """Another function of the same arrays."""
+
+    def __call__(self, inputs):
+        return super().__call__(inputs) ** 2
+
+
+def test_layers_that_are_not_what_they_look_like_are_refused():
+    rngs = nnx.Rngs(0)
+    shared, last = nnx.Linear(2, 2, rngs=rngs), nnx.Linear(2, 2, rngs=rngs)
+    masked = nnx.Conv(2, 2, (3, 3), mask=jnp.ones((3, 3, 2, 2)), rngs=rngs)
+    for layers, message in [
+        ([nnx.LoRALinear(2, 2, lora_rank=1, rngs=rngs), nnx.relu, last], "a LoRALinear of its own kind"),
+        ([masked, nnx.relu, last], "a Conv of its own kind, or with a mask"),
+        ([shared, nnx.relu, shared, nnx.relu, last], "a kernel that stands in two places"),
+    ]:
+        model = nnx.Sequential(*layers)
+        with pytest.raises(ValueError, match=message):
+            shrink(model, models.from_nnx(model)[1])
 
 
 def test_a_network_pruned_by_units_is_smaller():

@@ -266,4 +266,13 @@ def apply_mask(params: PyTree, mask: PyTree) -> PyTree:
             raise ValueError(f"mask has a leaf of shape {np.shape(keep)} where params has {np.shape(leaf)}.")
         return jnp.where(keep, leaf, jnp.zeros_like(leaf))
 
-    return jax.tree.map(masked, mask, params, is_leaf=lambda x: x is None)
+    structure = jax.tree.structure(mask, is_leaf=lambda x: x is None)
+    try:
+        leaves = structure.flatten_up_to(params)
+    except ValueError:
+        raise ValueError(
+            "mask must be a pytree like params, with None in the place of what is not pruned, as "
+            f"magnitude_mask(curvature.weights, s): expected {jax.tree.structure(params)}, got {structure}."
+        ) from None
+    kept = structure.flatten_up_to(mask)
+    return structure.unflatten([masked(keep, leaf) for keep, leaf in zip(kept, leaves, strict=True)])

@@ -73,6 +73,11 @@ def unit_labels(model: nnx.Module, weights: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(label, weights)
 
 
+def is_plain(module: Any, *classes: type) -> bool:
+    """Whether a module computes what one of these classes does: it has its `__call__`."""
+    return any(isinstance(module, kind) and type(module).__call__ is kind.__call__ for kind in classes)
+
+
 class _Counter:
     """New labels, none of them twice."""
 
@@ -86,21 +91,22 @@ class _Counter:
 
 def _units(model: nnx.Module) -> Iterator[Labelled]:
     new = _Counter()
-    match model:
+    known = model if is_plain(model, FullyConnected, ConvolutionalNetwork, ResNet, SentenceEncoder) else None
+    match known:
         case FullyConnected():
-            yield from _dense(model.layers, None, new)
+            yield from _dense(known.layers, None, new)
         case ConvolutionalNetwork():
             channels = np.zeros(0, int)
-            for layer in model.convolutions:
+            for layer in known.convolutions:
                 channels = new(layer.kernel.shape[-1])
                 yield layer, channels, True
-            inputs = model.dense.layers[0].kernel.shape[0]
+            inputs = known.dense.layers[0].kernel.shape[0]
             entering = np.resize(channels, inputs) if channels.size else None  # pixel by pixel
-            yield from _dense(model.dense.layers, entering, new)
+            yield from _dense(known.dense.layers, entering, new)
         case ResNet():
-            yield from _residual(model, new)
+            yield from _residual(known, new)
         case SentenceEncoder():
-            yield from _encoder(model, new)
+            yield from _encoder(known, new)
         case _:
             raise ValueError(
                 f"the units of a {type(model).__name__} are not known: FullyConnected, ConvolutionalNetwork "

@@ -44,9 +44,9 @@ def evaluated(rebuild: Callable[[Any], Any], rest: Any, inputs: Any) -> Any:
 
 
 def _values(model: Any) -> dict[Any, Any]:
-    """The arrays of all variables that are no parameters."""
-    variables = nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.Param)))
-    return {path: variable.get_value() for path, variable in variables}
+    """The arrays of all variables that are no parameters, and those that are no variables."""
+    leaves = nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.Param)))
+    return {path: x.get_value() if isinstance(x, nnx.Variable) else x for path, x in leaves}
 
 
 def _is_random(rebuild: Callable[[Any], Any], rest: Any, inputs: Any) -> bool:

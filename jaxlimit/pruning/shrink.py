@@ -26,10 +26,12 @@ from jaxlimit.core.trees import PyTree
 from jaxlimit.geometry.magnitude import apply_mask
 from jaxlimit.models.bert import Attention, SentenceEncoder
 from jaxlimit.models.convolutional import Convolution, ConvolutionalNetwork
+from jaxlimit.models.couplings import is_plain
 from jaxlimit.models.fully_connected import FullyConnected
 from jaxlimit.models.functional import Predict, from_nnx
 from jaxlimit.models.resnet import ResNet
 
+KNOWN = (FullyConnected, ConvolutionalNetwork, ResNet, SentenceEncoder, nnx.Sequential)
 # Between the layers of an `nnx.Sequential`: functions that act on every number by itself.
 ELEMENTWISE = (nnx.relu, nnx.gelu, nnx.tanh, nnx.sigmoid, nnx.silu, nnx.elu, nnx.softplus, jnp.tanh)
 
@@ -77,7 +79,8 @@ def shrink(model: nnx.Module, params: PyTree, mask: PyTree | None = None) -> Shr
         The smaller network.
 
     Raises:
-        ValueError: another kind of network; params or a mask that are not the model's.
+        ValueError: another kind of network, also one that is derived from these and computes something else;
+            a layer that stands in two places; params or a mask that are not the model's.
 
     Examples:
         The second unit is made by zeros, so that it is relu(2.0) for all inputs.
@@ -99,6 +102,7 @@ def shrink(model: nnx.Module, params: PyTree, mask: PyTree | None = None) -> Shr
     small = nnx.clone(model)
     nnx.update(small, nnx.restore_int_paths(params))
     links = list(_links(small))
+    _require_plain(links)
     while any(link.take_out() for link in links):
         pass
     _resize(small)
@@ -180,21 +184,37 @@ class _Link(NamedTuple):
         self.reader.in_features = shape[-2]
 
 
+def _require_plain(links: list[_Link]) -> None:
+    """Refuses layers that compute more than their kernel and bias say, and kernels in two places."""
+    makers = [layer for link in links for layer in link.makers]
+    readers = [link.reader for link in links]
+    for layer in (*makers, *readers):
+        if not is_plain(layer, nnx.Linear, nnx.Conv) or getattr(layer, "mask", None) is not None:
+            raise ValueError(
+                f"a {type(layer).__name__} of its own kind, or with a mask, is not known well enough to be "
+                "made smaller: nnx.Linear and nnx.Conv are."
+            )
+    for layers in (makers, readers):
+        if len({id(layer.kernel) for layer in layers}) < len(layers):
+            raise ValueError("a kernel that stands in two places cannot be made smaller in one of them.")
+
+
 def _links(model: nnx.Module) -> Iterator[_Link]:
-    match model:
+    known = model if is_plain(model, *KNOWN) else None
+    match known:
         case FullyConnected():
-            yield from _dense(model.layers)
+            yield from _dense(known.layers)
         case ConvolutionalNetwork():
-            layers = [*model.convolutions, model.dense.layers[0]]
+            layers = [*known.convolutions, known.dense.layers[0]]
             for number, (maker, reader) in enumerate(pairwise(layers)):
-                yield _Link((maker,), reader, nnx.relu, model.norms[number] if model.norms else None)
-            yield from _dense(model.dense.layers)
+                yield _Link((maker,), reader, nnx.relu, known.norms[number] if known.norms else None)
+            yield from _dense(known.dense.layers)
         case ResNet():
-            for block in model.blocks:
+            for block in known.blocks:
                 for maker, reader in pairwise(block.layers):
                     yield _Link((maker.convolution,), reader.convolution, nnx.relu, maker.norm)
         case SentenceEncoder():
-            for layer in model.layers:
+            for layer in known.layers:
                 heads = layer.attention
                 makers, size = (
                     (heads.query, heads.key, heads.value),
@@ -203,7 +223,7 @@ def _links(model: nnx.Module) -> Iterator[_Link]:
                 yield _Link(makers, heads.out, lambda x: x, size=size)
                 yield _Link((layer.up,), layer.down, lambda x: nnx.gelu(x, approximate=False))
         case nnx.Sequential():
-            yield from _sequential(model)
+            yield from _sequential(known)
         case _:
             raise ValueError(
                 f"a {type(model).__name__} is not known well enough to be made smaller: FullyConnected, "
@@ -220,7 +240,8 @@ def _sequential(model: nnx.Sequential) -> Iterator[_Link]:
     """Pairs of layers with elementwise functions between them."""
     maker, between = None, []
     for layer in model.layers:
-        if isinstance(layer, nnx.Linear) or (isinstance(layer, nnx.Conv) and layer.feature_group_count == 1):
+        grouped = isinstance(layer, nnx.Conv) and layer.feature_group_count > 1
+        if isinstance(layer, nnx.Linear | nnx.Conv) and not grouped:
             if maker is not None:
                 yield _Link((maker,), layer, _composed(tuple(between)))
             maker, between = layer, []
