@@ -6,13 +6,14 @@ Networks and data: groups_networks.py. Losses are means over the first examples,
 `ASKED` say; the tolerance eps is the standard deviation of the losses of batches. The stages:
 
     masks    `predicted_loss` of 200 masks: 50 of the smallest weights, 50 at random, 50 of the weakest input
-             channels, 50 of N:M patterns; with the Hessian (resnet18-8: Gauss-Newton) and with Gauss-Newton,
+             channels, 50 of N:M patterns; with the Hessian (digits, fc2, lenet) and with Gauss-Newton,
              beside the rise of the loss
-    limits   of single weights, blocks of 4x4, channels and units: predicted (digits: from the Hessian; the
-             others: one_shot, and of lenet readjusted, from Gauss-Newton), attained by `attained_limit`, and
-             certified on test examples (an error that rises by at most a point, of digits three; confidence
-             .95): of the networks that are cut as they are, and of those on the way to the attained one. And
-             2:4 and 4:8. Budgets of products, and resnet20 without a search, for two cores
+    limits   of single weights, blocks of 4x4, channels, heads and units: predicted (digits: from the
+             Hessian; the others from Gauss-Newton), attained by `attained_limit`, and certified on examples
+             that are new (confidence .95): of the networks that are cut as they are, and of those on the way
+             to the attained one. And 2:4 and 4:8. How many examples and products, and which rise of the
+             error is certified: `ASKED`, for two cores
+    rounding attained on digits, four times more, from weights that differ by a millionth
     lasso    digits and fc2 trained with a group lasso on their hidden units, in place of the L1 term:
              one_shot of the units, and how many the training itself has emptied, for each lambda
     speed    milliseconds of our networks on a batch: dense, zeros stored as numbers, without the units that
@@ -25,25 +26,23 @@ from $JAXLIMIT_DATA.
 """
 
 import argparse
-import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import common
+import groups_lasso
 import groups_networks
 import groups_speed
 import groups_tables
 import jax
-import jax.numpy as jnp
 import numpy as np
 from groups_networks import Network
 
 import jaxlimit
-from jaxlimit import models, training
-from jaxlimit.application import answers, presets
-from jaxlimit.application.question import Certifying, Question
+from jaxlimit import models
 from jaxlimit.baselines.masks import kept_counts, random_mask
 from jaxlimit.core.trees import PyTree, partition
 from jaxlimit.geometry.magnitude import MagnitudeOrder, magnitude_order
@@ -51,9 +50,9 @@ from jaxlimit.limits.estimate import LIMITS
 from jaxlimit.measuring.certificates import certify
 from jaxlimit.measuring.risks import paired
 
-STAGES = ("masks", "limits", "lasso", "speed", "report")
+STAGES = ("masks", "limits", "rounding", "lasso", "speed", "report")
 # Examples of the masks' losses.
-NUM_EXAMPLES = {"digits": 1_438, "fc2": 2_048, "lenet": 256, "resnet18-8": 128}
+NUM_EXAMPLES = {"digits": 1_438, "fc2": 2_048, "lenet": 256, "resnet18-8": 128, "minilm-attention": 16}
 
 
 class Asked(NamedTuple):
@@ -65,8 +64,9 @@ class Asked(NamedTuple):
         curvature: which predicts.
         which: limits.
         max_matvecs: products of the prediction.
-        max_products: of the search; 0: none is made.
-        error_rise: what is certified. 359 test images cannot certify two points, even of no mistakes.
+        max_products: of the search.
+        error_rise: what is certified. 359 test images cannot certify two points, even of no mistakes; of
+            minilm, the share of sentences whose embedding turns.
     """
 
     num_examples: int
@@ -78,19 +78,20 @@ class Asked(NamedTuple):
     error_rise: float = 0.01
 
 
-NAMES = ("digits", "fc2", "lenet", "resnet18-8", "resnet20")
 ASKED = {
-    "digits": Asked(1_438, 359, "hessian", LIMITS, 10_000, 1_000.0, 0.03),
+    "digits": Asked(1_438, 359, "hessian", LIMITS, 10_000, 4_000.0, 0.03),
+    "fc2": Asked(2_048, 4_000, which=LIMITS, max_matvecs=4_000, max_products=1_500.0),
     "lenet": Asked(256, 4_000, which=("one_shot", "readjusted")),
-    "resnet18-8": Asked(128, 1_000, max_products=25.0),
-    "resnet20": Asked(64, 1_000, max_products=0.0),
+    "resnet18-8": Asked(512, 4_000),
+    "resnet20": Asked(512, 2_000, max_products=20.0),
+    "minilm-attention": Asked(64, 1_000, max_products=80.0, error_rise=0.05),
+    "minilm-inner": Asked(64, 1_000, max_products=80.0, error_rise=0.05),
 }
 NUM_MASKS = 50
+# Searches of the stage `rounding`, and how far the weights that they begin with differ, relative to them.
+NUM_STARTS, LITTLE = 4, 1e-6
 PATTERNS = ((2, 4), (4, 8))
 CUTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-LAMBDAS = {"digits": (0.0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "fc2": (0.0, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)}
-# A unit whose root mean square is below that of the largest times this has been emptied by its training.
-EMPTY = 1e-2
 
 
 def masks(weights: PyTree) -> Iterator[tuple[str, str, PyTree]]:
@@ -127,11 +128,16 @@ def masks_of(name: str, network: Network) -> dict[str, Any]:
 
 def granularities(name: str, network: Network) -> dict[str, Any]:
     """The kinds of groups that are compared."""
+    if network.model is not None:  # attention cannot be traced
+        weights, _ = partition(network.params, network.prunable)
+        units = "heads" if name == "minilm-attention" else "units"
+        return {"single weights": None, units: models.unit_labels(network.model, weights)}
+    found: dict[str, Any] = {"single weights": None, "blocks of 4x4": ("blocks", (4, 4))}
+    if name in ("digits", "fc2"):
+        found |= {"output channels": "output_channels", "input channels": "input_channels"}
     one = np.asarray(network.train[0][:1])
     labels = models.traced_labels(network.predict, network.params, one, prunable=network.prunable)
-    channels = {"output channels": "output_channels", "input channels": "input_channels"}
-    blocks: dict[str, Any] = {"single weights": None, "blocks of 4x4": ("blocks", (4, 4))}
-    return blocks | (channels if name == "digits" else {}) | {"units": labels}
+    return found | {"units": labels}
 
 
 def limit_of(asked: Asked, network: Network, groups: Any) -> dict[str, Any]:
@@ -155,7 +161,7 @@ def built_of(asked: Asked, network: Network, groups: Any) -> dict[str, Any]:
     reached = {order.counts[n] / order.dim: n for n in (order.within(int(s * order.dim)) for s in CUTS) if n}
     cuts = ((s, jaxlimit.apply_mask(network.params, order.mask(n))) for s, n in reached.items())
     found = {"certified_cut": certified(asked, network, cuts)}
-    return found | (attained_of(asked, network, groups) if asked.max_products else {})
+    return found | attained_of(asked, network, groups)
 
 
 def _order(network: Network, groups: Any) -> MagnitudeOrder:
@@ -164,27 +170,36 @@ def _order(network: Network, groups: Any) -> MagnitudeOrder:
 
 def attained_of(asked: Asked, network: Network, groups: Any) -> dict[str, Any]:
     """The search, and what is certified of the networks on its way."""
-    question = Question(
-        predict_fn=network.outputs,
-        loss_fn=network.output_loss,
-        params=network.params,
-        batches=network.batches,
-        key=jax.random.key(0),
+    kept: dict[float, PyTree] = {}
+    attained = searched(asked, network, groups, on_network=kept.__setitem__)
+    found = None if not kept else certified(asked, network, sorted(kept.items()))
+    return {"attained": attained.to_json(), "certified": found}
+
+
+def searched(asked: Asked, network: Network, groups: Any, **keywords: Any) -> jaxlimit.Attained:
+    """The search alone."""
+    return jaxlimit.attained_limit(
+        *network.problem,
         loss_tolerance=network.tolerance,
-        attained_tolerance=0.005 if asked.curvature == "hessian" else 0.01,
+        tolerance=0.005 if asked.curvature == "hessian" else 0.01,
         max_products=asked.max_products,
         prunable=network.prunable,
         groups=groups,
-        certifying=Certifying(network.test_batches, network.wrong, rise=asked.error_rise),
+        unpruned=False,
+        **keywords,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        networks = answers.Networks(Path(folder), question)
-        attained = answers.attained(question, networks, None, lambda done, note: None)
-        certificate = answers.certified(question, networks, lambda done, note: None)
-    return {
-        "attained": attained.to_json(),
-        "certified": None if certificate is None else certificate.to_json(),
-    }
+
+
+def rounding_of(asked: Asked, network: Network, groups: Any) -> dict[str, Any]:
+    """The stage `rounding`, of one kind of groups: what is attained from weights that differ by so little."""
+    found = []
+    for seed in range(NUM_STARTS):
+        rng = np.random.default_rng(seed)
+        params = jax.tree.map(
+            lambda x, r=rng: x * (1 + LITTLE * r.normal(size=x.shape)).astype(x.dtype), network.params
+        )
+        found.append(searched(asked, replace(network, params=params), groups).sparsity)
+    return {"attained": found}
 
 
 def certified(asked: Asked, network: Network, networks: Any) -> dict[str, Any]:
@@ -201,12 +216,9 @@ def pattern_of(asked: Asked, network: Network, n: int, m: int) -> dict[str, Any]
     of_cut = [(predicted.sparsity, jaxlimit.apply_mask(network.params, mask))]
     found: dict[str, Any] = {"predicted": vars(predicted), "loss_tolerance": network.tolerance}
     found["certified_cut"] = certified(asked, network, of_cut)
-    if asked.max_products == 0:
-        return found
     keywords: dict[str, Any] = {"mask": mask, "prunable": network.prunable}
     keywords["max_products"] = min(asked.max_products, 100.0)
-    problem = network.outputs, network.output_loss, network.params, network.batches
-    pruned = jaxlimit.prune(*problem, **keywords)
+    pruned = jaxlimit.prune(*network.problem, **keywords)
     return found | {
         "readjusted_rise": pruned.loss - curvature.loss,
         "certified": certified(asked, network, [(pruned.sparsity, pruned.params)]),
@@ -224,54 +236,12 @@ def limits(name: str, asked: Asked, network: Network, folder: Path) -> None:
         common.step(folder / f"pattern {n}-{m}.json", partial(pattern_of, asked, network, n, m))
 
 
-def lasso_of(name: str, network: Network, strength: float) -> dict[str, Any]:
-    """The stage `lasso`, of one lambda: one seed, training as for the other stages."""
-    preset = groups_networks.preset_of(name)
-    predict, start = models.from_nnx(presets.build_network(preset, 0))
-    labels = models.unit_labels(presets.build_network(preset, 0), partition(start)[0])
-    train, test = presets.load_arrays(preset, presets.Options())
-    loss, recipe = training.classification_loss(predict), preset.recipe
-    params = training.train(
-        loss,
-        start,
-        train,
-        jax.random.fold_in(jax.random.key(0), 0),
-        epochs=recipe.epochs,
-        batch_size=recipe.batch_size,
-        learning_rate=recipe.rate(len(train[1])),
-        momentum=recipe.momentum,
-        group_lasso=strength,
-        groups=labels,
-    )
-    batches = network.batches
-    statistics = jaxlimit.loss_statistics(loss, params, batches)
-    curvature = jaxlimit.hessian(loss, params, batches)
-    keywords: dict[str, Any] = {
-        "which": ["one_shot"],
-        "groups": labels,
-        "loss_tolerance": statistics.batch_std,
-    }
-    limit = jaxlimit.pruning_limit(curvature, jax.random.key(0), **keywords)
-    scores = np.sqrt(np.diff(magnitude_order(curvature.weights, groups=labels).squared_norm))
-    sizes = np.diff(magnitude_order(curvature.weights, groups=labels).counts)
-    rms = scores / np.sqrt(sizes)
-    wrong = jax.jit(lambda images, labels: jnp.mean(predict(params, images).argmax(-1) != labels))
-    return {
-        "lambda": strength,
-        "loss": statistics.mean,
-        "loss_tolerance": statistics.batch_std,
-        "test_error": float(wrong(*test)),
-        "units": len(rms),
-        "empty_units": int(np.sum(rms < EMPTY * rms.max())),
-        "one_shot": limit.to_json(),
-    }
-
-
 def main() -> None:
     """Does the stages that are asked for."""
+    names = groups_tables.NETWORKS
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--networks", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--networks", nargs="+", choices=names, default=names)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     options = parser.parse_args()
     for name in options.networks:
@@ -282,10 +252,18 @@ def main() -> None:
         if "limits" in options.stages and name in ASKED:
             asked = ASKED[name]
             limits(name, asked, load(asked.num_examples, asked.num_test), folder)
-        if "lasso" in options.stages and name in LAMBDAS:
+        if "rounding" in options.stages and name == "digits":
+            asked = ASKED[name]
+            network = load(asked.num_examples)
+            for kind, groups in granularities(name, network).items():
+                common.step(folder / f"rounding {kind}.json", partial(rounding_of, asked, network, groups))
+        if "lasso" in options.stages and name in groups_lasso.LAMBDAS:
             network = load(NUM_EXAMPLES[name])
-            for strength in LAMBDAS[name]:
-                common.step(folder / f"lasso {strength:g}.json", partial(lasso_of, name, network, strength))
+            for strength in groups_lasso.LAMBDAS[name]:
+                common.step(
+                    folder / f"lasso {strength:g}.json",
+                    partial(groups_lasso.trained, name, network, strength),
+                )
     if "speed" in options.stages:
         for name in groups_speed.NETWORKS:
             common.step(options.work / f"speed {name}.json", partial(groups_speed.measured, name))

