@@ -30,6 +30,9 @@ MAX_SHARED = 256
 # What calls back into this process is not told by its text.
 NOT_IN_THE_TEXT = ("callback", "stablehlo.send", "stablehlo.recv")
 
+# On a CPU, for what is called once and on little data: compiling takes half the time, the call longer.
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
 # What JAX raises where a function wants numbers while it is traced.
 NEEDS_VALUES = (
     jax.errors.ConcretizationTypeError,
@@ -103,10 +106,11 @@ class Program:
     Args:
         fn: function of pytrees of arrays.
         donate_first: whether the memory of its first argument may be used for the results.
+        once: whether it is called once and on little data, so that compiling is what counts.
     """
 
-    def __init__(self, fn: Callable[..., PyTree], *, donate_first: bool = False) -> None:
-        self._fn, self._donate_first, self._calls = fn, donate_first, {}
+    def __init__(self, fn: Callable[..., PyTree], *, donate_first: bool = False, once: bool = False) -> None:
+        self._fn, self._donate_first, self._once, self._calls = fn, donate_first, once, {}
         self._part = jax.jit(lambda *args: fn(*args))  # of something else that JAX traces or looks into
 
     def __call__(self, *args: PyTree) -> PyTree:
@@ -138,27 +142,30 @@ class Program:
     def _compile(self, args: tuple[PyTree, ...], leaves: list, structure: Any) -> tuple[Callable, list, Any]:
         lowered, trace = self._lower(args, leaves, structure)
         consts = trace.jaxpr.consts
-        call = _shared_program(lowered, trace.jaxpr, [*consts, *leaves])
+        quickly = self._once and jax.default_backend() == "cpu"
+        call = _shared_program(lowered, trace.jaxpr, [*consts, *leaves], QUICKLY if quickly else None)
         if parts_of_one_processor([*consts, *leaves]):
             return lambda *args: jax.block_until_ready(call(*args)), consts, trace.structure
         return call, consts, trace.structure
 
 
-def _shared_program(lowered: jax.stages.Lowered, jaxpr: ClosedJaxpr, args: list) -> Callable:
+def _shared_program(
+    lowered: jax.stages.Lowered, jaxpr: ClosedJaxpr, args: list, options: dict[str, Any] | None
+) -> Callable:
     """The compiled program of a lowered one: one with the same text, types and devices, or a new one."""
     # Of JAX's inner workings; where they have other names nothing is shared, and a test says so.
     devices = getattr(lowered._lowering, "_device_list", None)
     const_args = getattr(lowered._lowering, "const_args", None)
     if devices is None or const_args is None or len(const_args) or jaxpr.effects:
-        return lowered.compile()
+        return lowered.compile(options)
     text = lowered.as_text()
     if any(mark in text for mark in NOT_IN_THE_TEXT):
-        return lowered.compile()
+        return lowered.compile(options)
     types = tuple(map(str, (jaxpr.out_avals, [jax.typeof(x) for x in args], lowered.donate_argnums)))
     digest = hashlib.sha256(text.encode()).digest()
-    key = digest, types, tuple(devices), tuple(map(_placement, args))
+    key = digest, types, tuple(devices), tuple(map(_placement, args)), options is None
     if key not in _shared:
-        _shared[key] = lowered.compile()
+        _shared[key] = lowered.compile(options)
     _shared.move_to_end(key)
     while len(_shared) > MAX_SHARED:
         _shared.popitem(last=False)

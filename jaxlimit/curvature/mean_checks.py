@@ -161,9 +161,9 @@ class _Check:
             if size is None:
                 self._sampled_as_they_are(batches, moved)
                 continue
-            found = dict(Program(partial(in_parts, self.product, size))(moved, self.rest, small))
+            found = dict(Program(partial(in_parts, self.product, size), once=True)(moved, self.rest, small))
             if differing_parts(found, self.tolerance):
-                found |= Program(partial(noise_in_parts, self.product))(
+                found |= Program(partial(noise_in_parts, self.product), once=True)(
                     moved, nudged_weights(moved), self.rest, small
                 )
                 found = differing_parts(found, self.tolerance)

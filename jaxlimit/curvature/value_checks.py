@@ -67,7 +67,7 @@ class ValueCheck:
         for small in samples(batches):
             size = next((n for n in (2, 1) if self._takes(params, small, n)), None)
             if size is not None:
-                in_parts = Program(partial(self._in_parts, size))
+                in_parts = Program(partial(self._in_parts, size), once=True)
                 self._compare(params, small, lambda place, f=in_parts, small=small: f(place, small))
             elif not as_they_are:
                 as_they_are = True
