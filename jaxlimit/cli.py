@@ -50,12 +50,7 @@ Example:
   jaxlimit report results/digits-seed0""",
     "experiment": """Run an experiment; `jaxlimit experiment --help` names them.
 
-Each has options of its own, which `jaxlimit experiment NAME --help` lists.
-
-Examples (times on one core; three seeds are the default):
-  jaxlimit experiment rows digits             one minute
-  jaxlimit experiment lambda digits           eight minutes
-  jaxlimit experiment compare digits          twelve minutes""",
+Each has options of its own: `jaxlimit experiment NAME --help`. After Ctrl-C the same command goes on.""",
 }
 # Customary exit codes for wrong use and for failure.
 WRONG_USE, FAILED = 2, 1
@@ -96,9 +91,8 @@ def main(args: Sequence[str] | None = None) -> int:
             command = parse(args or ["--help"])
             return _PERFORM[args[0]](command, args, interrupt)
         except (ValueError, OSError) as error:
-            code = _error(error, WRONG_USE)
-            _next(f"{_help_of(args)} lists what can be given")
-            return code
+            _error(error, WRONG_USE)
+            return _next(_after(error, args), WRONG_USE)
         except (FloatingPointError, ImportError, MemoryError) as error:
             return _error(error, FAILED)
         except KeyboardInterrupt:
@@ -133,18 +127,18 @@ def parse(args: Sequence[str]) -> "Run | Presets | Report | Experiment":
 
 
 def _parse_experiment(args: Sequence[str]) -> "Experiment":
-    from jaxlimit.experiments import EXPERIMENTS, Trainings
+    from jaxlimit.experiments import EXPERIMENTS, Trainings, options
 
     if args and args[0] in EXPERIMENTS:
         plan, given = EXPERIMENTS[args[0]], [word.split("=")[0].strip("-") for word in args]
         for parameter in inspect.signature(plan).parameters.values():
             if isinstance(parameter.default, Trainings):
                 parameter.default.refuse(given)
-        return _read(plan, _preset_first(args[1:]), f"experiment {args[0]}")
-    names = ", ".join(EXPERIMENTS)
-    description = f"{COMMANDS['experiment']}\n\nNAME is one of {names}."
+        name, about = f"experiment {args[0]}", options.description(args[0], plan)
+        return _read(options.grouped(plan), _preset_first(args[1:]), name, about)
+    description = f"{COMMANDS['experiment']}\n\n{options.overview(EXPERIMENTS)}"
     name = _read(_word("NAME", "name of the experiment."), args, "experiment", description)
-    raise ValueError(f"there is no experiment {name!r}; the experiments are {names}.")
+    raise ValueError(f"there is no experiment {name!r}; the experiments are {', '.join(EXPERIMENTS)}.")
 
 
 def _preset_first(args: Sequence[str]) -> list[str]:
@@ -269,17 +263,26 @@ def _writing_to(folder: Path) -> Iterator[None]:
         raise OSError(f"{folder} cannot be written to ({error.strerror}): name another --out.") from error
 
 
-def _next(what: str) -> int:
-    """Says on standard error, which pipes leave out, what to do now; the exit code of success."""
+def _next(what: str, code: int = 0) -> int:
+    """Says on standard error, which pipes leave out, what to do now; the exit code."""
     print(f"next: {what}", file=sys.stderr)
-    return 0
+    return code
 
 
-def _help_of(args: Sequence[str]) -> str:
-    """The command whose help lists the options of these arguments."""
+def _after(error: Exception, args: Sequence[str]) -> str:
+    """What to do after an error: with the file that is damaged, or the options that can be given."""
+    from jaxlimit.core.writing import DamagedFile
     from jaxlimit.experiments import EXPERIMENTS
 
-    return " ".join(["jaxlimit", *(word for word in args[:2] if word in {*COMMANDS, *EXPERIMENTS}), "--help"])
+    if isinstance(error, DamagedFile):
+        again = "name another --out, then type the same command"
+        if args[0] == "report":
+            again = f"report another folder; the same `jaxlimit run` with --out {args[1]} makes it anew"
+        return f"remove {error.remove} or {again}"
+    if isinstance(error, FileNotFoundError) and args[0] == "report":
+        return "give the folder of a finished run; `jaxlimit run` makes one, and says where"
+    words = [word for word in args[:2] if word in {*COMMANDS, *EXPERIMENTS}]
+    return " ".join(["jaxlimit", *words, "--help lists what can be given"])
 
 
 def _error(message: object, code: int) -> int:

@@ -24,6 +24,7 @@ from jaxlimit import __version__, models, training
 from jaxlimit.application import pipeline, presets, run_folder
 from jaxlimit.application.options import default_folder
 from jaxlimit.cli import main, parse
+from jaxlimit.experiments import options
 from jaxlimit.measuring.finetuning import FinetunedNetwork
 from jaxlimit.training import model_files
 from jaxlimit.training.recipe import Recipe
@@ -302,7 +303,6 @@ def test_going_on_with_other_options_is_refused(finished, tmp_path, capsys):
             ["run", "mnist-fc2", "--data", "nowhere"],
             "There is no folder nowhere/mnist. Get the four official",
         ),
-        (["report", "nowhere"], "there is no folder nowhere"),
     ],
 )
 def test_bad_values_get_one_line_what_to_type_next_and_code_2(args, message, tmp_path, monkeypatch, capsys):
@@ -434,6 +434,7 @@ def test_the_report_is_made_again_from_the_files_alone(finished, tmp_path, capsy
     [
         ("limit.json", None, "limit.json is missing"),
         ("limit.json", b"{", "limit.json is damaged, it is not JSON"),
+        ("limit.json", b'{"format": 1, "finished": true}', "limit.json is damaged, or of another version"),
         ("limit.json", b'{"format": 99}', "limit.json is not of a run of this version"),
         ("curves.csv", None, "curves.csv is missing"),
         ("curves.csv", b"sparsity,train_loss\n0.1,x\n", "curves.csv is damaged in line 2"),
@@ -449,7 +450,34 @@ def test_a_report_from_damaged_files_is_refused(finished, tmp_path, capsys, name
     if damage is not None:
         (folder / name).write_bytes(damage)
     assert main(["report", str(folder)]) == 2
-    assert message in capsys.readouterr().err
+    error, following = capsys.readouterr().err.splitlines()
+    assert message in error
+    if damage is None:
+        assert following.startswith("next: give the folder of a finished run")
+    else:
+        again = f"the same `jaxlimit run` with --out {folder} makes it anew"
+        assert following == f"next: remove {folder / name} or report another folder; {again}"
+
+
+@pytest.mark.parametrize("name", ["config.json", "limit.json"])
+def test_a_damaged_file_of_a_run_is_named_as_what_to_remove(finished, tmp_path, capsys, name):
+    folder = tmp_path / "damaged"
+    shutil.copytree(finished[0], folder)
+    unfinished = json.loads((folder / "limit.json").read_text()) | {"finished": False}
+    (folder / "limit.json").write_text(json.dumps(unfinished))
+    (folder / name).write_text("{")
+    assert main([*RUN, "--out", str(folder)]) == 2
+    remove = folder if name == "config.json" else folder / name
+    following = capsys.readouterr().err.splitlines()[-1]
+    assert following == f"next: remove {remove} or name another --out, then type the same command"
+
+
+def test_a_report_of_nothing_says_which_folder_to_give(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "nowhere"]) == 2
+    error, following = capsys.readouterr().err.splitlines()
+    assert "there is no folder nowhere" in error
+    assert following.startswith("next: give the folder of a finished run")
 
 
 def test_a_report_of_an_unfinished_run_is_refused(finished, tmp_path, capsys):
@@ -482,6 +510,17 @@ def test_help_lists_what_has_an_effect_and_each_default_once(args, hidden, kept,
     shown = capsys.readouterr().out
     assert [text for text in hidden if text in shown] == []
     assert [text for text in kept if text not in shown] == []
+
+
+@pytest.mark.parametrize("name", ["compare", "gems", "scaling"])
+def test_help_of_an_experiment_is_grouped_and_has_an_example(name, capsys):
+    with pytest.raises(SystemExit):
+        parse(["experiment", name, "--help"])
+    shown = re.sub(r"\x1b\[\d*m", "", capsys.readouterr().out)
+    groups = ["training options", "prediction options", "output options"]
+    assert [group for group in groups if f" {group} " in shown] == groups[:: 2 if name == "compare" else 1]
+    assert f"  jaxlimit experiment {name} digits    {options.EXAMPLES[name][1]} minutes" in shown
+    assert "network, data and training: see `jaxlimit presets`" in " ".join(shown.replace("│", "").split())
 
 
 def test_a_finished_folder_says_where_its_results_are(finished, capsys):

@@ -24,6 +24,7 @@ from jaxlimit.core.trees import flatten, partition, unflatten
 from jaxlimit.experiments import EXPERIMENTS, gems, orders, study, subject
 from jaxlimit.experiments.distance import EDGES, sampling_distance, shares, total_variation
 from jaxlimit.experiments.gradual import survivors
+from jaxlimit.experiments.options import EXAMPLES
 from jaxlimit.experiments.scaling import scaled
 from jaxlimit.experiments.study import Study, Trainings
 from jaxlimit.geometry.magnitude import apply_mask, magnitude_mask, magnitude_order
@@ -57,6 +58,7 @@ OPTIONS = {
     "training": ["--at", "0"],
 }
 # They train in other ways, which compile for longer, are several limits, or are run by another test, too.
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 SLOW = ("crossing", "gems", "order", "scaling", "tolerances", "training")
 # The longest. What `regularizer` trains with is tested in `test_differentiable.py`.
 NIGHTLY = ("gradual", "orders", "regularizer")
@@ -69,7 +71,21 @@ def tiny(monkeypatch):
 
 
 def test_every_experiment_is_run_here():
-    assert {"compare", *OPTIONS} == EXPERIMENTS.keys()
+    assert {"compare", *OPTIONS} == EXPERIMENTS.keys() == EXAMPLES.keys()
+
+
+@pytest.mark.parametrize(("name", "example"), EXAMPLES.items(), ids=EXAMPLES)
+def test_the_example_in_a_help_is_what_was_run_and_took_as_long(name, example):
+    path = RESULTS / f"{'methods' if name == 'compare' else name}_digits.json"
+    document = json.loads(path.read_text())
+    words, minutes = example
+    assert document["command"] == f"jaxlimit experiment {name} {words}"
+    taken = [piece["seconds"] for piece in document["pieces"].values()]
+    seconds = sum(sum(each.values()) if isinstance(each, dict) else each for each in taken)
+    if name == "compare":  # three more methods, of which one seed was run
+        more = json.loads((RESULTS / "methods_greg_digits.json").read_text())["pieces"].values()
+        seconds += 3 * sum(piece["seconds"] for piece in more)
+    assert minutes == pytest.approx(seconds / 60, abs=1)
 
 
 @pytest.mark.parametrize(
@@ -374,7 +390,6 @@ def test_the_table_of_orders_has_what_is_predicted_measured_and_attained():
     assert "without pruning: 95.0 %. The budget ended 1 of 1 searches" in text
 
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 RECORDED = [path for path in sorted(RESULTS.glob("*.json")) if '"experiment"' in path.read_text()[:200]]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlimit.core.writing import write_file
+from jaxlimit.core.writing import DamagedFile, write_file
 
 
 def write_columns(path: Path, columns: Mapping[str, NDArray[np.float64]]) -> None:
@@ -34,13 +34,14 @@ def read_columns(path: Path) -> dict[str, NDArray[np.float64]]:
         with path.open(newline="", encoding="utf-8") as file:
             lines = list(csv.reader(file))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is damaged, no table of text: {error}") from error
+        raise DamagedFile(f"{path} is damaged, no table of text: {error}", path) from error
     if not lines or "sparsity" not in lines[0]:
-        raise ValueError(f"{path} is damaged: its first line must name the columns, one of them sparsity.")
+        message = f"{path} is damaged: its first line must name the columns, one of them sparsity."
+        raise DamagedFile(message, path)
     values = np.full((len(lines) - 1, len(lines[0])), np.nan)
     for number, cells in enumerate(lines[1:]):
         try:
             values[number] = [float(cell) if cell else np.nan for cell in cells]
         except ValueError as error:
-            raise ValueError(f"{path} is damaged in line {number + 2}: {error}") from error
+            raise DamagedFile(f"{path} is damaged in line {number + 2}: {error}", path) from error
     return dict(zip(lines[0], values.T, strict=True))

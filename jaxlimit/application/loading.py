@@ -51,7 +51,8 @@ def load_assessment(
 
 def _assessed(folder: Path) -> Assessment:
     """What `assess` has found there."""
-    config, document = (read_json(folder / name) for name in (run_folder.CONFIG, run_folder.LIMIT))
+    config = read_json(folder / run_folder.CONFIG, alone=False)
+    document = read_json(folder / run_folder.LIMIT)
     if not document.get("finished"):
         raise ValueError(f"the work in {folder} is not finished: the same call, or command, goes on with it.")
     with content_of(folder / run_folder.LIMIT):

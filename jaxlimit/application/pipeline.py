@@ -125,7 +125,7 @@ def _finetuned_sweep(job: Job, trained: Trained, limits: list[Limits], swept: Me
 def _finish(job: Job, ledger: Ledger, measured: Measured) -> run_folder.Record:
     folder, curvatures = job.folder, ledger.document["limits"]
     run = run_folder.Record(
-        read_json(folder / run_folder.CONFIG),
+        read_json(folder / run_folder.CONFIG, alone=False),
         ledger.document | {"finished": True},
         measured.columns,
         {name: load_spectrum(run_folder.spectrum_path(folder, name)) for name in curvatures},

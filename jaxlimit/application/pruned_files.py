@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxlimit.core.trees import PyTree, named_arrays, path_name
-from jaxlimit.core.writing import write_file
+from jaxlimit.core.writing import DamagedFile, write_file
 from jaxlimit.models.torch_state import read_safetensors
 from jaxlimit.pruning.result import Pruned
 
@@ -42,7 +42,7 @@ def load_pruned(path: Path, params: PyTree, mask_like: PyTree) -> tuple[PyTree, 
     try:
         return _filled(params, found, ""), _filled(mask_like, found, MASK)
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{path} is not of this network: {error}.") from error
+        raise DamagedFile(f"{path} is not of this network: {error}.", path) from error
 
 
 def _filled(like: PyTree, found: dict[str, NDArray[Any]], suffix: str) -> PyTree:

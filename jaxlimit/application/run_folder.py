@@ -98,7 +98,7 @@ def read_record(folder: Path) -> Record:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}.")
-    config, document = read_json(folder / CONFIG), read_json(folder / LIMIT)
+    config, document = read_json(folder / CONFIG, alone=False), read_json(folder / LIMIT)
     if not document.get("finished"):
         raise ValueError(
             f"the run in {folder} is not finished: go on with it first ({document.get('command')})."

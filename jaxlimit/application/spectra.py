@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlimit.core.writing import write_file
+from jaxlimit.core.writing import DamagedFile, write_file
 from jaxlimit.limits.result import LimitCurve, PruningLimit, Sensitivity
 from jaxlimit.spectrum.measure import SpectralMeasure
 
@@ -53,4 +53,4 @@ def load_spectrum(path: Path) -> Spectrum:
         )
     # NumPy raises whatever the damage leads to: BadZipFile, zlib.error, EOFError, ...
     except Exception as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise DamagedFile(f"{path} is damaged: {error}", path) from error

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from jaxlimit.core.locks import LOCK, Lock, lock
 from jaxlimit.core.sharding import to_host
 from jaxlimit.core.trees import PyTree
-from jaxlimit.core.writing import FORMAT, is_leftover, read_json, remove, write_file
+from jaxlimit.core.writing import FORMAT, DamagedFile, is_leftover, read_json, remove, write_file
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def stored_identity(
     """
     path = folder / purpose.file
     if path.exists():
-        stored = read_json(path, purpose.kind, f"remove {folder} to start anew")
+        stored = read_json(path, purpose.kind, alone=False)
         different = _different(stored, wanted)
         if not {names[0] for names in different} <= {*free}:
             names = ", ".join(dict.fromkeys(names[0] for names in different))
@@ -218,14 +218,15 @@ class Checkpoint:
             ValueError: they are other arrays.
         """
         leaves, structure = jax.tree.flatten(like)
-        damaged = f"the checkpoint file {self.folder}/{name}.npz holds other arrays than its problem has"
+        path = Path(f"{self.folder}/{name}.npz")
+        damaged = f"the checkpoint file {path} holds other arrays than its problem has"
         if len(content) != len(leaves):
-            raise ValueError(f"{damaged} ({len(content)}, not {len(leaves)}): remove it to go on.")
+            raise DamagedFile(f"{damaged} ({len(content)}, not {len(leaves)}): remove it to go on.", path)
         stored = [_as(content[key], leaf) for key, leaf in zip(sorted(content), leaves, strict=True)]
         for x, leaf in zip(stored, leaves, strict=True):
             if hasattr(leaf, "dtype") and (x.dtype != leaf.dtype or (same_shapes and x.shape != leaf.shape)):
                 found, wanted = (f"{a.dtype} of shape {tuple(a.shape)}" for a in (x, leaf))
-                raise ValueError(f"{damaged} ({found}, not {wanted}): remove it to go on.")
+                raise DamagedFile(f"{damaged} ({found}, not {wanted}): remove it to go on.", path)
         return structure.unflatten(stored)
 
     def load_arrays(self, name: str) -> dict[str, NDArray[Any]] | None:
@@ -238,9 +239,8 @@ class Checkpoint:
                     return dict(content)
             # NumPy raises whatever the damage leads to: BadZipFile, zlib.error, NotImplementedError, ...
             except Exception as error:
-                raise ValueError(
-                    f"the checkpoint file {path} is damaged ({error}): remove it to go on."
-                ) from error
+                message = f"the checkpoint file {path} is damaged ({error}): remove it to go on."
+                raise DamagedFile(message, path) from error
 
 
 def _as(stored: NDArray[Any], like: Any) -> NDArray[Any]:

@@ -19,6 +19,15 @@ FORMAT = 1
 REMEDY = "remove it, and the command that wrote it computes it anew"
 """What to do where a file is damaged."""
 
+
+class DamagedFile(ValueError):
+    """A file does not hold what was written to it; `remove` is the file or folder to remove."""
+
+    def __init__(self, message: str, remove: Path) -> None:
+        super().__init__(message)
+        self.remove = remove
+
+
 # Names of what is being written or removed, or was when its process was killed.
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$")
 
@@ -76,28 +85,31 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     write_file(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, kind: str = "a run", remedy: str = REMEDY) -> dict[str, Any]:
+def read_json(path: Path, kind: str = "a run", *, alone: bool = True) -> dict[str, Any]:
     """Reads a JSON object in this version's format.
 
     Args:
         path: of the file.
         kind: of work that it belongs to, for the messages.
-        remedy: what to do where it is damaged.
+        alone: where it is damaged it may be removed alone; otherwise its folder with it.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a JSON object, or of another format than this version's.
+        DamagedFile: it is not a JSON object, or of another format than this version's.
     """
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing: {path.parent} is not the folder of {kind}, or not yet far enough."
         )
+    remedy = REMEDY if alone else f"remove {path.parent} to start anew"
     try:
         document = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged, it is not JSON ({error}): {remedy}.") from error
+        message = f"{path} is damaged, it is not JSON ({error}): {remedy}."
+        raise DamagedFile(message, path if alone else path.parent) from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ValueError(f"{path} is not of {kind} of this version (its format must be {FORMAT}).")
+        message = f"{path} is not of {kind} of this version (its format must be {FORMAT})."
+        raise DamagedFile(message, path if alone else path.parent)
     return document
 
 
@@ -110,10 +122,10 @@ def content_of(path: Path, *also: type[Exception]) -> Iterator[None]:
         also: what else is raised where a value of the file is wrong.
 
     Raises:
-        ValueError: in place of these errors, and of those of a missing name or a wrong type.
+        DamagedFile: in place of these errors, and of those of a missing name or a wrong type.
     """
     try:
         yield
     except (LookupError, TypeError, AttributeError, StopIteration, *also) as error:
         what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} is damaged, or of another version ({what}): {REMEDY}.") from error
+        raise DamagedFile(f"{path} is damaged, or of another version ({what}): {REMEDY}.", path) from error

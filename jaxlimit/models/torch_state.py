@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from jaxlimit.core.sharding import to_host
 from jaxlimit.core.trees import PyTree, named_arrays
-from jaxlimit.core.writing import write_file
+from jaxlimit.core.writing import DamagedFile, write_file
 from jaxlimit.models.torch_layout import Entry, entries, layers
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -167,7 +167,7 @@ def read_safetensors(path: Path) -> State:
     try:
         found = deserialize(content)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise DamagedFile(f"{path} is damaged: {error}", path) from error
     return {name: _tensor(f"{name} in {path}", tensor) for name, tensor in found}
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
-from jaxlimit.core.writing import write_file
+from jaxlimit.core.writing import DamagedFile, write_file
 from jaxlimit.models.torch_state import read_safetensors
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -59,5 +59,5 @@ def load_params(path: Path, like: Any) -> Any:
     flat: dict[str, Any] = traverse_util.flatten_dict(like, sep=".")
     expected = {name: leaf.shape for name, leaf in flat.items()}
     if {name: leaf.shape for name, leaf in found.items()} != expected:
-        raise ValueError(f"{path} is not of this network: names or shapes of its arrays differ.")
+        raise DamagedFile(f"{path} is not of this network: names or shapes of its arrays differ.", path)
     return traverse_util.unflatten_dict({name: jnp.asarray(leaf) for name, leaf in found.items()}, sep=".")
