@@ -161,10 +161,11 @@ class Assessment(Displayed):
         """What the reader of the table must know, by paragraph."""
         attained, unpruned = self.attained, self.attained.unpruned_loss
         notes = [
-            "true rise: of the loss at the predicted sparsity, weights cut and none readjusted.",
-            "attained: of one_shot the largest sparsity measured at which the loss of the cut network stays "
-            f"within the tolerance (the next one is {self.cut.next:.4f}); of the others that of the sparsest "
-            "network within it that was built, its kept weights readjusted.",
+            "true rise: how much the loss itself rises at the predicted sparsity, where weights are cut and "
+            "none is readjusted.",
+            "attained: for one_shot, the largest sparsity measured at which the loss of the cut network "
+            f"stays within the tolerance (the next one is {self.cut.next:.4f}); for the others, the sparsity "
+            "of the sparsest network that was built within the tolerance, its kept weights readjusted.",
             f"attained: {attained.status}",
         ]
         if unpruned is not None and unpruned < UNTRAINED * attained.dense_loss:

@@ -12,6 +12,7 @@ WIDTH = 79
 MOST_ROWS = 15
 fill = partial(textwrap.fill, width=WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 _SCROLLS = "overflow-x: auto; max-width: 100%"
+_CELL = "text-align: right; white-space: nowrap"
 
 
 class View(NamedTuple):
@@ -55,7 +56,7 @@ class View(NamedTuple):
                 first, others = row[0], row[1:]
                 span = "" if others else f' colspan="{len(self.head)}"'
                 yield f'<tr><th style="text-align: left"{span}>{html.escape(first)}</th>'
-                yield from (f'<td style="text-align: right">{html.escape(cell)}</td>' for cell in others)
+                yield from (f'<td style="{_CELL}">{html.escape(cell)}</td>' for cell in others)
                 yield "</tr>"
             yield "</tbody></table></div>"
         yield from (f"<p>{html.escape(note)}</p>" for note in self.notes)
