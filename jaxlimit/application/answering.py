@@ -102,7 +102,7 @@ def cut_stage(work: Answering) -> Stage[Found[Cut]]:
     return Stage(
         "cut",
         "sparsity sweep",
-        answers.NUM_CUTS,
+        answers.num_cuts(work.question),
         compute,
         lambda document: Found(Cut.from_json(document["cut"]), {}),
         lambda found: f"loss threshold {found.value.sparsity:.4f}",

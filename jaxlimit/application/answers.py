@@ -29,8 +29,6 @@ from jaxlimit.pruning.result import Attained, Readjusting
 
 # The cut is measured at every COARSE-th of `SPARSITIES`, then at all between the two around the crossing.
 COARSE = 8
-# Sparsities that are measured: about.
-NUM_CUTS = len(SPARSITIES[::COARSE]) + COARSE + 1
 Told = Callable[[int, str], None]
 """Told how many units of work are done, and a note."""
 
@@ -90,6 +88,12 @@ class Cut:
         """The inverse of `to_json`."""
         found: dict[str, Any] = {n: tuple(x) if isinstance(x, list) else x for n, x in values.items()}
         return cls(**found)
+
+
+def num_cuts(question: Question) -> int:
+    """About how many cut networks `cut` measures, those on the test data included."""
+    count = len(SPARSITIES[::COARSE]) + COARSE + 1
+    return 2 * count if isinstance(question.certifying, Certifying) else count
 
 
 def cut(question: Question, told: Told) -> Cut:
