@@ -34,6 +34,7 @@ from jaxlimit.spectrum.tridiagonal import Tridiagonal
 
 if TYPE_CHECKING:
     from jaxlimit.application.assess import assess
+    from jaxlimit.application.answers import CertifiedNetwork
     from jaxlimit.application.assessment import Assessment
     from jaxlimit.application.loading import load_assessment
     from jaxlimit.pruning.shrink import Shrunk, shrink
@@ -43,6 +44,7 @@ __all__ = [
     "Attained",
     "Batches",
     "Certificate",
+    "CertifiedNetwork",
     "Curvature",
     "Estimate",
     "LayerLimits",
@@ -90,6 +92,7 @@ __all__ = [
 # Imported when first used: all else takes .9 s, these, with Flax and what draws, take .6 more.
 _LATER = {
     "Assessment": "jaxlimit.application.assessment",
+    "CertifiedNetwork": "jaxlimit.application.answers",
     "Shrunk": "jaxlimit.pruning.shrink",
     "assess": "jaxlimit.application.assess",
     "load_assessment": "jaxlimit.application.loading",

@@ -273,6 +273,28 @@ def test_the_folder_has_the_report_and_the_network(folder):
     assert "http" not in page
 
 
+def test_the_certified_network_is_handed_out(problem, tmp_path):
+    """Oracle: its errors by NumPy are those that were certified; and its file holds the same bits."""
+    out = tmp_path / "out"
+    found = assess(problem, out=out, test_batches=problem.test_batches, error_rise=0.9)
+    network, certificate = found.certified, found.certificate
+    assert network.sparsity == certificate.sparsity == max(certificate.sparsities)
+    images, labels = problem.test
+    errors = [
+        np.mean(outputs_by_numpy(p, images).argmax(1) != labels) for p in (network.params, problem.params)
+    ]
+    assert errors[0] - errors[1] == pytest.approx(certificate.means[-1], abs=1e-6)
+    assert 45 - sum(map(np.sum, jax.tree.leaves(network.mask))) == round(45 * network.sparsity)
+    again = jaxlimit.load_assessment(out, problem.params).certified
+    for name in ("params", "mask"):
+        assert jax.tree.all(jax.tree.map(np.array_equal, getattr(again, name), getattr(network, name)))
+    page = (out / "report.html").read_text()
+    assert f"In certified.safetensors: the certified network of {network.sparsity:.4f}." in page
+    (out / "certified.safetensors").unlink()  # as in folders of before
+    assert jaxlimit.load_assessment(out, problem.params).certified is None
+    assert assess(problem, out=out, test_batches=problem.test_batches, error_rise=0.9).certified is None
+
+
 def test_a_network_of_ours_is_also_written_for_pytorch(problem, tmp_path, monkeypatch):
     """Oracle: the kernels transposed. Also where the folder is from before the model was given."""
     model = models.FullyConnected([6, 5, 3], rngs=nnx.Rngs(0))

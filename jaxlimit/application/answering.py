@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from jaxlimit.application import answers, pruned_files, run_folder
-from jaxlimit.application.answers import Cut, Networks
+from jaxlimit.application.answers import CertifiedNetwork, Cut, Networks
 from jaxlimit.application.assessment import Assessment
 from jaxlimit.application.ledger import Found, Performer, Stage
 from jaxlimit.application.question import Certifying, Question
 from jaxlimit.application.spectra import load_spectrum, save_spectrum
 from jaxlimit.core.terminal import Monitor
-from jaxlimit.core.trees import flatten, partition
+from jaxlimit.core.trees import PyTree, flatten, partition
 from jaxlimit.limits.dense_source import dense_fits
 from jaxlimit.limits.result import PruningLimit
 from jaxlimit.measuring.certificates import Certificate
@@ -21,6 +21,8 @@ from jaxlimit.models.torch_state import save_torch_state
 from jaxlimit.pruning.result import Attained
 
 NO_NETWORK = "no network within the tolerance was built."
+Certified = tuple[Certificate | None, CertifiedNetwork | None]
+"""A certificate, and the network that it is about."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,43 @@ class Answering:
         return run_folder.checkpoint_path(self.folder, stage) if self.kept else None
 
 
+@dataclass(frozen=True)
+class NetworkFiles:
+    """A pruned network in the folder of the answers; of a model of ours under PyTorch's names, too.
+
+    Attributes:
+        work: whose folder, and whose unpruned network.
+        name: of the file.
+        torch_name: of the other one.
+    """
+
+    work: Answering
+    name: str
+    torch_name: str
+
+    @property
+    def exist(self) -> bool:
+        """Folders of before have no certified network."""
+        return (self.work.folder / self.name).exists()
+
+    def save(self, params: PyTree, mask: PyTree) -> dict[str, str]:
+        """Writes them; the name of PyTorch's file, if there is one."""
+        pruned_files.save_pruned(self.work.folder / self.name, params, mask)
+        if self.work.question.model is None:
+            return {}
+        save_torch_state(self.work.question.model, self.work.folder / self.torch_name, params)
+        return {"torch": self.torch_name}
+
+    def load(self) -> tuple[PyTree, PyTree]:
+        """Parameters and mask. PyTorch's file is written where the model was not given before."""
+        folder, question = self.work.folder, self.work.question
+        like = partition(question.params, question.prunable)[0]
+        params, mask = pruned_files.load_pruned(folder / self.name, question.params, like)
+        if question.model is not None and not (folder / self.torch_name).exists():
+            save_torch_state(question.model, folder / self.torch_name, params)
+        return params, mask
+
+
 def answer(work: Answering, curvatures: Sequence[str], performer: Performer) -> Assessment:
     """All answers, from one stage after the other."""
     predicted = {name: performer.perform(limit_stage(work, name)).value for name in curvatures}
@@ -61,9 +100,9 @@ def with_networks(
 ) -> Assessment:
     """What is attained and certified, beside what is predicted and cut."""
     attained, error = performer.perform(attained_stage(work)).value
-    certificate = performer.perform(certified_stage(work)).value
+    certificate, network = performer.perform(certified_stage(work)).value
     reason = work.question.certifying if isinstance(work.question.certifying, str) else NO_NETWORK
-    return Assessment(predicted, cut, attained, certificate, "" if certificate else reason, error)
+    return Assessment(predicted, cut, attained, certificate, "" if certificate else reason, error, network)
 
 
 def limit_stage(work: Answering, name: str) -> Stage[Found[PruningLimit]]:
@@ -112,26 +151,19 @@ def cut_stage(work: Answering) -> Stage[Found[Cut]]:
 def attained_stage(work: Answering) -> Stage[Found[tuple[Attained, float | None]]]:
     """The sparsest network within the tolerance that is built, kept with its mask; and its test error."""
     question, checkpoint = work.question, work.checkpoint("attained")
-    path, torch_path = work.folder / run_folder.PRUNED, work.folder / run_folder.PRUNED_TORCH
+    files = NetworkFiles(work, run_folder.PRUNED, run_folder.PRUNED_TORCH)
 
     def compute() -> Found[tuple[Attained, float | None]]:
         attained = answers.attained(question, work.networks, checkpoint, work.monitor.update)
         error = answers.error_of(question, attained.pruned.params)
         part: dict[str, Any] = {"attained": attained.to_json(), "attained_error": error}
         if work.kept:
-            pruned_files.save_pruned(path, attained.pruned)
-            part["pruned"] = pruned_files.sizes(question.params, attained.pruned)
-            if question.model is not None:
-                save_torch_state(question.model, torch_path, attained.pruned.params)
-                part["pruned"]["torch"] = torch_path.name
+            torch = files.save(attained.pruned.params, attained.pruned.mask)
+            part["pruned"] = pruned_files.sizes(question.params, attained.pruned) | torch
         return Found((attained, error), part)
 
     def load(document: Mapping[str, Any]) -> Found[tuple[Attained, float | None]]:
-        like = partition(question.params, question.prunable)[0]
-        network = pruned_files.load_pruned(path, question.params, like)
-        if question.model is not None and not torch_path.exists():  # the model was not given before
-            save_torch_state(question.model, torch_path, network[0])
-        attained = Attained.from_json(document["attained"], *network)
+        attained = Attained.from_json(document["attained"], *files.load())
         return Found((attained, document["attained_error"]), {})
 
     return Stage(
@@ -145,20 +177,31 @@ def attained_stage(work: Answering) -> Stage[Found[tuple[Attained, float | None]
     )
 
 
-def certified_stage(work: Answering) -> Stage[Found[Certificate | None]]:
-    """How far the networks on the way to it are certified."""
+def certified_stage(work: Answering) -> Stage[Found[Certified]]:
+    """How far the networks on the way to it are certified, and the sparsest one that is."""
+    question = work.question
+    files = NetworkFiles(work, run_folder.CERTIFIED, run_folder.CERTIFIED_TORCH)
 
-    def compute() -> Found[Certificate | None]:
-        certificate = answers.certified(work.question, work.networks, work.monitor.update)
-        return Found(certificate, {"certificate": None if certificate is None else certificate.to_json()})
+    def compute() -> Found[Certified]:
+        certificate = answers.certified(question, work.networks, work.monitor.update)
+        network = answers.certified_network(question, work.networks, certificate)
+        part: dict[str, Any] = {"certificate": None if certificate is None else certificate.to_json()}
+        if work.kept and network is not None:
+            files.save(network.params, network.mask)
+            part["certified_file"] = files.name
+        return Found((certificate, network), part)
 
-    def load(document: Mapping[str, Any]) -> Found[Certificate | None]:
-        stored = document["certificate"]
-        return Found(None if stored is None else Certificate.from_json(stored), {})
+    def load(document: Mapping[str, Any]) -> Found[Certified]:
+        stored, network = document["certificate"], None
+        certificate = None if stored is None else Certificate.from_json(stored)
+        if certificate is not None and certificate.sparsity is not None and files.exist:
+            network = CertifiedNetwork(certificate.sparsity, *files.load())
+        return Found((certificate, network), {})
 
-    def told(found: Found[Certificate | None]) -> str:
-        none = found.value is None or found.value.sparsity is None
-        return "nothing" if none else f"sparsity {found.value.sparsity:.4f}"  # pyright: ignore
+    def told(found: Found[Certified]) -> str:
+        certificate, _ = found.value
+        sparsity = None if certificate is None else certificate.sparsity
+        return "nothing" if sparsity is None else f"sparsity {sparsity:.4f}"
 
     return Stage(
         "certified",

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -168,6 +169,21 @@ def _is_floating(path: tuple, leaf: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
+@dataclass(frozen=True, eq=False)
+class CertifiedNetwork:
+    """The sparsest network that is certified on new data.
+
+    Attributes:
+        sparsity: share of its weights that are gone.
+        params: as the unpruned ones, zero where weights are gone.
+        mask: bool pytree of the weights that may be pruned, None elsewhere; True where one is not 0.
+    """
+
+    sparsity: float
+    params: PyTree
+    mask: PyTree
+
+
 class Networks:
     """Networks of one shape in a folder, by their sparsity: of each the parameters that differ.
 
@@ -189,9 +205,13 @@ class Networks:
 
     def __iter__(self) -> Iterator[tuple[float, PyTree]]:
         """(sparsity, params) in rising sparsity, read one after the other."""
+        for name in sorted((path.stem for path in self._folder.glob("*.npz")), key=float):
+            yield float(name), self[float(name)]
+
+    def __getitem__(self, sparsity: float) -> PyTree:
+        """The parameters of that network."""
         with self._store() as store:
-            for name in sorted((path.stem for path in self._folder.glob("*.npz")), key=float):
-                yield float(name), combine(store.load_tree(name, self._like), self._rest)
+            return combine(store.load_tree(repr(float(sparsity)), self._like), self._rest)
 
     def _store(self) -> Checkpoint:
         return Checkpoint(self._folder, {"networks": "of the attained limit"})
@@ -221,6 +241,17 @@ def attained(question: Question, networks: Networks, checkpoint: Path | None, to
         on_network=networks.keep if isinstance(question.certifying, Certifying) else None,
         **question.selection,
     )
+
+
+def certified_network(
+    question: Question, networks: Networks, certificate: Certificate | None
+) -> CertifiedNetwork | None:
+    """The network that a certificate is about; None where nothing is certified."""
+    if certificate is None or certificate.sparsity is None:
+        return None
+    params = networks[certificate.sparsity]
+    mask = jax.tree.map(lambda w: w != 0, partition(params, question.prunable)[0])
+    return CertifiedNetwork(certificate.sparsity, params, mask)
 
 
 def certified(question: Question, networks: Networks, told: Told) -> Certificate | None:

@@ -5,6 +5,7 @@ limit.json            limits, cut, attained, certificate, versions, seconds; gro
 spectrum-NAME.npz     per curvature: spectral measure, delta(s) / D, limits against the loss tolerance
 pruned.safetensors    the attained network, and its masks
 pruned-torch.safetensors  the same network as a state dict of PyTorch, if it is one of `jaxlimit.models`
+certified.safetensors, certified-torch.safetensors  the sparsest network that is certified, likewise
 figures/, report.html
 """
 
@@ -145,7 +146,7 @@ def write_report(folder: Path, found: Assessment, document: Mapping[str, Any]) -
     text = page.render(
         title="How sparse can this network be pruned?",
         sentences=found.sentences,
-        tables=[table(found), pruned_table(document["pruned"])],
+        tables=[table(found), pruned_table(document["pruned"], *certified_notes(document))],
         captions=CAPTIONS,
         pictures=pictures,
         details=page.details(document),
@@ -175,8 +176,14 @@ def table(found: Assessment, notes: Sequence[str] = ()) -> page.Table:
     return page.Table("Predicted, attained, certified", COLUMNS, found.rows(), [*found.notes(), *notes])
 
 
-def pruned_table(sizes: Mapping[str, Any]) -> page.Table:
-    """What is left of the attained network, and how large it is."""
+def certified_notes(document: Mapping[str, Any]) -> list[str]:
+    """Where the certified network is; folders of before have none."""
+    name = document.get("certified_file")
+    return [f"In {name}: the certified network of {document['certificate']['sparsity']:.4f}."] if name else []
+
+
+def pruned_table(sizes: Mapping[str, Any], *notes_on_others: str) -> page.Table:
+    """What is left of the attained network, and how large it is; with notes on other networks."""
     rows = [(name, f"{share:.2%}") for name, share in sizes["kept_share"].items()]
     notes = [
         f"In {run_folder.PRUNED}: the network, and beside each pruned array NAME its mask, NAME.mask. All "
@@ -187,6 +194,7 @@ def pruned_table(sizes: Mapping[str, Any]) -> page.Table:
         notes.append(f"In {sizes['torch']}: the same network as a state dict of PyTorch.")
     if sizes["vanished"]:
         notes.append(f"Warning: nothing is left of {', '.join(sizes['vanished'])}.")
+    notes += notes_on_others
     return page.Table("The pruned network", ("", "kept"), [("Share of the weights kept", rows)], notes)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxlimit.application.answers import Cut
+from jaxlimit.application.answers import CertifiedNetwork, Cut
 from jaxlimit.core.display import Displayed, View, aligned, fill
 from jaxlimit.core.trees import PyTree
 from jaxlimit.limits.estimate import Estimate
@@ -41,6 +41,8 @@ class Assessment(Displayed):
             to be certified.
         not_certified: why there is no certificate; empty where there is one.
         attained_error: mean risk of the attained network on the test data, None where no risk is known.
+        certified: the sparsest network that is certified, with its parameters and its mask; None where
+            nothing is certified.
     """
 
     predicted: Mapping[str, PruningLimit]
@@ -49,6 +51,7 @@ class Assessment(Displayed):
     certificate: Certificate | None
     not_certified: str
     attained_error: float | None
+    certified: CertifiedNetwork | None = None
 
     @property
     def dense_error(self) -> float | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jaxlimit.application import pruned_files, run_folder
 from jaxlimit.application.answering import NO_NETWORK
+from jaxlimit.application.answers import CertifiedNetwork
 from jaxlimit.application.assessment import Assessment
 from jaxlimit.application.spectra import load_spectrum
 from jaxlimit.application.stage_answers import assessment_of
@@ -22,8 +23,8 @@ def load_assessment(
 
     Args:
         folder: of the results.
-        params: of the network before it was pruned, or any tree like it. None: the pruned network is left
-            out, `.attained.pruned.params` and `.mask` are None.
+        params: of the network before it was pruned, or any tree like it. None: the pruned networks are left
+            out, `.attained.pruned.params`, `.mask` and `.certified` are None.
         prunable: as it was for `assess`.
 
     Raises:
@@ -46,7 +47,14 @@ def load_assessment(
     like = partition(params, prunable)[0]
     network, mask = pruned_files.load_pruned(folder / run_folder.PRUNED, params, like)
     pruned = replace(found.attained.pruned, params=network, mask=mask)
-    return replace(found, attained=replace(found.attained, pruned=pruned))
+    found = replace(found, attained=replace(found.attained, pruned=pruned))
+    certificate, path = found.certificate, folder / run_folder.CERTIFIED
+    if (
+        certificate is None or certificate.sparsity is None or not path.exists()
+    ):  # folders of before have none
+        return found
+    network, mask = pruned_files.load_pruned(path, params, like)
+    return replace(found, certified=CertifiedNetwork(certificate.sparsity, network, mask))
 
 
 def _assessed(folder: Path) -> Assessment:

@@ -18,12 +18,12 @@ from jaxlimit.pruning.result import Pruned
 MASK = ".mask"
 
 
-def save_pruned(path: Path, pruned: Pruned) -> None:
-    """Writes the network and its masks as safetensors."""
+def save_pruned(path: Path, params: PyTree, mask: PyTree) -> None:
+    """Writes a network and its masks as safetensors."""
     from safetensors.numpy import save
 
-    masks = {f"{name}{MASK}": mask for name, mask in named_arrays(pruned.mask).items()}
-    write_file(path, save({**named_arrays(pruned.params), **masks}))
+    masks = {f"{name}{MASK}": mask for name, mask in named_arrays(mask).items()}
+    write_file(path, save({**named_arrays(params), **masks}))
 
 
 def load_pruned(path: Path, params: PyTree, mask_like: PyTree) -> tuple[PyTree, PyTree]:

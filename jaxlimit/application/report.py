@@ -130,7 +130,7 @@ def render(run: Record, pictures: Mapping[str, page.Picture]) -> str:
         sentences=assessment.sentences,
         tables=[
             assessed_folder.table(assessment, notes(document)),
-            assessed_folder.pruned_table(document["pruned"]),
+            assessed_folder.pruned_table(document["pruned"], *assessed_folder.certified_notes(document)),
         ],
         captions=CAPTIONS,
         pictures=pictures,

@@ -7,6 +7,7 @@
     curves.csv            one row a sparsity: loss and accuracy, measured without and with fine-tuning
     pruned.safetensors    the sparsest network that was attained, and its masks
     pruned-torch.safetensors  the same network as a state dict of PyTorch
+    certified.safetensors, certified-torch.safetensors  the sparsest network that is certified, likewise
     figures/, report.html
 
 A stage is entered in limit.json after its other files, so whatever limit.json names is there and whole.
@@ -28,13 +29,15 @@ from jaxlimit.core.writing import content_of, read_json, remove, write_json
 from jaxlimit.limits.estimate import LIMITS, Estimate
 from jaxlimit.training.losses import CURVATURES
 
-CONFIG, LIMIT, CURVES, MODEL, PRUNED, PRUNED_TORCH, REPORT = (
+CONFIG, LIMIT, CURVES, MODEL, PRUNED, PRUNED_TORCH, CERTIFIED, CERTIFIED_TORCH, REPORT = (
     "config.json",
     "limit.json",
     "curves.csv",
     "weights.safetensors",
     "pruned.safetensors",
     "pruned-torch.safetensors",
+    "certified.safetensors",
+    "certified-torch.safetensors",
     "report.html",
 )
 FIGURES = "figures"
@@ -150,7 +153,7 @@ def prepare_folder(folder: Path, config: Mapping[str, Any], *, overwrite: bool) 
 
 def _remove_run(folder: Path) -> None:
     # limit.json first: without it no stage counts as done, so an interrupt here leaves nothing misleading.
-    for name in (LIMIT, REPORT, CURVES, MODEL, PRUNED, PRUNED_TORCH):
+    for name in (LIMIT, REPORT, CURVES, MODEL, PRUNED, PRUNED_TORCH, CERTIFIED, CERTIFIED_TORCH):
         remove(folder / name)
     for stage in ("training", *CURVATURES, "finetuned", "attained", "networks"):
         remove(checkpoint_path(folder, stage))
