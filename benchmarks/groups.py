@@ -49,6 +49,7 @@ from jaxlimit.geometry.magnitude import MagnitudeOrder, magnitude_order
 from jaxlimit.limits.estimate import LIMITS
 from jaxlimit.measuring.certificates import certify
 from jaxlimit.measuring.risks import paired
+from jaxlimit.pruning.trust_region import DEFAULT, Settings
 
 STAGES = ("masks", "limits", "rounding", "lasso", "speed", "report")
 # Examples of the masks' losses.
@@ -67,6 +68,7 @@ class Asked(NamedTuple):
         max_products: of the search.
         error_rise: what is certified. 359 test images cannot certify two points, even of no mistakes; of
             minilm, the share of sentences whose embedding turns.
+        settings: of the search.
     """
 
     num_examples: int
@@ -76,16 +78,20 @@ class Asked(NamedTuple):
     max_matvecs: int = 60
     max_products: float = 60.0
     error_rise: float = 0.01
+    settings: Settings = DEFAULT
 
+
+# A step of one batch takes the whole of its curvature.
+SMALL_STEPS = Settings(step_products=8, stage_share=0.9)
 
 ASKED = {
     "digits": Asked(1_438, 359, "hessian", LIMITS, 10_000, 4_000.0, 0.03),
     "fc2": Asked(2_048, 4_000, which=LIMITS, max_matvecs=4_000, max_products=1_500.0),
     "lenet": Asked(256, 4_000, which=("one_shot", "readjusted")),
     "resnet18-8": Asked(512, 4_000),
-    "resnet20": Asked(512, 2_000, max_products=20.0),
-    "minilm-attention": Asked(64, 1_000, max_products=80.0, error_rise=0.05),
-    "minilm-inner": Asked(64, 1_000, max_products=80.0, error_rise=0.05),
+    "resnet20": Asked(512, 2_000, max_products=40.0, settings=Settings(stage_share=0.9)),
+    "minilm-attention": Asked(64, 1_000, max_products=80.0, error_rise=0.05, settings=SMALL_STEPS),
+    "minilm-inner": Asked(64, 1_000, max_products=80.0, error_rise=0.05, settings=SMALL_STEPS),
 }
 NUM_MASKS = 50
 # Searches of the stage `rounding`, and how far the weights that they begin with differ, relative to them.
@@ -186,6 +192,8 @@ def searched(asked: Asked, network: Network, groups: Any, **keywords: Any) -> ja
         prunable=network.prunable,
         groups=groups,
         unpruned=False,
+        settings=asked.settings,
+        statistics_fn=network.statistics,
         **keywords,
     )
 
@@ -217,7 +225,7 @@ def pattern_of(asked: Asked, network: Network, n: int, m: int) -> dict[str, Any]
     found: dict[str, Any] = {"predicted": vars(predicted), "loss_tolerance": network.tolerance}
     found["certified_cut"] = certified(asked, network, of_cut)
     keywords: dict[str, Any] = {"mask": mask, "prunable": network.prunable}
-    keywords["max_products"] = min(asked.max_products, 100.0)
+    keywords |= {"max_products": min(asked.max_products, 100.0), "statistics_fn": network.statistics}
     pruned = jaxlimit.prune(*network.problem, **keywords)
     return found | {
         "readjusted_rise": pruned.loss - curvature.loss,
@@ -232,7 +240,7 @@ def limits(name: str, asked: Asked, network: Network, folder: Path) -> None:
         common.step(folder / f"limit {kind}.json", partial(limit_of, asked, network, groups))
     for kind, groups in kinds.items():
         common.step(folder / f"built {kind}.json", partial(built_of, asked, network, groups))
-    for n, m in PATTERNS:
+    for n, m in PATTERNS if network.model is None else ():
         common.step(folder / f"pattern {n}-{m}.json", partial(pattern_of, asked, network, n, m))
 
 

@@ -35,6 +35,8 @@ BATCH = 128
 NUM_TRAINED, EPOCHS = 10_000, 5
 # Of the embedding of a sentence with that of the unpruned network.
 NEAR = 0.95
+# Images of resnet20 from which the statistics of its batch norm are taken anew after every cut.
+NUM_NORMED = 512
 # Examples of the loss tolerance, where the others are fewer.
 LEAST_SPREAD = {"resnet18-8": 1_024, "resnet20": 1_024}
 
@@ -67,6 +69,7 @@ class Network:
         output_loss: of outputs and a batch.
         error: of outputs and a batch, for each example.
         prunable: as for `hessian`.
+        statistics: takes those of batch norm anew, as for `prune`; None: they are held.
         model: the network of jaxlimit.models whose units are known by its architecture alone.
     """
 
@@ -78,6 +81,7 @@ class Network:
     output_loss: Callable[[jax.Array, Any], jax.Array] = cross_entropy_of
     error: Callable[[jax.Array, Any], jax.Array] = misclassified
     prunable: Callable[[Any, Any], bool] = is_kernel
+    statistics: Callable[[PyTree], PyTree] | None = None
     model: Any = None
 
     def outputs(self, params: PyTree, batch: PyTree) -> jax.Array:
@@ -188,7 +192,10 @@ def _resnet18_8(folder: Path) -> Network:
 
 def _resnet20(folder: Path) -> Network:
     found = published_networks.resnet20()
-    return Network(found.predict, found.params, found.train, found.test, prunable=found.prunable)
+    images = jnp.asarray(found.train[0][:NUM_NORMED])
+    anew = published_networks.corrected_statistics(found.params, images)
+    params, prunable = found.params, found.prunable
+    return Network(found.predict, params, found.train, found.test, prunable=prunable, statistics=anew)
 
 
 def _minilm(parts: tuple[str, ...], _: Path) -> Network:

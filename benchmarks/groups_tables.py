@@ -17,6 +17,14 @@ NETWORKS = ("digits", "fc2", "lenet", "resnet18-8", "resnet20", "minilm-attentio
 # Accuracy of the limits that Gauss-Newton predicts.
 WANTED = 0.01
 KINDS = ("magnitude", "random", "channels", "N:M")
+BECOMES = {
+    "single weights": "no smaller and no faster, but for storage",
+    "blocks of 4x4": "faster with kernels for blocks; none are used here",
+    "input channels": "smaller where a channel is gone from every reader",
+    "output channels": "smaller where a channel is gone from every maker",
+    "heads": "smaller and faster, by `shrink`",
+    "units": "smaller and faster, by `shrink`",
+}
 # The real rise in units of eps: bins in which predictions are judged.
 EDGES = (0.1, 1.0, 10.0, 100.0, np.inf)
 
@@ -32,6 +40,7 @@ def report(work: Path) -> None:
         "groups", {"command": COMMAND, "masks": masks, "limits": limits, "lasso": lasso, "speed": quick}
     )
     common.write_table("groups_masks", masks_table(masks))
+    common.write_table("groups_answer", answer_table(limits))
     common.write_table("groups_limits", limits_table(limits))
     common.write_table("groups_patterns", patterns_table(limits))
     common.write_table("groups_lasso", lasso_table(lasso))
@@ -59,25 +68,47 @@ def _limits(folder: Path) -> dict[str, Any]:
 
 def masks_table(found: dict[str, Any]) -> str:
     """Predicted over real rise, by the real rise: median, and the middle half."""
-    heads = ["network, masks", *[f"{a:g} to {b:g} eps" for a, b in pairwise(EDGES)], "right about eps"]
+    heads = ["network", *[f"{a:g} to {b:g} eps" for a, b in pairwise(EDGES)], "right about eps"]
     rows = []
     for network, result in found.items():
-        for kind in KINDS:
-            of_kind = [x for x in result["masks"] if x["kind"] == kind]
-            rises, increases = (
-                np.array([x[name] for x in of_kind]) / result["loss_tolerance"]
-                for name in ("rise", "increase")
-            )
-            ratios = np.divide(increases, rises, out=np.zeros(len(rises)), where=rises > 0)
-            cells = []
-            for low, high in pairwise(EDGES):
-                inside = ratios[(rises > low) & (rises <= high)]
-                quartiles = np.percentile(inside, [50, 25, 75]) if inside.size else []
-                text = "{:.2f} [{:.2f}, {:.2f}]".format(*quartiles) if inside.size else "-"
-                cells.append(f"{text} ({inside.size})" if inside.size else text)
-            right = int(np.sum((rises <= 1) == (increases <= 1)))
-            rows.append([f"{network}, {kind}", *cells, f"{right} of {len(of_kind)}"])
+        rises, increases = (
+            np.array([x[name] for x in result["masks"]]) / result["loss_tolerance"]
+            for name in ("rise", "increase")
+        )
+        cells = []
+        for low, high in pairwise(EDGES):
+            inside = (rises > low) & (rises <= high)
+            quartiles = np.percentile(increases[inside] / rises[inside], [50, 25, 75]) if inside.any() else []
+            cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*quartiles) if inside.any() else "-")
+            cells[-1] += f" ({inside.sum()})" if inside.any() else ""
+        right = int(np.sum((rises <= 1) == (increases <= 1)))
+        rows.append([network, *cells, f"{right} of {len(rises)}"])
     return common.markdown(heads, rows)
+
+
+def answer_table(found: dict[str, Any]) -> str:
+    """Of each kind of groups the lowest and the highest sparsity of the networks that were asked."""
+    rows = []
+    for kind, what in BECOMES.items():
+        results = [kinds[kind] for kinds in found.values() if kind in kinds]
+        one_shot = [x["predicted"]["one_shot"]["value"] for x in results]
+        attained = [x["attained"]["sparsity"] for x in results if "attained" in x]
+        proven = [_proven(x) for x in results if "attained" in x]
+        if results:
+            cells = [_range(values) for values in (one_shot, attained, proven)]
+            rows.append([kind, str(len(results)), *cells, what])
+    heads = ["what goes together", "networks", "one_shot", "attained", "certified", "the network becomes"]
+    return common.markdown(heads, rows)
+
+
+def _proven(result: dict[str, Any]) -> float:
+    """The sparsest network that was certified, cut or on the way."""
+    found = [result[name] or {} for name in ("certified_cut", "certified")]
+    return max(x.get("sparsity") or 0.0 for x in found)
+
+
+def _range(values: list[float]) -> str:
+    return f"{min(values):.2f} to {max(values):.2f}" if values else "-"
 
 
 def limits_table(found: dict[str, Any]) -> str:

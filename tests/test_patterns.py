@@ -202,15 +202,14 @@ def test_the_first_example_of_the_documentation_runs(capsys):
 
 @pytest.mark.slow
 def test_the_other_examples_of_the_documentation_run(capsys, monkeypatch):
-    """The one that goes on with the first network, and the one with Flax, on a narrower network."""
-    bare, with_flax, coupled, smaller = EXAMPLES
+    """In the order of the page, the one with Flax on a narrower network."""
+    bare, coupled, with_flax, smaller = EXAMPLES
     names = {}
     run_example(bare, names)
     capsys.readouterr()
     run_example(coupled, names)
     assert re.fullmatch(r"32 units, one_shot .*\n0\.5 16 units are left\n", capsys.readouterr().out)
     monkeypatch.setattr(models, "digits_net", lambda *, rngs: models.FullyConnected([64, 4, 10], rngs=rngs))
-    names = {}
     run_example(with_flax, names)
     assert "(296 weights in 68 groups, 1,438 examples)" in " ".join(capsys.readouterr().out.split())
     run_example(smaller, names)
