@@ -36,6 +36,7 @@ NETWORKS = {
     "padded": (lambda rngs: convolutional(False, 1, rngs), IMAGES),
     "batch norm": (lambda rngs: convolutional(True, 1, rngs), IMAGES),
     "resnet": (lambda rngs: models.ResNet(18, 3, width=4, image_shape=(8, 8, 2), rngs=rngs), (5, 8, 8, 2)),
+    "vgg16": (lambda rngs: models.VGG(16, rngs=rngs), (1, 32, 32, 3)),
     "sequential": (sequential, IMAGES),
     "encoder": (encoder, None),
 }
@@ -62,12 +63,17 @@ def random_units(model, weights, share, rng):
     return jax.tree.map(lambda x: ~gone[x], labels)
 
 
-LONG = ("resnet", "encoder", "convolutions")  # to compile, operation by operation
+LONG = ("resnet", "encoder", "convolutions", "vgg16")  # to compile, operation by operation
+SMALL = ("encoder", 0.9)  # soon compiled, for little is left
 UNITS = [
-    pytest.param(name, share, marks=[pytest.mark.slow] if share > 0.5 or name in LONG else [])
+    pytest.param(
+        name,
+        share,
+        marks=[pytest.mark.slow] if (share > 0.5 or name in LONG) and (name, share) != SMALL else [],
+    )
     for name in NETWORKS
     if name != "sequential"
-    for share in (0.5, 0.9)
+    for share in ((0.5,) if name == "vgg16" else (0.5, 0.9))
 ]
 
 
@@ -93,7 +99,7 @@ def test_outputs_stay_where_units_go(name, share):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=[pytest.mark.slow] if x in LONG else []) for x in NETWORKS]
+    "name", [pytest.param(x, marks=[pytest.mark.slow] if x in LONG else []) for x in NETWORKS if x != "vgg16"]
 )
 def test_outputs_stay_where_nothing_or_everything_goes(name):
     model, inputs = made(name, 2)
