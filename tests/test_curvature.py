@@ -400,9 +400,9 @@ def test_dense_matrix_from_blocks(block_size, x64):
         )
         shapes.append(rows.shape)
         product = rows @ matrix
-        return {"a": product[:, :6].reshape(-1, 2, 3), "b": product[:, 6:]}
+        return {"a": product[:, :6].reshape(-1, 2, 3), "b": product[:, 6:], "empty": vectors["empty"]}
 
-    like = {"a": jnp.zeros((2, 3)), "b": jnp.zeros(4)}
+    like = {"a": jnp.zeros((2, 3)), "b": jnp.zeros(4), "empty": jnp.zeros((0, 3))}
     np.testing.assert_allclose(dense_matrix(matmat, like, block_size), matrix, rtol=1e-14)
     assert set(shapes) == {(min(block_size, 10), 10)}  # one shape: one compilation
 

@@ -1,5 +1,6 @@
 """A matrix of which only products are known, written out: for small networks, and for tests."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -33,7 +34,9 @@ def dense_matrix(
         first = max(0, min(start, dim - block_size))
         rows = np.arange(first, min(first + block_size, dim))
         product = jax.tree.leaves(matmat(unit_vectors(rows, like)))
-        matrix[rows] = np.concatenate([to_host(x).reshape(len(rows), -1) for x in product], 1)
+        matrix[rows] = np.concatenate(
+            [to_host(x).reshape(len(rows), math.prod(x.shape[1:])) for x in product], 1
+        )
         if not np.all(np.isfinite(matrix[rows])):
             raise FloatingPointError(
                 "a product with the curvature is not finite: look for overflow in the loss."
@@ -53,5 +56,5 @@ def unit_vectors(indices: NDArray[np.integer], like: PyTree) -> PyTree:
     ends = np.cumsum([x.size for x in leaves])
     parts = np.split(indices[:, None] == np.arange(ends[-1]), ends[:-1], 1)
     return structure.unflatten(
-        [part.reshape(-1, *x.shape).astype(x.dtype) for part, x in zip(parts, leaves, strict=True)]
+        [part.reshape(len(indices), *x.shape).astype(x.dtype) for part, x in zip(parts, leaves, strict=True)]
     )

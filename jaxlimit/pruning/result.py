@@ -12,12 +12,13 @@ import numpy as np
 from jaxlimit.core.display import Displayed, View, few
 from jaxlimit.core.terminal import Shown
 from jaxlimit.core.trees import PyTree
+from jaxlimit.limits.status import counted
 
 
 def kept_share(mask: PyTree) -> dict[str, float]:
-    """Share of the weights that is kept in each array of a mask, by its name."""
+    """Share of the weights that is kept in each array of a mask, by its name; all of an empty one."""
     leaves = jax.tree_util.tree_leaves_with_path(mask)
-    return {jax.tree_util.keystr(path): float(np.mean(np.asarray(x))) for path, x in leaves}
+    return {jax.tree_util.keystr(path): float(np.mean(x)) if np.size(x) else 1.0 for path, x in leaves}
 
 
 class Ending(enum.StrEnum):
@@ -180,7 +181,7 @@ class Attained(Displayed):
             (f"{s:.4f}", f"{loss:.4g}", "within" if loss <= most else "beyond")
             for s, loss in sorted(self.tried)
         ]
-        notes = [f"{len(self.tried)} networks, {self.num_products:.1f} products with all the data"]
+        notes = [f"{counted(len(self.tried), 'network')}, {self.num_products:.1f} products with all the data"]
         if self.unpruned_loss is not None:
             notes.append(f"loss without pruning and the same number of products: {self.unpruned_loss:.4g}")
         return View(title, ("built", "loss", ""), few(rows), [*notes, f"status: {self.status}"])
