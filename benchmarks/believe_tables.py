@@ -59,7 +59,8 @@ DRAWN = (*SHOWN[:2], "near zero, .01", "effective number", *SHOWN[2:], "H+ width
 def summary(cases: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Of each prediction: its cost and its errors against what it is about, over all networks and kinds."""
     cases = {
-        name: case | {"predicted": case["predicted"] | _medians(cases, name)} for name, case in cases.items()
+        name: {**case, "predicted": {**case["predicted"], **_medians(cases, name)}}
+        for name, case in cases.items()
     }
     rows = []
     for name, about in SAID.items():

@@ -54,3 +54,9 @@ def test_every_page_says_what_it_is_for_and_where_to_go_next(page):
     assert lines[0].startswith("# ")
     assert re.match(r"[\w`*]", lines[2]), "after the title a sentence, before any table, code or heading"
     assert lines[-1].startswith("Next: [") or "\nNext: [" in "\n".join(lines[-3:])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_formulas_are_plain_text(page):
+    """Neither the site nor a repository's web view sets this kind of formula."""
+    assert not re.search(r"\\[(\[]|\\(?:frac|sum|mu|lambda)\b", PAGES[page].read_text())
