@@ -33,8 +33,8 @@ from jaxlimit.spectrum.measure import SpectralMeasure, spectral_measure
 from jaxlimit.spectrum.tridiagonal import Tridiagonal
 
 if TYPE_CHECKING:
-    from jaxlimit.application.assess import assess
     from jaxlimit.application.answers import CertifiedNetwork
+    from jaxlimit.application.assess import assess
     from jaxlimit.application.assessment import Assessment
     from jaxlimit.application.loading import load_assessment
     from jaxlimit.pruning.shrink import Shrunk, shrink
