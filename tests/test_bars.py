@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -77,22 +78,37 @@ def test_a_line_for_each_stage_and_the_same_result(name, capsys):
         CALLS[name](progress="bar")
 
 
-@pytest.mark.parametrize(
-    ("notebook", "missing", "monitor"),
-    [
-        (False, "", Bars),
-        (False, "rich", Lines),
-        (True, "", Bars),
-        (True, "ipywidgets", Lines),
-    ],
-)
-def test_bars_where_they_can_be_drawn(monkeypatch, notebook, missing, monitor):
-    """On a terminal and in a notebook, unless what draws them there is not installed."""
-    console = pytest.importorskip("rich.console")
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: not notebook)
-    monkeypatch.setattr(console, "_is_jupyter", lambda: notebook)
+@pytest.mark.parametrize(("missing", "monitor"), [("", Bars), ("rich", Lines)])
+def test_bars_on_a_terminal_where_they_can_be_drawn(monkeypatch, missing, monitor):
+    pytest.importorskip("rich")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr(terminal.importlib.util, "find_spec", lambda name: None if name == missing else name)
     assert isinstance(make_monitor(Interrupt()), monitor)
+
+
+def test_a_bar_in_a_notebook_is_shown_once_and_moved(monkeypatch):
+    """By a real IPython: its kernel and its display alone are by hand."""
+    IPython = pytest.importorskip("IPython")
+    shown, moved = [], []
+    handle = SimpleNamespace(update=lambda content, raw: moved.append(content))
+    monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(kernel=object()))
+    monkeypatch.setattr(IPython.display, "display", lambda content, **_: (shown.append(content), handle)[1])
+    monkeypatch.setattr(terminal, "MOVED", -1.0)
+
+    @takes_bar(lambda done: Shown("products <H v>", done, 1000, "spread .1"))
+    def work(*, progress=None):
+        progress(1)
+        progress(7)
+
+    work(progress=True)
+    assert [content["text/html"].count("<progress") for content in (*shown, *moved)] == [1, 1, 1, 1]
+    assert "products &lt;H v&gt;" in shown[0]["text/html"]
+    assert 'value="1" max="1000"' in moved[0]["text/html"]
+    assert moved[1]["text/plain"].endswith("7 of 1,000 spread .1")
+    assert 'value="7" max="7"' in moved[2]["text/html"]
+    monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace())  # a shell on a terminal
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    assert isinstance(make_monitor(Interrupt()), Lines)
 
 
 def test_a_bar_ends_where_an_error_ends_the_work(monkeypatch):

@@ -1,6 +1,7 @@
 """Progress on the screen: of a run, stage by stage, and of a function that is called with `progress=True`."""
 
 import functools
+import html
 import importlib.util
 import sys
 import time
@@ -9,8 +10,9 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from jaxlimit.core.interrupt import Interrupt
 
-# Seconds between two lines on the progress of a stage, where there is no terminal to show a bar.
-QUIET = 60.0
+# Seconds between two lines on the progress of a stage, where there is no terminal to show a bar; and between
+# two moves of a bar in a notebook.
+QUIET, MOVED = 60.0, 0.2
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
@@ -40,20 +42,19 @@ class Monitor(Protocol):
         ...
 
 
-def make_monitor(interrupt: Interrupt) -> "Bars | Lines":
-    """Bars on a terminal or in a notebook, where rich can draw them; else lines. Both on standard error."""
-    return Bars(interrupt) if _draws() else Lines(interrupt)
+def make_monitor(interrupt: Interrupt) -> "Bars | Cells | Lines":
+    """Bars in a notebook; on standard error bars on a terminal where rich can draw them, else lines."""
+    if _in_notebook():
+        return Cells(interrupt)
+    if importlib.util.find_spec("rich") is not None and sys.stderr.isatty():
+        return Bars(interrupt)
+    return Lines(interrupt)
 
 
-def _draws() -> bool:
-    if importlib.util.find_spec("rich") is None:
-        return False
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if console.is_jupyter:  # whose bars are widgets
-        return importlib.util.find_spec("ipywidgets") is not None
-    return sys.stderr.isatty()
+def _in_notebook() -> bool:
+    """Whether IPython runs this as the kernel of a notebook, not as a shell on a terminal."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return getattr(shell, "kernel", None) is not None
 
 
 def takes_bar(
@@ -175,6 +176,50 @@ class Lines:
     def _print(self, note: str) -> None:
         seconds = time.perf_counter() - self._start
         print(f"{self._title:<20}{seconds:8.1f} s  {note}", file=sys.stderr, flush=True)
+
+
+class Cells:
+    """Progress in a notebook: a bar for each stage below the cell, in the page's own HTML."""
+
+    def __init__(self, interrupt: Interrupt):
+        self._interrupt, self._title, self._done, self._total = interrupt, "", 0, 0
+        self._handle: Any = None
+        self._start = self._last = time.perf_counter()
+
+    def __enter__(self) -> "Cells":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def start(self, title: str, total: int) -> None:
+        """Adds a bar."""
+        from IPython.display import display
+
+        self._title, self._done, self._total = title, 0, total
+        self._start = self._last = time.perf_counter()
+        self._handle = display(self._shown(0, ""), raw=True, display_id=True)
+
+    def update(self, done: int, note: str = "") -> None:
+        """Moves the bar, a few times a second at most."""
+        self._interrupt.check()
+        self._done = done
+        if time.perf_counter() - self._last > MOVED:
+            self._last = time.perf_counter()
+            self._handle.update(self._shown(done, note), raw=True)
+
+    def finish(self, note: str) -> None:
+        """Fills the bar: what was done is all, and took so many seconds."""
+        self._interrupt.check()
+        self._total = max(self._done, 1)
+        seconds = f"in {time.perf_counter() - self._start:.1f} s  {note}"
+        self._handle.update(self._shown(self._total, seconds), raw=True)
+
+    def _shown(self, done: int, note: str) -> dict[str, str]:
+        counted = f"{done:,} of {self._total:,} {note}"
+        bar = f'<progress value="{done}" max="{max(self._total, 1)}"></progress>'
+        told = f"<code>{html.escape(self._title)}</code> {bar} {html.escape(counted)}"
+        return {"text/html": told, "text/plain": f"{self._title:<20}{counted}"}
 
 
 class Bars:
