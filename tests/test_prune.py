@@ -516,11 +516,16 @@ def test_a_step_that_was_cut_short_ends_no_network(regression, monkeypatch, dist
     assert found.sparsity == sparsity
 
 
-@pytest.mark.parametrize("labels", [None, np.arange(12)[:, None] // 2], ids=["weights", "pairs"])
-def test_a_network_that_failed_is_tried_again_from_the_one_beside_it(regression, monkeypatch, labels):
-    """What can be reached at once is one weight more, or one pair, and never more than 8 of 12."""
+@pytest.mark.parametrize(
+    ("labels", "most", "share", "first"),
+    [(None, 1, 0.8, [2, 1, 2]), (np.arange(12)[:, None] // 2, 2, 0.8, [2]), (None, 4, 0.34, [7, 3, 7])],
+    ids=["weights", "pairs", "large stages"],
+)
+def test_a_network_that_failed_is_tried_again_from_nearer_ones(
+    regression, monkeypatch, labels, most, share, first
+):
+    """So many weights can be reached at once, and never more than 8 of 12."""
     weights, arrays = regression
-    most = 1 if labels is None else 2
 
     def cut(problem, point, mask):
         before, after = np.sum(point.weights == 0), np.sum(~np.asarray(mask))
@@ -533,11 +538,14 @@ def test_a_network_that_failed_is_tried_again_from_the_one_beside_it(regression,
     monkeypatch.setattr(Readjustable, "cut", cut)
     monkeypatch.setattr(Readjustable, "step", step)
     keywords = {"loss_tolerance": 0.1, "tolerance": 0.01, "groups": labels, "unpruned": False}
-    found = attained_limit(linear, squared_error, weights, [arrays], **keywords)
+    settings = Settings(stage_share=share)
+    found = attained_limit(linear, squared_error, weights, [arrays], settings=settings, **keywords)
+    assert [round(12 * sparsity) for sparsity, _ in found.tried][: len(first)] == first
     assert found.sparsity == 8 / 12
     assert found.code is Ending.BRACKETED
-    assert found.tried[-1] == ((8 + most) / 12, 9.0)
-    assert f"at {(8 + most) / 12:.4f} the loss did not come" in found.status
+    beyond = 10 if labels is not None else 9
+    assert found.tried[-1] == (beyond / 12, 9.0)
+    assert f"at {beyond / 12:.4f} the loss did not come" in found.status
 
 
 def test_an_interrupted_search_goes_on_to_the_same_bits(network, tmp_path):

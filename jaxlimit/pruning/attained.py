@@ -81,7 +81,7 @@ def attained_limit(
 
     Networks are built one from the other at rising sparsities, as in `prune`, until one does not come down
     to L* + eps within `max_steps` steps; the sparsity between it and the best one is bisected. The one that
-    failed is tried again from the network beside it, for which it is a smaller step, and if it comes within
+    failed is tried again from networks nearer to it, for which it is a smaller step, and if it comes within
     the tolerance, the walk goes on. A network is given up as soon as steps like its last one would not
     suffice.
 
@@ -192,7 +192,8 @@ def _target(problem: Readjustable, state: _State, tolerance: float) -> int | Non
     """How many weights go next: on the path while no network failed, else between; None at the end.
 
     Whether a network comes within the tolerance depends on the one that it is made from, and where they lie
-    far apart, on rounding. So the one that failed is tried again from the best one, once that is next to it.
+    far apart, on rounding. So the one that failed is tried again from the first one that is found on the way
+    to it, and once more from the best one that is next to it.
     """
     if state.num_steps > 0:  # not done with this one
         return int(state.num_removed)
@@ -203,7 +204,10 @@ def _target(problem: Readjustable, state: _State, tolerance: float) -> int | Non
     if failed > dim:  # to within the tolerance of 1 it is still a long way
         wanted = path(dim, dim, problem.settings.stage_share, best)[0]
         return problem.reachable(weights, wanted, best, failed)
-    if failed - best > max(1, tolerance * dim):
+    failures = np.sum(
+        np.round(state.tried[:, 0] * dim) == failed
+    )  # had it succeeded, it would be the best one
+    if failed - best > max(1, tolerance * dim) and (failed_from == best or failures > 1):
         between = problem.reachable(weights, (best + failed) // 2, best, failed)
         if between is not None:
             return between
