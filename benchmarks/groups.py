@@ -137,7 +137,7 @@ def granularities(name: str, network: Network) -> dict[str, Any]:
     if network.model is not None:  # attention cannot be traced
         weights, _ = partition(network.params, network.prunable)
         units = "heads" if name == "minilm-attention" else "units"
-        return {"single weights": None, units: models.unit_labels(network.model, weights)}
+        return {units: models.unit_labels(network.model, weights), "single weights": None}
     found: dict[str, Any] = {"single weights": None, "blocks of 4x4": ("blocks", (4, 4))}
     if name in ("digits", "fc2"):
         found |= {"output channels": "output_channels", "input channels": "input_channels"}
