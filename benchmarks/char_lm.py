@@ -10,7 +10,7 @@ weight that most presets have; the rest of the text is test data.
 
 The loss that is predicted and measured is the mean cross entropy, in nats a character, over 64 training
 sequences, evenly spread: the same for limits, sweeps and fine-tuning. It may rise by .05 nats (.07 bits).
-Pruned are all kernels, or those of a group while everything else stays. Network, L1 term and tolerance were
+All kernels are pruned, or those of a group while everything else stays. Network, L1 term and tolerance were
 fixed before any limit was computed; the budget of products was then raised from 160 to 400.
 
 DIR holds a folder for each network, with its weights, a file for each step that is done, and the checkpoints

@@ -9,8 +9,8 @@ weights, so that the gradient vanishes there and the Hessian is the Gauss-Newton
 mean cosines of .99, .95 and .90.
 
 The sentences are those of Python's language reference, which comes with it (`pydoc_data.topics`), of 8 to 16
-tokens: 64, evenly spread, for the loss, and the others to see whether that matters. Pruned are the kernels
-of the encoder, whole and by group, or the embedding tables, the others fixed.
+tokens: 64, evenly spread, for the loss, and the others to see whether that matters. The kernels of the
+encoder are pruned, whole and by group, or the embedding tables; the others stay fixed.
 
 DIR holds a file for each step that is done, and the checkpoints of the limits. An interrupted run goes on
 there. The package's weights are under Apache-2.0; nothing is unpickled and nothing is downloaded.
