@@ -141,15 +141,17 @@ def dense_fits(dim: int, num_products: float = np.inf) -> bool:
 def dense_is_cheaper(dim: int, which: Sequence[str], tolerance: float, semidefinite: bool) -> bool:
     """Whether D products are fewer than the limits are bound to take without the matrix.
 
-    readjusted of a Hessian rests on the matrix, so nothing is saved. Width and cone need 2 / (D tolerance^2)
-    probes to be sure of the tolerance, for that is the variance which a probe may have, and `PROBE_STEPS`
-    products each: more than D for all D <= 5,000 at the default tolerance of .001.
+    readjusted of a Hessian rests on the matrix, so nothing is saved. Width and cone are means over all
+    eigenvalues of values in [0, 1], whose variance is at most 1/4, so that of a probe is 1 / (2 D) at most
+    (see `jaxlimit.spectrum.measure`). Then 1 / (2 D tolerance^2) probes are sure of the tolerance, at
+    `PROBE_STEPS` products each: more than D for all D <= 5,000 at the default tolerance of .001. Real
+    spectra take fewer; the matrix is chosen where that is not sure, for it is exact.
     """
     if set(which) == {"one_shot"}:
         return dim <= ONE_SHOT_PRODUCTS
     if "readjusted" in which and (not semidefinite or {"width", "cone"}.isdisjoint(which)):
         return True
-    return dim <= PROBE_STEPS * np.ceil(2 / (dim * tolerance**2))
+    return dim <= PROBE_STEPS * np.ceil(1 / (2 * dim * tolerance**2))
 
 
 def dense_source(problem: Problem, budget: Budget) -> DenseSource:
