@@ -116,6 +116,7 @@ def _row(
         "loss_tolerance": found.attained.loss_tolerance,
         "dense_error": found.dense_error,
         "attained_error": found.attained_error,
+        "attained_code": found.attained.code,
         "unpruned_loss": found.attained.unpruned_loss,
         "dense_loss": found.attained.dense_loss,
         "measured": {

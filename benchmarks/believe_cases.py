@@ -33,6 +33,8 @@ BATCH_SIZE = 128
 GAUSS_NEWTON = ("gauss_newton",)
 # Products a curvature of the networks beyond 100,000 weights, as in predicted_vs_measured.json.
 MAX_MATVECS = {"fc5-mnist": 1_000, "lenet-cifar10": 1_000}
+# Products of the search for what can be attained, where they cost nothing.
+MAX_PRODUCTS = {"digits": 10_000}
 # Training examples behind the loss of published networks; test examples, as many as there are.
 EXAMPLES = {"mlpnet": 10_000, "resnet20": 256, "keras-cnn": 256}
 
@@ -106,6 +108,7 @@ def trained(case: Case, work: Path) -> Subject:
         problem.test_batches,
         seed=case.seed,
         max_matvecs=MAX_MATVECS.get(case.preset.name, 10_000),
+        max_products=MAX_PRODUCTS.get(case.preset.name, 1_000),
     )
 
 

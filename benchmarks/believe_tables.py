@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxlimit.limits.estimate import LIMITS
 from jaxlimit.plots.assessments import last_sparsity, opened_axis
+from jaxlimit.pruning.result import Ending
 
 NAME = "believe"
 SHORT = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton"}
@@ -56,6 +57,12 @@ SHOWN = (
 DRAWN = (*SHOWN[:2], "near zero, .01", "effective number", *SHOWN[2:], "H+ width")
 
 
+def settled(case: Mapping[str, Any], about: str) -> float | None:
+    """What was measured of a network; None where there is nothing, or where the budget ended the search."""
+    ended = about == "attained" and case["attained_code"] == Ending.OUT_OF_PRODUCTS
+    return None if ended else case["measured"].get(about)
+
+
 def summary(cases: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Of each prediction: its cost and its errors against what it is about, over all networks and kinds."""
     cases = {
@@ -65,13 +72,11 @@ def summary(cases: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for name, about in SAID.items():
         known = [
-            case
-            for case in cases.values()
-            if name in case["predicted"] and case["measured"].get(about) is not None
+            case for case in cases.values() if name in case["predicted"] and settled(case, about) is not None
         ]
         if known:
             said = np.array([case["predicted"][name]["sparsity"] for case in known])
-            measured = np.array([case["measured"][about] for case in known])
+            measured = np.array([settled(case, about) for case in known])
             one_weight = 1 / np.array([case["num_weights"] for case in known])
             kept = np.maximum(1 - said, one_weight) / np.maximum(1 - measured, one_weight)
             kinds = {kind: [is_of(case) for case in known] for kind, is_of in KINDS.items()}
@@ -94,7 +99,7 @@ def _medians(cases: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, dic
     """What a network is expected to be by someone who knows the other networks only."""
     found = {}
     for about in ("cut", "point", "attained"):
-        measured = [case["measured"].get(about) for other, case in cases.items() if other != name]
+        measured = [settled(case, about) for other, case in cases.items() if other != name]
         others = [value for value in measured if value is not None]
         if others:
             found[f"median of the other networks, {about}"] = {
@@ -143,8 +148,11 @@ def predictions_table(cases: Mapping[str, Mapping[str, Any]]) -> str:
 def networks_table(cases: Mapping[str, Mapping[str, Any]]) -> str:
     """A row for each network: what was measured of it, and the predictions that are shown."""
 
-    def measured(value: float | None) -> str:
-        return "-" if value is None else common.sparsity(value)
+    def measured(case: Mapping[str, Any], about: str) -> str:
+        value = case["measured"].get(about)
+        if value is None:
+            return "-"
+        return f"{'' if settled(case, about) is not None else '> '}{common.sparsity(value)}"
 
     def prediction(case: Mapping[str, Any], which: str) -> str:
         found = case["predicted"].get(which)
@@ -157,7 +165,7 @@ def networks_table(cases: Mapping[str, Mapping[str, Any]]) -> str:
             name,
             f"{case['num_weights']:,}",
             f"{case['num_examples']:,}",
-            *(measured(case["measured"].get(of)) for of in MEASURED),
+            *(measured(case, of) for of in MEASURED),
             *(prediction(case, which) for which in SHOWN),
         )
         for name, case in cases.items()
@@ -180,10 +188,10 @@ def figure(cases: Mapping[str, Mapping[str, Any]]) -> Any:
     for panel, row in zip(panels.flat, rows, strict=False):
         for with_l1, marker in ((True, "o"), (False, "x")):
             points = [
-                (case["measured"][row["about"]], case["predicted"][row["prediction"]]["sparsity"])
+                (settled(case, row["about"]), case["predicted"][row["prediction"]]["sparsity"])
                 for case in cases.values()
                 if row["prediction"] in case["predicted"]
-                and case["measured"].get(row["about"]) is not None
+                and settled(case, row["about"]) is not None
                 and (case["l1"] > 0) == with_l1
             ]
             label = "trained with L1" if with_l1 else "trained without"

@@ -21,7 +21,7 @@ import common
 
 ROOT = Path(__file__).parents[1]
 HIDDEN = 8
-SIZES = {"num_weights": 200_000, "num_examples": 1}
+SIZES = {"num_weights": 200_000, "num_examples": 1, "attained_code": "bracketed"}
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,19 @@ def test_errors_are_means_over_networks():
     assert row["products"] == 7
     assert row["factor"] == pytest.approx((5 * 1.5) ** (1 / 3))  # .5 of the weights for .1, .2 for .3
     assert (median["worst"], median["sign"]) == pytest.approx((-0.2, 0))  # .7 for .9, twice .8 for .7
+
+
+def test_a_search_that_the_budget_ended_is_no_measurement():
+    known = {"Gauss-Newton cone": {"sparsity": 0.9, "products": 7}}
+    case = SIZES | {"l1": 0, "measured": {"attained": 0.7, "cut": 0.5}, "predicted": known}
+    cases = {"a": case, "b": case | {"attained_code": "out_of_products", "measured": {"attained": 0.1}}}
+    rows = {row["prediction"]: row for row in believe_tables.summary(cases)}
+    assert (rows["Gauss-Newton cone"]["num_cases"], rows["Gauss-Newton cone"]["worst"]) == (
+        1,
+        pytest.approx(0.2),
+    )
+    assert "median of the other networks, attained" not in rows
+    assert "| > 0.100 |" in believe_tables.networks_table(cases)
 
 
 @pytest.mark.slow
