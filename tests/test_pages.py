@@ -60,3 +60,19 @@ def test_every_page_says_what_it_is_for_and_where_to_go_next(page):
 def test_formulas_are_plain_text(page):
     """Neither the site nor a repository's web view sets this kind of formula."""
     assert not re.search(r"\\[(\[]|\\(?:frac|sum|mu|lambda)\b", PAGES[page].read_text())
+
+
+def anchors(text):
+    """What the headings of a page are called in links."""
+    words = [re.sub(r"[^\w\s-]", "", heading[0].lstrip("# ")).strip() for heading in HEADING.finditer(text)]
+    return {re.sub(r"[-\s]+", "-", heading).lower() for heading in words}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_to_headings_arrive(page):
+    """The site's own check comes late: it takes a build."""
+    text = PAGES[page].read_text()
+    for name, anchor in re.findall(r"\]\(([\w/]*?\w*\.md|)#([\w-]+)\)", text):
+        target = PAGES[page].parent / name if name else PAGES[page]
+        if target.parent.name != "api":  # whose anchors are names of Python
+            assert anchor in anchors(target.read_text()), f"{name}#{anchor}"
