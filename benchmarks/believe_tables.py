@@ -38,7 +38,7 @@ KINDS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "L1": lambda case: case["l1"] > 0,
     "no L1": lambda case: not case["l1"],
     "> 100,000 weights": lambda case: case["num_weights"] > 100_000,
-    "< .01 examples a weight": lambda case: case["num_examples"] < 0.01 * case["num_weights"],
+    "< .1 examples a weight": lambda case: case["num_examples"] < 0.1 * case["num_weights"],
 }
 # A limit that is less resolved is marked with a ~.
 RESOLVED = 2e-3
