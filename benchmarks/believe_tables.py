@@ -138,9 +138,9 @@ def predictions_table(cases: Mapping[str, Mapping[str, Any]]) -> str:
         "products",
         "networks",
         *KINDS,
-        "kept weights, factor",
+        "factor",
         "worst",
-        "mean, signed",
+        "signed",
     )
     return common.markdown(heads, rows)
 
