@@ -421,8 +421,9 @@ def test_a_folder_of_something_else_is_refused(problem, tmp_path):
     "code",
     [
         pytest.param(EXAMPLES[0], marks=pytest.mark.slow, id="bare"),
-        pytest.param(EXAMPLES[1], id="linen"),
-        pytest.param(EXAMPLES[2], marks=pytest.mark.slow, id="equinox"),
+        pytest.param(EXAMPLES[1], id="nnx"),
+        pytest.param(EXAMPLES[2], marks=pytest.mark.slow, id="linen"),
+        pytest.param(EXAMPLES[3], marks=pytest.mark.slow, id="equinox"),
     ],
 )
 def test_the_examples_of_the_page_run(code, tmp_path, monkeypatch, capsys):
