@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "border.py"
 
 @pytest.mark.parametrize(
     ("draws", "seed"),
-    [(6, 0), pytest.param(60, 1, marks=pytest.mark.nightly), pytest.param(60, 2, marks=pytest.mark.nightly)],
+    [(3, 0), pytest.param(60, 1, marks=pytest.mark.nightly), pytest.param(60, 2, marks=pytest.mark.nightly)],
 )
 def test_no_stranger_gets_a_wrong_number_or_a_foreign_error(draws, seed):
     command = [sys.executable, str(SCRIPT), "--draws", str(draws), "--seed", str(seed), "--no-keep"]

@@ -63,14 +63,19 @@ def random_units(model, weights, share, rng):
     return jax.tree.map(lambda x: ~gone[x], labels)
 
 
-LONG = ("resnet", "encoder", "convolutions", "vgg16")  # to compile, operation by operation
+LONG = ("resnet", "encoder", "convolutions")  # to compile, operation by operation
 SMALL = ("encoder", 0.9)  # soon compiled, for little is left
+
+
+def marks(name, share):
+    """When a test of it runs."""
+    if name == "vgg16":
+        return [pytest.mark.nightly]
+    return [pytest.mark.slow] if (share > 0.5 or name in LONG) and (name, share) != SMALL else []
+
+
 UNITS = [
-    pytest.param(
-        name,
-        share,
-        marks=[pytest.mark.slow] if (share > 0.5 or name in LONG) and (name, share) != SMALL else [],
-    )
+    pytest.param(name, share, marks=marks(name, share))
     for name in NETWORKS
     if name != "sequential"
     for share in ((0.5,) if name == "vgg16" else (0.5, 0.9))
