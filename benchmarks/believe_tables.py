@@ -14,6 +14,7 @@ NAME = "believe"
 SHORT = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton"}
 # What is measured, in the order of the table.
 MEASURED = ("cut", "point", "attained", "certified")
+MEDIANS = {about: f"median of the other networks, {about}" for about in ("cut", "point", "attained")}
 SAID = {
     **{f"{SHORT[name]} one_shot": "cut" for name in SHORT},
     **{f"{SHORT[name]} {which}": "attained" for name in SHORT for which in LIMITS[1:]},
@@ -26,7 +27,7 @@ SAID = {
     "effective number": "point",
     "PQ index (.5, 1)": "point",
     **{f"scaling law, {count} networks": "finetuned" for count in (5, 8)},
-    **{f"median of the other networks, {about}": about for about in ("cut", "point", "attained")},
+    **{name: about for about, name in MEDIANS.items()},
 }
 """What each prediction is about, as far as its authors say. `Hessian` is |H|: negative curvature counts as
 stiff; of H+ as flat, of H-/2 as half as stiff. Then come five formulas in the weights alone, and the law of
@@ -98,14 +99,11 @@ def summary(cases: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _medians(cases: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, dict[str, Any]]:
     """What a network is expected to be by someone who knows the other networks only."""
     found = {}
-    for about in ("cut", "point", "attained"):
+    for about, median in MEDIANS.items():
         measured = [settled(case, about) for other, case in cases.items() if other != name]
         others = [value for value in measured if value is not None]
         if others:
-            found[f"median of the other networks, {about}"] = {
-                "sparsity": float(np.median(others)),
-                "products": 0,
-            }
+            found[median] = {"sparsity": float(np.median(others)), "products": 0}
     return found
 
 

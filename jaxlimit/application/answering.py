@@ -65,11 +65,6 @@ class NetworkFiles:
     name: str
     torch_name: str
 
-    @property
-    def exist(self) -> bool:
-        """Folders of before have no certified network."""
-        return (self.work.folder / self.name).exists()
-
     def save(self, params: PyTree, mask: PyTree) -> dict[str, str]:
         """Writes them; the name of PyTorch's file, if there is one."""
         pruned_files.save_pruned(self.work.folder / self.name, params, mask)
@@ -192,10 +187,10 @@ def certified_stage(work: Answering) -> Stage[Found[Certified]]:
         return Found((certificate, network), part)
 
     def load(document: Mapping[str, Any]) -> Found[Certified]:
-        stored, network = document["certificate"], None
+        stored = document["certificate"]
         certificate = None if stored is None else Certificate.from_json(stored)
-        if certificate is not None and certificate.sparsity is not None and files.exist:
-            network = CertifiedNetwork(certificate.sparsity, *files.load())
+        sparsity = pruned_files.stored_sparsity(work.folder / files.name, certificate)
+        network = None if sparsity is None else CertifiedNetwork(sparsity, *files.load())
         return Found((certificate, network), {})
 
     def told(found: Found[Certified]) -> str:

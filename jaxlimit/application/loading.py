@@ -48,13 +48,11 @@ def load_assessment(
     network, mask = pruned_files.load_pruned(folder / run_folder.PRUNED, params, like)
     pruned = replace(found.attained.pruned, params=network, mask=mask)
     found = replace(found, attained=replace(found.attained, pruned=pruned))
-    certificate, path = found.certificate, folder / run_folder.CERTIFIED
-    if (
-        certificate is None or certificate.sparsity is None or not path.exists()
-    ):  # folders of before have none
+    path = folder / run_folder.CERTIFIED
+    sparsity = pruned_files.stored_sparsity(path, found.certificate)
+    if sparsity is None:
         return found
-    network, mask = pruned_files.load_pruned(path, params, like)
-    return replace(found, certified=CertifiedNetwork(certificate.sparsity, network, mask))
+    return replace(found, certified=CertifiedNetwork(sparsity, *pruned_files.load_pruned(path, params, like)))
 
 
 def _assessed(folder: Path) -> Assessment:

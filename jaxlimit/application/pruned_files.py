@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from jaxlimit.core.trees import PyTree, named_arrays, path_name
 from jaxlimit.core.writing import DamagedFile, write_file
+from jaxlimit.measuring.certificates import Certificate
 from jaxlimit.models.torch_state import read_safetensors
 from jaxlimit.pruning.result import Pruned
 
@@ -43,6 +44,11 @@ def load_pruned(path: Path, params: PyTree, mask_like: PyTree) -> tuple[PyTree, 
         return _filled(params, found, ""), _filled(mask_like, found, MASK)
     except (KeyError, ValueError) as error:
         raise DamagedFile(f"{path} is not of this network: {error}.", path) from error
+
+
+def stored_sparsity(path: Path, certificate: Certificate | None) -> float | None:
+    """That of the certified network in a file; None where nothing is certified, and in folders of before."""
+    return certificate.sparsity if certificate is not None and path.exists() else None
 
 
 def _filled(like: PyTree, found: dict[str, NDArray[Any]], suffix: str) -> PyTree:

@@ -73,6 +73,10 @@ def unit_labels(model: nnx.Module, weights: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(label, weights)
 
 
+# The networks whose couplings are known.
+OURS = (FullyConnected, ConvolutionalNetwork, ResNet, SentenceEncoder)
+
+
 def is_plain(module: Any, *classes: type) -> bool:
     """Whether a module computes what one of these classes does: it has its `__call__`."""
     return any(isinstance(module, kind) and type(module).__call__ is kind.__call__ for kind in classes)
@@ -91,7 +95,7 @@ class _Counter:
 
 def _units(model: nnx.Module) -> Iterator[Labelled]:
     new = _Counter()
-    known = model if is_plain(model, FullyConnected, ConvolutionalNetwork, ResNet, SentenceEncoder) else None
+    known = model if is_plain(model, *OURS) else None
     match known:
         case FullyConnected():
             yield from _dense(known.layers, None, new)

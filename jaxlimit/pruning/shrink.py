@@ -26,12 +26,12 @@ from jaxlimit.core.trees import PyTree
 from jaxlimit.geometry.magnitude import apply_mask
 from jaxlimit.models.bert import Attention, SentenceEncoder
 from jaxlimit.models.convolutional import Convolution, ConvolutionalNetwork
-from jaxlimit.models.couplings import is_plain
+from jaxlimit.models.couplings import OURS, is_plain
 from jaxlimit.models.fully_connected import FullyConnected
 from jaxlimit.models.functional import Predict, from_nnx
 from jaxlimit.models.resnet import ResNet
 
-KNOWN = (FullyConnected, ConvolutionalNetwork, ResNet, SentenceEncoder, nnx.Sequential)
+KNOWN = (*OURS, nnx.Sequential)
 # Between the layers of an `nnx.Sequential`: functions that act on every number by itself.
 ELEMENTWISE = (nnx.relu, nnx.gelu, nnx.tanh, nnx.sigmoid, nnx.silu, nnx.elu, nnx.softplus, jnp.tanh)
 
