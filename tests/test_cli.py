@@ -20,7 +20,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxlimit
-from jaxlimit import __version__, models, training
+from jaxlimit import __version__, data, models, training
 from jaxlimit.application import pipeline, presets, run_folder
 from jaxlimit.application.options import default_folder
 from jaxlimit.cli import main, parse
@@ -142,6 +142,68 @@ def test_the_measured_threshold_is_where_the_curve_crosses(finished):
         first = next(i for i, (_, loss) in enumerate(measured) if loss > bound)
         assert document["measured"][kind] == {"value": measured[first - 1][0], "next": measured[first][0]}
         assert measured[first][0] - measured[first - 1][0] <= 0.005 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("groups", "num_groups"),
+    [
+        ("units", 8),
+        pytest.param("output_channels", 18, marks=pytest.mark.nightly),
+        pytest.param("input_channels", 72, marks=pytest.mark.nightly),
+    ],
+)
+def test_a_run_of_whole_groups(groups, num_groups, tmp_path, capsys):
+    """Every sparsity is one that whole groups reach, and every loss that of the network cut there."""
+    folder = tmp_path / groups
+    tuned = 2 if groups == "units" else 0
+    assert main([*RUN, "--groups", groups, "--finetune-steps", str(tuned), "--out", str(folder)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"592 weights, in {num_groups} groups, can go" in said
+    document = json.loads((folder / "limit.json").read_text())
+    assert document["limits"]["gauss_newton"]["num_groups"] == num_groups
+    weights = load_file(folder / "weights.safetensors")
+    kernels = [weights["layers.0.kernel"], weights["layers.1.kernel"]]
+    along = {
+        "units": [np.ones((64, 1), int) * np.arange(8), np.arange(8)[:, None] * np.ones(10, int)],
+        "output_channels": [np.ones((64, 1), int) * np.arange(8), 8 + np.ones((8, 1), int) * np.arange(10)],
+        "input_channels": [
+            np.arange(64)[:, None] * np.ones(8, int),
+            64 + np.arange(8)[:, None] * np.ones(10, int),
+        ],
+    }[groups]
+    labels, flat = (np.concatenate([x.ravel() for x in found]) for found in (along, kernels))
+    sizes = np.bincount(labels)
+    order = np.argsort(np.bincount(labels, flat.astype(float) ** 2) / sizes, kind="stable")
+    reached = np.concatenate([[0], np.cumsum(sizes[order])]) / 592
+
+    digits = data.load_digits()
+
+    def loss_of(kept):
+        first, last = (kernel * mask for kernel, mask in zip(kernels, kept, strict=True))
+        hidden = np.maximum(digits.train_images @ first + weights["layers.0.bias"], 0)
+        logits = hidden @ last + weights["layers.1.bias"]
+        right = logits[np.arange(len(logits)), digits.train_labels]
+        return np.mean(np.log(np.exp(logits).sum(1)) - right)
+
+    with (folder / "curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == num_groups + 1
+    for row, sparsity, count in zip(rows, reached, range(num_groups + 1), strict=True):
+        assert float(row["sparsity"]) == pytest.approx(sparsity, abs=1e-12)
+        if row["train_loss"]:
+            kept = [~np.isin(part, order[:count]) for part in along]
+            assert float(row["train_loss"]) == pytest.approx(loss_of(kept), rel=1e-4)
+        assert bool(row.get("finetuned_train_loss")) <= bool(tuned)
+    value, after = document["measured"]["loss"].values()
+    assert np.count_nonzero((reached > value + 1e-9) & (reached < after - 1e-9)) == 0
+    pruned = load_file(folder / "pruned.safetensors")
+    masks = np.concatenate([pruned[f"layers.{i}.kernel.mask"].ravel() for i in (0, 1)])
+    assert all(len(set(masks[labels == group])) == 1 for group in range(num_groups))
+    left = document["pruned"]["shrunk_num_params"]
+    if groups == "units":
+        units = sum(masks[labels == group].any() for group in range(8))
+        assert left == 64 * units + units + units * 10 + 10
+    assert f"{left:,} of 610 parameters" in (folder / "report.html").read_text()
 
 
 def test_a_limit_from_part_of_the_examples_says_so(tmp_path, capsys):

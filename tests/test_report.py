@@ -321,6 +321,8 @@ def test_a_network_that_nothing_is_lost_of_is_swept_to_its_end(tmp_path):
         metrics=metrics,
         network={"train_loss": 0.5, "test_accuracy": 1.0},
         loss_tolerance=0.1,
+        groups=None,
+        sparsities=GRID,
     )
     splits, monitor = {"train": arrays, "test": arrays}, SimpleNamespace(update=lambda *_: None)
     job: Any = SimpleNamespace(folder=tmp_path, splits=splits, monitor=monitor)

@@ -154,7 +154,8 @@ def attained_stage(work: Answering) -> Stage[Found[tuple[Attained, float | None]
         part: dict[str, Any] = {"attained": attained.to_json(), "attained_error": error}
         if work.kept:
             torch = files.save(attained.pruned.params, attained.pruned.mask)
-            part["pruned"] = pruned_files.sizes(question.params, attained.pruned) | torch
+            sizes = pruned_files.sizes(question.params, attained.pruned, question.model)
+            part["pruned"] = sizes | torch
         return Found((attained, error), part)
 
     def load(document: Mapping[str, Any]) -> Found[tuple[Attained, float | None]]:

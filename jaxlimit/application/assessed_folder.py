@@ -190,6 +190,11 @@ def pruned_table(sizes: Mapping[str, Any], *notes_on_others: str) -> page.Table:
         f"parameters take {sizes['bytes']:,} bytes; compressed by zlib {sizes['compressed_bytes']:,}, before "
         f"pruning {sizes['dense_compressed_bytes']:,}."
     ]
+    if "shrunk_num_params" in sizes:
+        left, whole = sizes["shrunk_num_params"], sizes["num_params"]
+        notes.append(
+            f"Without the units that compute nothing, by jaxlimit.shrink: {left:,} of {whole:,} parameters."
+        )
     if sizes.get("torch"):
         notes.append(f"In {sizes['torch']}: the same network as a state dict of PyTorch.")
     if sizes["vanished"]:

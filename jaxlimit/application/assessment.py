@@ -9,7 +9,7 @@ from jaxlimit.core.display import Displayed, View, aligned, fill
 from jaxlimit.core.trees import PyTree
 from jaxlimit.limits.estimate import Estimate
 from jaxlimit.limits.result import PruningLimit
-from jaxlimit.limits.status import Code
+from jaxlimit.limits.status import Code, counted
 from jaxlimit.measuring.certificates import Certificate
 from jaxlimit.pruning.result import Attained
 from jaxlimit.training.losses import TITLES
@@ -121,9 +121,11 @@ class Assessment(Displayed):
     @property
     def _asked(self) -> str:
         first = next(iter(self.predicted.values()))
+        groups = "" if first.num_groups is None else f", in {counted(first.num_groups, 'group')},"
         return (
-            f"Asked: how many of {first.dim:,} weights can go while the mean loss of {first.num_examples:,} "
-            f"examples, {self.attained.dense_loss:.4g}, rises by at most {self.attained.loss_tolerance:.4g}."
+            f"Asked: how many of {first.dim:,} weights{groups} can go while the mean loss of "
+            f"{first.num_examples:,} examples, {self.attained.dense_loss:.4g}, rises by at most "
+            f"{self.attained.loss_tolerance:.4g}."
         )
 
     @property

@@ -65,7 +65,10 @@ else:
     GivenRecipe = options_of(Recipe, "the preset's")
     GivenPreset = options_of(Preset, "the preset's")
     GivenOptions = options_of(
-        Options, loss_tolerance="spread of the training batches' losses", num_examples="all"
+        Options,
+        loss_tolerance="spread of the training batches' losses",
+        num_examples="all",
+        groups="single weights",
     )
 
 

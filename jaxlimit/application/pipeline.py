@@ -114,7 +114,7 @@ def _finetuned_sweep(job: Job, trained: Trained, limits: list[Limits], swept: Me
     return Stage(
         "finetuned",
         "fine-tuned sweep",
-        stage_sweeps.num_finetuning_steps(job, limits),
+        stage_sweeps.num_finetuning_steps(job, trained, limits),
         partial(stage_sweeps.sweep_finetuned, job, trained, limits, swept, checkpoint),
         partial(stage_sweeps.load_measured, job, names=("finetuned", "finetuned_accuracy")),
         lambda found: f"fine-tuned threshold {found.thresholds['finetuned']['value']:.4f}",

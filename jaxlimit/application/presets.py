@@ -25,6 +25,7 @@ from jaxlimit.training.losses import CURVATURES
 from jaxlimit.training.recipe import Recipe
 
 Arrays = tuple[np.ndarray, np.ndarray]
+GROUPS = ("units", "output_channels", "input_channels")
 
 
 class _Source(NamedTuple):
@@ -199,6 +200,8 @@ class Options:
             the losses of the training batches.
         num_examples: how many of the training examples give the loss that is predicted and measured, the
             first ones; training and the default loss tolerance take all. None: all.
+        groups: what is pruned as a whole: units (hidden units and channels with what is coupled to them,
+            which `jaxlimit.shrink` takes out), or slices of each kernel; None: single weights.
     """
 
     seed: int = 0
@@ -206,6 +209,7 @@ class Options:
     tolerance: float = 1e-3
     loss_tolerance: float | None = None
     num_examples: int | None = None
+    groups: Literal["units", "output_channels", "input_channels"] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
@@ -217,6 +221,8 @@ class Options:
                 raise ValueError(f"{name} must be a positive finite number, got {value}.")
         if self.num_examples is not None and self.num_examples < 1:
             raise ValueError(f"num_examples must be at least 1, got {self.num_examples}.")
+        if self.groups not in (None, *GROUPS):
+            raise ValueError(f"groups must be {', '.join(GROUPS)} or None, got {self.groups!r}.")
 
     @property
     def curvatures(self) -> tuple[str, ...]:

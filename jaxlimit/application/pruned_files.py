@@ -7,13 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from numpy.typing import NDArray
 
 from jaxlimit.core.trees import PyTree, named_arrays, path_name
 from jaxlimit.core.writing import DamagedFile, write_file
 from jaxlimit.measuring.certificates import Certificate
+from jaxlimit.models.couplings import OURS, is_plain
 from jaxlimit.models.torch_state import read_safetensors
 from jaxlimit.pruning.result import Pruned
+from jaxlimit.pruning.shrink import shrink
 
 # After the name of an array: its mask, True where a weight is kept.
 MASK = ".mask"
@@ -61,14 +64,21 @@ def _filled(like: PyTree, found: dict[str, NDArray[Any]], suffix: str) -> PyTree
     return jax.tree_util.tree_map_with_path(fill, like)
 
 
-def sizes(dense: PyTree, pruned: Pruned) -> dict[str, Any]:
+def sizes(dense: PyTree, pruned: Pruned, model: nnx.Module | None = None) -> dict[str, Any]:
     """Bytes of the parameters before and after, as they are and compressed by zlib; and what is kept of each.
 
+    Args:
+        dense: parameters before.
+        pruned: the pruned network.
+        model: what `shrink` takes, to know what is left without the units that compute nothing.
+
     Returns:
-        "bytes", "dense_compressed_bytes", "compressed_bytes", "kept_share" by array, and the names of those
-        of which nothing is left, "vanished".
+        "bytes", "dense_compressed_bytes", "compressed_bytes", "kept_share" by array, the names of those
+        of which nothing is left, "vanished", and numbers of parameters: "num_params", "shrunk_num_params"
+        where there is a model that `shrink` knows.
     """
     before, after = (b"".join(x.tobytes() for x in named_arrays(p).values()) for p in (dense, pruned.params))
+    small = shrink(model, pruned.params) if model is not None and is_plain(model, *OURS) else None
     kept = {name: float(np.mean(mask)) for name, mask in named_arrays(pruned.mask).items()}
     return {
         "bytes": len(before),
@@ -76,4 +86,5 @@ def sizes(dense: PyTree, pruned: Pruned) -> dict[str, Any]:
         "compressed_bytes": len(zlib.compress(after)),
         "kept_share": kept,
         "vanished": [name for name, share in kept.items() if share == 0],
+        **({"num_params": small.dense_num_params, "shrunk_num_params": small.num_params} if small else {}),
     }

@@ -34,6 +34,7 @@ def question_of(job: Job, trained: Trained) -> Question:
         batches=batches,
         key=job.key(PROBES),
         loss_tolerance=trained.loss_tolerance,
+        groups=trained.groups,
         tolerance=job.options.tolerance,
         certifying=certifying_of(predict, trained.params, batches, test_batches, None),
         model=trained.model,

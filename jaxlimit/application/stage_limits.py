@@ -19,7 +19,6 @@ from jaxlimit.limits.dense_source import dense_fits
 from jaxlimit.limits.estimate import LIMITS
 from jaxlimit.limits.pruning_limit import MAX_MATVECS, pruning_limit
 from jaxlimit.limits.result import PruningLimit
-from jaxlimit.measuring.sweeps import SPARSITIES
 from jaxlimit.reference.paper_code import reference_limit
 
 # Key of the width limit on the first half of the examples, where not all of them are used.
@@ -32,8 +31,8 @@ class Limits:
 
     Attributes:
         curvature: its name.
-        found: `PruningLimit.to_json`; of the Hessian also what the paper's code would predict; of part of the
-            examples also the width limit of half of these.
+        found: `PruningLimit.to_json`; of the Hessian also what the paper's code would predict, which knows
+            single weights only; of part of the examples also the width limit of half of these.
     """
 
     curvature: str
@@ -53,9 +52,10 @@ def find_limits(job: Job, trained: Trained, name: str, checkpoint: Path) -> Limi
     """Predicts from one curvature, and keeps its spectrum."""
     num_examples = job.options.num_examples
     curvature = _curvature(job, trained, name, num_examples)
-    reference = _reference(job, trained, curvature) if name == "hessian" else {}
+    asked = name == "hessian" and trained.groups is None
+    reference = _reference(job, trained, curvature) if asked else {}
     limit = _limit(job, trained, curvature, LIMITS, checkpoint / "all")
-    save_spectrum(run_folder.spectrum_path(job.folder, name), limit, SPARSITIES)
+    save_spectrum(run_folder.spectrum_path(job.folder, name), limit, trained.sparsities)
     found = limit.to_json() | reference
     if num_examples is not None and 1 < num_examples < len(job.train[1]):
         fewer = _curvature(job, trained, name, num_examples // 2)
@@ -96,6 +96,7 @@ def _limit(
         loss_tolerance=trained.loss_tolerance,
         tolerance=job.options.tolerance,
         which=which,
+        groups=trained.groups,
         checkpoint=str(checkpoint),
         progress=progress,
     )

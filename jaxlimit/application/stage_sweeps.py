@@ -26,9 +26,10 @@ from jaxlimit.measuring.sweeps import ACCURACY_LOSS, SPARSITIES, PrunedNetwork, 
 
 Columns = dict[str, NDArray[np.float64]]
 # Sparsities of the fine-tuned sweep: first these (in steps of .01) and the predicted limits, then steps of
-# .005 between the two around the crossing of the loss.
+# `FINE` between the two around the crossing of the loss.
 FINETUNED_SWEEP = (*range(10, 50, 10), *range(50, 80, 5), *range(80, 100))
-# About how many those are, for the progress; at most one for each .005 of the largest gap.
+FINE = 0.005
+# About how many those are, for the progress; at most one for each step of the largest gap.
 AROUND = 8
 # Sparsities that are fine-tuned and kept together.
 AT_ONCE = 4
@@ -41,7 +42,7 @@ class Measured:
     """Curves over the sparsity, and the thresholds read from them.
 
     Attributes:
-        columns: of curves.csv, each over `SPARSITIES`, NaN where it was not measured.
+        columns: of curves.csv, one of them "sparsity", all of its length; NaN where it was not measured.
         thresholds: by name, the sparsity "value" and the "next" one that was measured.
     """
 
@@ -56,16 +57,17 @@ class Measured:
 def sweep(job: Job, trained: Trained, limits: Sequence[Limits]) -> Measured:
     """Measures the pruned network on training and test examples, closer where it crosses a bound.
 
-    First at every `COARSE`-th of `SPARSITIES` and at the predicted limits; then between the two around the
+    First at every `COARSE`-th of the sparsities and at the predicted limits; then between the two around the
     crossing of the loss, and around the loss of a point of accuracy.
     """
-    network = PrunedNetwork(trained.params, trained.metrics)
-    columns: Columns = {"sparsity": SPARSITIES, "removed_norm": removed_norm(network.weights, SPARSITIES)}
+    network, grid = PrunedNetwork(trained.params, trained.metrics, groups=trained.groups), trained.sparsities
+    columns: Columns = {"sparsity": grid}
+    columns["removed_norm"] = removed_norm(network.weights, grid, groups=trained.groups)
     names = {"loss": "train_loss", "accuracy": "test_accuracy"}
-    rows = {*range(0, len(SPARSITIES), COARSE)} | predicted_rows(limits, 400)
+    rows = {*range(0, len(grid), COARSE), len(grid) - 1} | rows_at(grid, predicted(limits))
     columns = _swept(job, network, columns, sorted(rows), 0)
     crossings = [threshold(trained, columns, name, sorted(rows)) for name in names.values()]
-    between = {row for crossing in crossings for row in range(*(round(400 * s) for s in crossing.values()))}
+    between = {row for found in crossings for row in range(*np.searchsorted(grid, [*found.values()]))}
     if between - rows:
         columns = _swept(job, network, columns, sorted(between - rows), len(rows))
     rows = sorted(rows | between)
@@ -84,31 +86,33 @@ def _swept(job: Job, network: PrunedNetwork, columns: Columns, rows: Sequence[in
         def progress(done: int, total: int, count: int = count, split: str = split) -> None:
             job.monitor.update(2 * before + count * total + done, split)
 
-        found = network.sweep(in_batches(arrays), SPARSITIES[rows], progress=progress)
+        found = network.sweep(in_batches(arrays), columns["sparsity"][rows], progress=progress)
         for name, values in found.metrics.items():
-            columns[f"{split}_{name}"] = _entered(columns.get(f"{split}_{name}"), rows, values)
+            columns[f"{split}_{name}"] = _entered(columns, f"{split}_{name}", rows, values)
     return columns
 
 
 def _entered(
-    column: NDArray[np.float64] | None, rows: Sequence[int], values: NDArray[np.float64]
+    columns: Columns, name: str, rows: Sequence[int], values: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """A column with the values at these rows; a new one is NaN elsewhere."""
-    whole = np.full(len(SPARSITIES), np.nan) if column is None else column.copy()
-    whole[rows] = values
-    return whole
+    column = columns.get(name, np.full(len(columns["sparsity"]), np.nan)).copy()
+    column[rows] = values
+    return column
 
 
 def sweep_finetuned(
     job: Job, trained: Trained, limits: Sequence[Limits], swept: Measured, checkpoint: Path
 ) -> Measured:
     """Measures the pruned network after fine-tuning, closer where its loss crosses the tolerance."""
-    rows = finetuned_rows(limits)
+    grid = trained.sparsities
+    rows = finetuned_rows(grid, limits)
     with Checkpoint(checkpoint, {"network": dict(trained.network)}) as store:
         finetune = partial(_finetuned, job, _network(job, trained), store)
         columns = finetune(swept.columns, rows, 0)
         crossing = threshold(trained, columns, "finetuned_train_loss", rows)
-        around = range(round(400 * crossing["value"]) + 2, round(400 * crossing["next"]), 2)
+        steps = np.arange(crossing["value"] + FINE, crossing["next"] - FINE / 2, FINE)
+        around = sorted(rows_at(grid, steps) - {*rows})
         columns = finetune(columns, around, len(rows))
     write_columns(job.folder / run_folder.CURVES, columns)
     names = {"finetuned": "finetuned_train_loss", "finetuned_accuracy": "finetuned_test_accuracy"}
@@ -122,20 +126,25 @@ def load_measured(job: Job, document: Mapping[str, Any], names: Sequence[str]) -
     return Measured(columns, {name: document["measured"][name] for name in names})
 
 
-def predicted_rows(limits: Sequence[Limits], parts: int) -> set[int]:
-    """Rows of `SPARSITIES` at the predicted limits, rounded down to a part of so many."""
-    step = (len(SPARSITIES) - 1) // parts
-    return {step * int(parts * value) for found in limits for value in found.predicted.values()}
+def predicted(limits: Sequence[Limits]) -> NDArray[np.float64]:
+    """All predicted limits."""
+    return np.array([value for found in limits for value in found.predicted.values()])
 
 
-def finetuned_rows(limits: Sequence[Limits]) -> list[int]:
-    """Rows of `SPARSITIES` that are fine-tuned first; the predicted limits too, to .005."""
-    return sorted({4 * percent for percent in FINETUNED_SWEEP} | predicted_rows(limits, 200))
+def rows_at(grid: NDArray[np.float64], sparsities: NDArray[np.float64]) -> set[int]:
+    """The last rows of an ascending grid that do not exceed these sparsities, but for rounding."""
+    return set((np.searchsorted(grid, sparsities + 1e-9, side="right") - 1).tolist())
 
 
-def num_finetuning_steps(job: Job, limits: Sequence[Limits]) -> int:
+def finetuned_rows(grid: NDArray[np.float64], limits: Sequence[Limits]) -> list[int]:
+    """Rows that are fine-tuned first; the predicted limits too, in steps of `FINE`."""
+    steps = np.floor(predicted(limits) / FINE + 1e-6) * FINE
+    return sorted(rows_at(grid, np.concatenate([np.array(FINETUNED_SWEEP) / 100, steps])))
+
+
+def num_finetuning_steps(job: Job, trained: Trained, limits: Sequence[Limits]) -> int:
     """About how many passes over the examples `sweep_finetuned` takes."""
-    return (len(finetuned_rows(limits)) + AROUND) * (job.preset.finetune_steps + 1)
+    return (len(finetuned_rows(trained.sparsities, limits)) + AROUND) * (job.preset.finetune_steps + 1)
 
 
 def _network(job: Job, trained: Trained) -> FinetunedNetwork:
@@ -163,6 +172,7 @@ def _network(job: Job, trained: Trained) -> FinetunedNetwork:
         metrics_fn=metrics,
         eval_batches=in_batches(both),
         num_steps=job.preset.finetune_steps,
+        groups=trained.groups,
     )
 
 
@@ -175,34 +185,41 @@ def _finetuned(
     columns = dict(columns)
     for start in range(0, len(rows), AT_ONCE):
         part = list(rows[start : start + AT_ONCE])
-        found = _kept(job, network, store, part, before + start)
+        found = _kept(job, network, store, columns["sparsity"][part], part, before + start)
         values = {"train_loss": found["loss"]}
         for name in ("train_accuracy", "test_loss", "test_accuracy"):
             values[name] = found[f"eval_{name}"] * scales[name.split("_")[0]]
         for name, new in values.items():
-            columns[f"finetuned_{name}"] = _entered(columns.get(f"finetuned_{name}"), part, new)
+            columns[f"finetuned_{name}"] = _entered(columns, f"finetuned_{name}", part, new)
     return columns
 
 
-def _kept(job: Job, network: FinetunedNetwork, store: Checkpoint, rows: list[int], before: int) -> Columns:
+def _kept(
+    job: Job,
+    network: FinetunedNetwork,
+    store: Checkpoint,
+    sparsities: NDArray[np.float64],
+    rows: list[int],
+    before: int,
+) -> Columns:
     """Metrics at a few rows: from the checkpoint, or computed and kept there."""
     passes, name = job.preset.finetune_steps + 1, "rows-" + "-".join(map(str, rows))
 
     def progress(done: int, _: int) -> None:
-        sparsity = SPARSITIES[rows[min(done // passes, len(rows) - 1)]]
+        sparsity = sparsities[min(done // passes, len(rows) - 1)]
         job.monitor.update(before * passes + done, f"s = {sparsity:.3f}")
 
     metrics = ("loss", "eval_train_accuracy", "eval_test_loss", "eval_test_accuracy")
     stored = store.load_tree(name, dict.fromkeys(metrics, np.zeros(len(rows))))
     if stored is not None:
         return stored
-    found = network.sweep(SPARSITIES[rows], progress=progress).metrics
+    found = network.sweep(sparsities, progress=progress).metrics
     store.save_tree(name, found)
     return found
 
 
 def threshold(
-    trained: Trained, columns: Columns, column: str, rows: Sequence[int] = range(len(SPARSITIES))
+    trained: Trained, columns: Columns, column: str, rows: Sequence[int] | None = None
 ) -> dict[str, float]:
     """The threshold of a column, and the sparsity measured after it.
 
@@ -213,12 +230,13 @@ def threshold(
         trained: the network, unpruned.
         columns: of curves.csv.
         column: which one.
-        rows: where it was measured.
+        rows: where it was measured. None: everywhere.
 
     Raises:
         ValueError: it is not a number there.
     """
-    sparsity, values = SPARSITIES[list(rows)], columns[column][list(rows)]
+    chosen = slice(None) if rows is None else list(rows)
+    sparsity, values = columns["sparsity"][chosen], columns[column][chosen]
     if column.endswith("loss"):
         bound = trained.network["train_loss"] + trained.loss_tolerance
         value = Sweep(sparsity, {column: values}).first_crossing(column, bound)

@@ -10,14 +10,16 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from numpy.typing import NDArray
 
 from jaxlimit import models, training
 from jaxlimit.application import run_folder
 from jaxlimit.application.job import TRAINING, Job, in_batches
 from jaxlimit.application.presets import build_network
 from jaxlimit.core import trees
+from jaxlimit.geometry.magnitude import magnitude_order
 from jaxlimit.measuring.loss_statistics import loss_statistics
-from jaxlimit.measuring.sweeps import sparsity_sweep
+from jaxlimit.measuring.sweeps import SPARSITIES, removals, sparsity_sweep
 from jaxlimit.training.losses import Loss, Predict
 from jaxlimit.training.model_files import load_model, save_model
 
@@ -31,12 +33,14 @@ class Trained:
         network: its numbers of parameters and weights, losses and accuracies.
         statistics: mean and standard deviation of the training batches' losses.
         loss_tolerance: eps.
+        grouped: what is pruned as a whole, as in `Options`.
     """
 
     model: nnx.Module
     network: Mapping[str, Any]
     statistics: Mapping[str, float]
     loss_tolerance: float
+    grouped: str | None = None
 
     @cached_property
     def _function(self) -> tuple[Predict, Any]:
@@ -61,6 +65,19 @@ class Trained:
     def metrics(self) -> Any:
         """Loss and accuracy of a batch; one function for all sweeps."""
         return training.classification_metrics(self.predict)
+
+    @cached_property
+    def groups(self) -> Any:
+        """Which weights go together, as `pruning_limit` takes it."""
+        if self.grouped == "units":
+            return models.unit_labels(self.model, trees.partition(self.params)[0])
+        return self.grouped
+
+    @cached_property
+    def sparsities(self) -> NDArray[np.float64]:
+        """Those at which it is measured: of `SPARSITIES`, the ones that whole groups reach."""
+        order = magnitude_order(trees.partition(self.params)[0], groups=self.groups)
+        return removals(order, SPARSITIES)[0]
 
     def to_json(self) -> dict[str, Any]:
         """Its part of limit.json."""
@@ -95,6 +112,7 @@ def train_network(job: Job, checkpoint: Path) -> Trained:
         network,
         {"mean": statistics.mean, "batch_std": statistics.batch_std},
         job.options.loss_tolerance or statistics.batch_std,
+        job.options.groups,
     )
 
 
@@ -106,7 +124,7 @@ def load_trained(job: Job, document: Mapping[str, Any]) -> Trained:
     for value in (tolerance, *(network[name] for name in ("num_weights", "train_loss", "test_accuracy"))):
         math.isfinite(value)  # what later stages need is there, as numbers
     model = load_model(job.folder / run_folder.MODEL, build_network(job.preset, job.options.seed))
-    return Trained(model, network, statistics, tolerance)
+    return Trained(model, network, statistics, tolerance, job.options.groups)
 
 
 def _describe(job: Job, trained: Trained) -> dict[str, Any]:
