@@ -26,7 +26,7 @@ RUNS = {
     "digits-seed1": "run --seed 1",
     "digits-units": "run --groups units",
     "mnist-fc2-10": "run mnist-fc2 --epochs 10",
-    "mnist-fc2-units": "run mnist-fc2 --epochs 10 --num-examples 10000 --curvature gauss_newton --groups units",
+    "mnist-fc2-units": "run mnist-fc2 --num-examples 10000 --curvature gauss_newton --groups units",
     "mnist-fc2-60": "run mnist-fc2 --epochs 60",
     "cifar10-lenet-30": "run cifar10-lenet --epochs 30 --num-examples 1024 --finetune-steps 0",
     "cifar10-lenet-200": "run cifar10-lenet --num-examples 1024 --finetune-steps 0",

@@ -1,0 +1,95 @@
+"""What do limits from a part of the examples say of all? FC5 by 1,024, 10,000 and all 50,000 of CIFAR-10.
+
+    python benchmarks/more_examples.py --work DIR [--runs cifar10-fc5] [--examples 1024 10000 50000]
+
+The networks are those of finished runs of real_runs.py in DIR. Gauss-Newton predicts one_shot and width, at
+the loss tolerance of the run and by at most `MAX_MATVECS` products, so that an interval may be wider than
+.001. The cut network is measured on the same examples. A file for each network and number of examples stays
+in DIR; an interrupted run goes on behind them.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import common
+import jax
+import real_runs
+
+import jaxlimit
+from jaxlimit import models, training
+from jaxlimit.application import answers, run_folder
+from jaxlimit.application.presets import Options, build_network, find_preset, load_arrays
+from jaxlimit.application.question import Question
+from jaxlimit.core import writing
+from jaxlimit.training.losses import cross_entropy
+from jaxlimit.training.model_files import load_model
+
+NAME = "more_examples"
+MAX_MATVECS = 100
+LIMITS = ("one_shot", "width")
+
+
+def measure(folder: Path, num_examples: int) -> dict[str, Any]:
+    """Limits and the measured cut of a run's network, on the first so many training examples."""
+    config, found = (writing.read_json(folder / name) for name in (run_folder.CONFIG, run_folder.LIMIT))
+    preset, seed = find_preset(config["preset"]["name"]), config["options"]["seed"]
+    predict, params = models.from_nnx(load_model(folder / run_folder.MODEL, build_network(preset, seed)))
+    (images, labels), _ = load_arrays(preset, Options())
+    batches = jaxlimit.batched((images[:num_examples], labels[:num_examples]), 128)
+    limit = jaxlimit.pruning_limit(
+        training.classification_curvature("gauss_newton", predict, params, batches),
+        jax.random.key(seed),
+        loss_tolerance=found["loss_tolerance"],
+        which=LIMITS,
+        max_matvecs=MAX_MATVECS,
+        progress=True,
+    )
+    question = Question(
+        predict_fn=lambda params, batch: predict(params, batch[0]),
+        loss_fn=lambda outputs, batch: cross_entropy(outputs, batch[1]),
+        params=params,
+        batches=batches,
+        key=jax.random.key(seed),
+        loss_tolerance=found["loss_tolerance"],
+    )
+    cut = answers.cut(question, lambda done, note: None)
+    return {"num_examples": num_examples, "cut": cut.to_json(), "limit": limit.to_json()}
+
+
+def table(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """A row for each network and number of examples."""
+    heads = ("run", "examples", "**cut**", "one_shot", "interval", "width", "interval", "products", "minutes")
+    lines = []
+    for name, measured in rows.items():
+        for row in measured:
+            cells = [name, f"{row['num_examples']:,}", common.sparsity(row["cut"]["sparsity"])]
+            for which in LIMITS:
+                found = row["limit"][which]
+                cells += [common.sparsity(found["value"]), f"[{found['lower']:.4f}, {found['upper']:.4f}]"]
+            lines.append((*cells, str(row["limit"]["num_matvecs"]), f"{row['seconds'] / 60:.0f}"))
+    return common.markdown(heads, lines)
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder of the runs")
+    names = [name for name in real_runs.RUNS if name.startswith("cifar10-fc")]
+    parser.add_argument("--runs", nargs="+", default=["cifar10-fc5"], choices=names, metavar="NAME")
+    parser.add_argument("--examples", nargs="+", type=int, default=[1_024, 10_000, 50_000], metavar="N")
+    options = parser.parse_args()
+    rows = {}
+    for name in options.runs:
+        folder = options.work / name
+        steps = [(folder / f"examples-{n}.json", partial(measure, folder, n)) for n in options.examples]
+        rows[name] = [common.step(path, compute) for path, compute in steps]
+    document = {"command": f"python benchmarks/{NAME}.py --work DIR --runs {' '.join(rows)}", "rows": rows}
+    common.write(NAME, document, table(rows))
+
+
+if __name__ == "__main__":
+    main()
