@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 import jaxlimit
 from jaxlimit import data, models
-from jaxlimit.core.trees import PyTree
+from jaxlimit.core.trees import PyTree, combine
 from jaxlimit.models.functional import Params, Predict
 from jaxlimit.training.losses import cross_entropy
 
@@ -197,6 +197,28 @@ class Problem:
         if operator == "gauss_newton":
             return jaxlimit.gauss_newton(self.outputs, _output_loss, self.params, batches, **options)
         raise ValueError(f'operator must be "hessian" or "gauss_newton", got {operator!r}.')
+
+
+def vectors_like(weights: PyTree, count: int) -> PyTree:
+    """Gaussian vectors along a leading axis."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal((count, *x.shape), np.float32)), weights)
+
+
+def counted_operations(problem: Problem, curvature: jaxlimit.Curvature) -> dict[str, float]:
+    """Of the gradient, and of the product linearised anew and kept, for all examples."""
+    product, weights, rest = curvature.product, curvature.weights, curvature.rest
+    # Few examples stand for all: the count is proportional to them.
+    share = min(len(problem.inputs), 32)
+    batch = problem.inputs[:share], problem.labels[:share]
+    one = vectors_like(weights, 1)
+    linear = jax.jit(product.linearize)(weights, rest, batch)
+    counts = {
+        "gradient": common.operations(jax.grad(lambda w: product.loss(combine(w, rest), batch)), weights),
+        "anew": common.operations(product, weights, rest, one, batch),
+        "kept": common.operations(product.apply, linear, one),
+    }
+    return {name: count * len(problem.inputs) / share for name, count in counts.items()}
 
 
 def _output_loss(logits: jax.Array, batch: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -47,12 +47,6 @@ MODES = ("forward over reverse", "reverse over reverse")
 Functions = dict[str, Callable[[], Any]]
 
 
-def vectors_like(weights: PyTree, count: int) -> PyTree:
-    """Gaussian vectors along a leading axis."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal((count, *x.shape), np.float32)), weights)
-
-
 def differentiated(problem: networks.Problem, groups: list[PyTree], vector: PyTree) -> Functions:
     """The gradient, and Hessian products differentiated in the usual ways, each a compiled scan."""
     weights, rest = partition(problem.params, networks.is_prunable)
@@ -99,7 +93,7 @@ def own_functions(
 ) -> tuple[jaxlimit.Curvature, Functions]:
     """The curvature, and what is timed of jaxlimit."""
     curvature = problem.curvature(operator, precision=precision)
-    one = vectors_like(curvature.weights, 1)
+    one = networks.vectors_like(curvature.weights, 1)
     anew = replace(curvature, linear_bytes=0)
     vector = jax.tree.map(lambda x: x[0], one)
     functions: Functions = {
@@ -111,7 +105,7 @@ def own_functions(
         others = differentiated(problem, list(grouped(problem.batches())), vector)
         functions |= {name: others[name] for name in MODES}
     for size in BLOCKS if blocks else ():
-        block = vectors_like(curvature.weights, size)
+        block = networks.vectors_like(curvature.weights, size)
         functions[f"jaxlimit, block of {size}"] = partial(curvature.matmat, block)
     return curvature, functions
 
@@ -136,26 +130,10 @@ def peer_functions(found: list[peers.Peer], dim: int, blocks: bool) -> Functions
     return functions
 
 
-def counted_operations(problem: networks.Problem, curvature: jaxlimit.Curvature) -> dict[str, float]:
-    """Of the gradient, and of the product linearised anew and kept, for all examples."""
-    product, weights, rest = curvature.product, curvature.weights, curvature.rest
-    # Few examples stand for all: the count is proportional to them.
-    share = min(len(problem.inputs), 32)
-    batch = problem.inputs[:share], problem.labels[:share]
-    one = vectors_like(weights, 1)
-    linear = jax.jit(product.linearize)(weights, rest, batch)
-    counts = {
-        "gradient": common.operations(jax.grad(lambda w: product.loss(combine(w, rest), batch)), weights),
-        "anew": common.operations(product, weights, rest, one, batch),
-        "kept": common.operations(product.apply, linear, one),
-    }
-    return {name: count * len(problem.inputs) / share for name, count in counts.items()}
-
-
 def first_call(problem: networks.Problem, operator: str) -> float:
     """Seconds of the first product, compilation and linearisation included."""
     curvature = problem.curvature(operator)
-    one = vectors_like(curvature.weights, 1)
+    one = networks.vectors_like(curvature.weights, 1)
     start = time.perf_counter()
     jax.block_until_ready(curvature.matmat(one))
     return time.perf_counter() - start
@@ -166,7 +144,7 @@ def measure(name: str, operator: str, precision: str) -> dict[str, Any]:
     problem = networks.load_problem(name)
     compilation = first_call(problem, operator)
     curvature = problem.curvature(operator)
-    one = vectors_like(curvature.weights, 1)
+    one = networks.vectors_like(curvature.weights, 1)
     jax.block_until_ready(curvature.matmat(one))
     blocks = common.seconds(lambda: curvature.matmat(one)) < BLOCKS_BELOW
     curvature, functions = own_functions(problem, operator, precision, blocks)
@@ -185,7 +163,7 @@ def measure(name: str, operator: str, precision: str) -> dict[str, Any]:
         "seconds": times,
         "page_faults": faults,
         "first_call": compilation,
-        "operations": counted_operations(problem, curvature),
+        "operations": networks.counted_operations(problem, curvature),
         "linear_bytes": sum(x.nbytes for x in jax.tree.leaves(curvature.linear)),
         "batch_size": int(jax.tree.leaves(curvature.groups)[0].shape[1]),
         "versions": {peer.name: peer.version for peer in found},

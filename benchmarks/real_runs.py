@@ -3,8 +3,9 @@
     python benchmarks/real_runs.py --work DIR [--runs mnist-fc2-10 ...]
 
 DIR gets the folder of each run. Of a finished run limit.json goes to results/NAME.json and the figure of its
-loss to docs/figures/NAME.png; the table is made of all runs that are in results. Data are read from
-$JAXLIMIT_DATA. An interrupted run goes on where it was.
+loss to docs/figures/NAME.png; the tables are made of all runs that are in results: real_runs.md, and
+real_runs_time.md with the minutes of each stage. Data are read from $JAXLIMIT_DATA. An interrupted run goes
+on where it was.
 """
 
 import argparse
@@ -17,7 +18,9 @@ import common
 
 from jaxlimit import cli
 from jaxlimit.application import run_folder
+from jaxlimit.application.options import Run
 from jaxlimit.core import writing
+from jaxlimit.training.losses import CURVATURES
 
 NAME = "real_runs"
 # What is typed after `jaxlimit`.
@@ -79,6 +82,28 @@ def markdown_table(documents: Mapping[str, Mapping[str, Any]]) -> str:
     return common.markdown(("run", "test accuracy", "1 point less", *COLUMNS), rows)
 
 
+def time_table(documents: Mapping[str, Mapping[str, Any]]) -> str:
+    """Minutes of each stage of a run, and of all that follows the training, in trainings."""
+    stages = {
+        "Hessian": ("limit_hessian",),
+        "Gauss-Newton": ("limit_gauss_newton",),
+        "sweep": ("sweep",),
+        "attained, certified": ("attained", "certified"),
+    }
+    rows = []
+    for name, document in documents.items():
+        seconds, run = document["seconds"], cli.parse(RUNS[name].split())
+        assert isinstance(run, Run)
+        spent = [sum(seconds.get(part, 0) for part in parts) for parts in stages.values()]
+        products = [document["limits"].get(kind, {}).get("num_matvecs") for kind in CURVATURES]
+        cells = [f"{x / 60:.1f}" if x else "-" for x in spent]
+        for column, number in enumerate(products):
+            cells[column] += f" ({number:,})" if number else ""
+        ratio = f"{sum(spent) / seconds['training']:.1f}"
+        rows.append((name, f"{seconds['training'] / 60:.1f} ({run.preset.recipe.epochs})", *cells, ratio))
+    return common.markdown(("run", "training (epochs)", *stages, "after / training"), rows)
+
+
 def _cell(document: Mapping[str, Any], path: tuple[str, ...]) -> str:
     found: Any = document
     for name in path[:-1]:
@@ -101,6 +126,7 @@ def main() -> None:
         perform(name, options.work / name)
     documents = {name: document for name in RUNS if (document := common.read_document(name))}
     common.write_table(NAME, markdown_table(documents))
+    common.write_table(f"{NAME}_time", time_table(documents))
 
 
 if __name__ == "__main__":
