@@ -2,10 +2,11 @@
 
     python benchmarks/more_examples.py --work DIR [--runs cifar10-fc5] [--examples 1024 10000 50000]
 
-The networks are those of finished runs of real_runs.py in DIR. Gauss-Newton predicts one_shot and width, at
-the loss tolerance of the run and by at most `MAX_MATVECS` products, so that an interval may be wider than
-.001. The cut network is measured on the same examples. A file for each network and number of examples stays
-in DIR; an interrupted run goes on behind them.
+The networks are those of finished runs of real_runs.py in DIR. one_shot and width are predicted at the loss
+tolerance of the run and by at most `MAX_MATVECS` products, so that an interval may be wider than .001: by
+Gauss-Newton from every number of examples, by the Hessian from the first of them alone, for it needs several
+times the products. The cut network is measured on the same examples. A file for each row stays in DIR; an
+interrupted run goes on behind them.
 """
 
 import argparse
@@ -27,11 +28,11 @@ from jaxlimit.training.losses import cross_entropy
 from jaxlimit.training.model_files import load_model
 
 NAME = "more_examples"
-MAX_MATVECS = 100
+MAX_MATVECS = {"gauss_newton": 100, "hessian": 400}
 LIMITS = ("one_shot", "width")
 
 
-def measure(folder: Path, num_examples: int) -> dict[str, Any]:
+def measure(folder: Path, kind: str, num_examples: int) -> dict[str, Any]:
     """Limits and the measured cut of a run's network, on the first so many training examples."""
     config, found = (writing.read_json(folder / name) for name in (run_folder.CONFIG, run_folder.LIMIT))
     preset, seed = find_preset(config["preset"]["name"]), config["options"]["seed"]
@@ -39,11 +40,11 @@ def measure(folder: Path, num_examples: int) -> dict[str, Any]:
     (images, labels), _ = load_arrays(preset, Options())
     batches = jaxlimit.batched((images[:num_examples], labels[:num_examples]), 128)
     limit = jaxlimit.pruning_limit(
-        training.classification_curvature("gauss_newton", predict, params, batches),
+        training.classification_curvature(kind, predict, params, batches),
         jax.random.key(seed),
         loss_tolerance=found["loss_tolerance"],
         which=LIMITS,
-        max_matvecs=MAX_MATVECS,
+        max_matvecs=MAX_MATVECS[kind],
         progress=True,
     )
     question = Question(
@@ -55,16 +56,18 @@ def measure(folder: Path, num_examples: int) -> dict[str, Any]:
         loss_tolerance=found["loss_tolerance"],
     )
     cut = answers.cut(question, lambda done, note: None)
-    return {"num_examples": num_examples, "cut": cut.to_json(), "limit": limit.to_json()}
+    return {"curvature": kind, "num_examples": num_examples, "cut": cut.to_json(), "limit": limit.to_json()}
 
 
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     """A row for each network and number of examples."""
-    heads = ("run", "examples", "**cut**", "one_shot", "interval", "width", "interval", "products", "minutes")
+    heads = ("run", "curvature", "examples", "**cut**", "one_shot", "interval", "width", "interval")
+    heads += ("products", "minutes")
     lines = []
     for name, measured in rows.items():
         for row in measured:
-            cells = [name, f"{row['num_examples']:,}", common.sparsity(row["cut"]["sparsity"])]
+            cells = [name, row["curvature"], f"{row['num_examples']:,}"]
+            cells += [common.sparsity(row["cut"]["sparsity"])]
             for which in LIMITS:
                 found = row["limit"][which]
                 cells += [common.sparsity(found["value"]), f"[{found['lower']:.4f}, {found['upper']:.4f}]"]
@@ -85,8 +88,11 @@ def main() -> None:
     rows = {}
     for name in options.runs:
         folder = options.work / name
-        steps = [(folder / f"examples-{n}.json", partial(measure, folder, n)) for n in options.examples]
-        rows[name] = [common.step(path, compute) for path, compute in steps]
+        asked = [("hessian", options.examples[0]), *(("gauss_newton", n) for n in options.examples)]
+        rows[name] = [
+            common.step(folder / f"examples-{kind}-{n}.json", partial(measure, folder, kind, n))
+            for kind, n in asked
+        ]
     document = {"command": f"python benchmarks/{NAME}.py --work DIR --runs {' '.join(rows)}", "rows": rows}
     common.write(NAME, document, table(rows))
 

@@ -24,6 +24,7 @@ from jaxlimit.core.trees import combine, is_kernel, partition
 from jaxlimit.curvature import linearizing
 from jaxlimit.curvature.dense_matrix import dense_matrix
 from jaxlimit.curvature.makers import gauss_newton, hessian
+from jaxlimit.curvature.products import HessianProduct
 from jaxlimit.limits.pruning_limit import pruning_limit
 from jaxlimit.models import from_nnx
 
@@ -597,6 +598,56 @@ def test_checkpointed_blocks_keep_less(kind, dtype):
     again, again_bytes = product_and_bytes(jax.checkpoint(block))
     assert_close(again, plain, dtype)
     assert again_bytes < 0.7 * plain_bytes
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_product_of_checkpointed_layers_takes_little_more_memory_than_their_gradient(count):
+    """Linearised anew, where nothing is kept between products; and it is the same product."""
+    depth, width, size = 12, 64, 512
+    kernels = jax.random.normal(jax.random.key(0), (depth, width, width)) / 8
+    batch = jax.random.normal(jax.random.key(1), (size, width))
+    vectors = jax.random.normal(jax.random.key(2), (count, *kernels.shape))
+
+    def layer(hidden, kernel):
+        return jax.nn.gelu(jax.nn.gelu(hidden @ kernel) @ kernel.T)
+
+    def loss_of(block):
+        def loss(kernels, batch):
+            return jnp.mean(jax.lax.scan(lambda h, w: (block(h, w), None), batch, kernels)[0] ** 2)
+
+        return loss
+
+    def product_and_bytes(block):
+        product = HessianProduct(loss_of(block), "highest")
+        program = jax.jit(lambda w, v, b: product(w, None, v, b)).lower(kernels, vectors, batch).compile()
+        return program(kernels, vectors, batch), program.memory_analysis().temp_size_in_bytes
+
+    plain, plain_bytes = product_and_bytes(layer)
+    again, again_bytes = product_and_bytes(jax.checkpoint(layer))
+    gradient = jax.jit(jax.grad(loss_of(jax.checkpoint(layer)))).lower(kernels, batch).compile()
+    np.testing.assert_allclose(again, plain, rtol=1e-4, atol=1e-5 * float(jnp.abs(plain).max()))
+    assert again_bytes < 0.5 * plain_bytes
+    assert again_bytes < 4 * gradient.memory_analysis().temp_size_in_bytes
+
+
+def test_checkpointed_layers_with_a_rule_for_reverse_mode_alone():
+    """Forward mode, which saves the memory, is refused there; the product is that without checkpoints."""
+
+    @jax.custom_vjp
+    def rounded(x):
+        return jnp.round(x)
+
+    rounded.defvjp(lambda x: (jnp.round(x), None), lambda _, g: (g,))
+    weights, batch = jnp.linspace(-1, 1, 12).reshape(4, 3), jnp.linspace(0, 1, 20).reshape(5, 4)
+    vectors = jax.random.normal(jax.random.key(0), (2, 4, 3))
+
+    def product_of(wrap):
+        layer = wrap(lambda w, x: rounded(4 * jnp.tanh(x @ w)) / 4)
+        return HessianProduct(lambda w, x: jnp.mean(layer(w, x) ** 2), "highest")(
+            weights, None, vectors, batch
+        )
+
+    np.testing.assert_allclose(product_of(jax.checkpoint), product_of(lambda f: f), rtol=1e-5)
 
 
 # Models of the libraries people use.

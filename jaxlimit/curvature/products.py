@@ -28,6 +28,9 @@ from jaxlimit.core.trees import PyTree, combine
 from jaxlimit.curvature.compact import compacted
 from jaxlimit.curvature.derivatives import derivative_of_gradient, linearized
 
+# What `jax.checkpoint` is called in a traced function, by versions of JAX.
+CHECKPOINT = {"remat2", "checkpoint"}
+
 
 def _quick(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
     """The same function in a form whose derivatives take less time and memory."""
@@ -144,6 +147,19 @@ class HessianProduct(_Product):
     def apply(self, linear: PyTree, vectors: PyTree) -> PyTree:
         """H V, from what `linearize` returned."""
         return each(linear(), vectors)
+
+    def __call__(self, weights: PyTree, rest: PyTree, vectors: PyTree, batch: PyTree) -> PyTree:
+        """Products with several vectors.
+
+        A linearised gradient is kept as a whole. Where the loss computes layers again (`jax.checkpoint`) the
+        derivative goes through the gradient instead, layer by layer, and takes little more memory than it.
+        """
+        used = primitives(self._loss.jaxpr(combine(weights, rest), batch).jaxpr)
+        if used.isdisjoint(CHECKPOINT) or any(name.startswith("custom_vjp") for name in used):
+            return super().__call__(weights, rest, vectors, batch)
+        with jax.default_matmul_precision(self.precision):
+            gradient = jax.grad(lambda w: self.loss(combine(w, rest), batch))
+            return each(lambda v: jax.jvp(gradient, (weights,), (v,))[1], vectors)
 
 
 @dataclass(frozen=True, eq=False)
