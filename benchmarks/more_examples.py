@@ -6,7 +6,7 @@ The networks are those of finished runs of real_runs.py in DIR. one_shot and wid
 tolerance of the run and by at most `MAX_MATVECS` products, so that an interval may be wider than .001: by
 Gauss-Newton from every number of examples, by the Hessian from the first of them alone, for it needs several
 times the products. The cut network is measured on the same examples. A file for each row stays in DIR; an
-interrupted run goes on behind them.
+interrupted run goes on behind them. Runs that are not asked for keep their rows.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", default=["cifar10-fc5"], choices=names, metavar="NAME")
     parser.add_argument("--examples", nargs="+", type=int, default=[1_024, 10_000, 50_000], metavar="N")
     options = parser.parse_args()
-    rows = {}
+    rows = common.read_document(NAME).get("rows", {})
     for name in options.runs:
         folder = options.work / name
         asked = [("hessian", options.examples[0]), *(("gauss_newton", n) for n in options.examples)]
@@ -93,7 +93,8 @@ def main() -> None:
             common.step(folder / f"examples-{kind}-{n}.json", partial(measure, folder, kind, n))
             for kind, n in asked
         ]
-    document = {"command": f"python benchmarks/{NAME}.py --work DIR --runs {' '.join(rows)}", "rows": rows}
+    rows = {name: rows[name] for name in names if name in rows}
+    document = {"command": f"python benchmarks/{NAME}.py --work DIR", "rows": rows}
     common.write(NAME, document, table(rows))
 
 

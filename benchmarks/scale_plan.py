@@ -28,7 +28,6 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import collectives
@@ -40,9 +39,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlimit.core.sharding import example_sharding
-from jaxlimit.core.sums import ExampleSum
 from jaxlimit.core.trees import PyTree
-from jaxlimit.curvature.products import GaussNewtonProduct, Gradient, HessianProduct
+from jaxlimit.curvature.products import GaussNewtonProduct, HessianProduct
 from jaxlimit.geometry.magnitude import magnitude_order
 from jaxlimit.spectrum import lanczos
 from jaxlimit.spectrum.basis import PANEL, in_slots
@@ -144,10 +142,7 @@ def output_loss(logits: jax.Array, batch: PyTree) -> jax.Array:
 
 
 def lowered(layout: str, mesh: Mesh, network: Network) -> Iterator[tuple[str, jax.stages.Lowered]]:
-    """Programs by name: what `Curvature.matvec` runs for a batch of a stream, and a step of Lanczos.
-
-    `jax.jvp` is the Hessian's product as JAX makes it of the gradient, which jaxlimit does not use.
-    """
+    """Programs by name: what `Curvature.matvec` runs for a batch of a stream, and a step of Lanczos."""
     where = places(layout, mesh)
 
     def weights(*leading: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -166,13 +161,6 @@ def lowered(layout: str, mesh: Mesh, network: Network) -> Iterator[tuple[str, ja
     yield "gradient", hessian.gradient_sum.program(sharding).lower(args, group)
     yield "gauss_newton", gauss_newton.sum.program(sharding).lower((*args, vectors), group)
     yield "hessian", hessian.sum.program(sharding).lower((*args, vectors), group)
-
-    def derivative(weights: PyTree, rest: PyTree, vectors: PyTree, batch: PyTree) -> PyTree:
-        gradient = partial(Gradient(hessian), rest=rest, batch=batch)
-        vector = jax.tree.map(lambda v: v[0], vectors)
-        return jax.tree.map(lambda x: x[None], jax.jvp(gradient, (weights,), (vector,))[1])
-
-    yield "jax.jvp", ExampleSum(derivative).program(sharding).lower((*args, vectors), group)
     if layout != "one axis":  # where vectors lie as for FSDP
         scalar: Any = _array((1,), mesh, P())
         at = lanczos._Vectors(vectors, vectors, scalar, scalar)
