@@ -354,6 +354,24 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, arguments):
         solve(checkpoint=tmp_path / "run", loss_tolerance=0.06)
 
 
+def test_an_interrupted_readjusted_limit_resumes_to_the_same_bits(tmp_path):
+    """What conjugate gradients have learned is kept, too."""
+    curvature = quadratic_network(kind="gauss_newton")
+    solve = functools.partial(
+        jaxlimit.pruning_limit, curvature, jax.random.key(0), loss_tolerance=1.0, num_probes=1
+    )
+    whole = solve(which=["readjusted"])
+
+    def stop(progress):
+        if progress.num_matvecs > 0.8 * whole.num_matvecs:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        solve(which=["readjusted"], checkpoint=tmp_path, progress=stop)
+    assert list(tmp_path.glob("readjustment-*-directions.npz"))
+    assert solve(which=["readjusted"], checkpoint=tmp_path).to_json() == whole.to_json()
+
+
 def test_a_checkpoint_of_other_data_or_another_order_is_refused(tmp_path):
     weights = jnp.linspace(0.1, 1.0, 20)[:, None]
 

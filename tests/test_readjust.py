@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxlimit.limits.conjugate_directions import Directions
 from jaxlimit.limits.conjugate_gradients import readjusted_minimum
 
 DIM = 40
@@ -58,7 +59,7 @@ class Dense:
         x[self.kept] = np.linalg.lstsq(self.root[:, self.kept], self.root @ self.c)[0]
         return self.loss(x)
 
-    def solve(self, dtype, eps, max_matvecs=400, start=None):
+    def solve(self, dtype, eps, max_matvecs=400, start=None, known=None):
         """Through a tree of two leaves."""
         matrix = jnp.asarray(self.matrix, dtype)
 
@@ -81,6 +82,8 @@ class Dense:
             split((np.zeros(DIM) if start is None else start).astype(dtype)),
             eps,
             max_matvecs,
+            rounding=10 * float(np.finfo(dtype).eps) * float(np.linalg.norm(self.matrix, 2)),
+            known=known,
         )
         self.num_products = len(products)
         return lower, upper, np.asarray(join(x), np.float64)
@@ -160,6 +163,39 @@ def test_losses_rise_with_nested_supports(x64):
     assert np.all(np.diff(exact) >= -1e-12)
     assert np.all(np.array(bounds) >= np.array(exact) - 1e-12)
     assert np.all(np.diff(bounds) >= -1e-3 * np.array(bounds[1:]))
+
+
+@pytest.mark.parametrize("most", [0, 5, 100])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_learned_on_smaller_supports_saves_products(kind, most, x64):
+    """Supports that grow, and one that shrinks again, on which the later directions must not be used."""
+    known, cold, warm = Directions(most), 0, 0
+    for removed in (34, 31, 28, 25, 22, 29):
+        problem = Dense(kind, removed=removed)
+        known.num_removed, minimum = removed, problem.minimum()
+        eps = 1e-2 * max(minimum, 1e-6)
+        problem.solve(np.float64, eps)
+        cold += problem.num_products
+        lower, upper, x = problem.solve(np.float64, eps, known=known)
+        warm += problem.num_products
+        assert lower <= minimum + 1e-9
+        assert upper == pytest.approx(minimum, rel=1e-2, abs=1e-6)
+        assert upper == pytest.approx(problem.loss(x), rel=1e-6, abs=1e-9)
+        assert np.all(x[~problem.kept] == 0)
+        assert len(known) <= min(most, DIM - 22 + 2)
+    assert warm < 0.75 * cold if (kind, most) == ("ill-conditioned", 100) else warm <= cold + 1
+
+
+def test_directions_are_conjugate_on_every_support(x64):
+    problem, known = Dense("ill-conditioned"), Directions(100)
+    for removed in (30, 20):
+        known.num_removed = removed
+        problem.cut(removed).solve(np.float64, 1e-12, known=known)
+    pairs = known.since(0)
+    assert len(pairs[0]["b"]) == len(known) == 20
+    directions, products = (np.hstack([x["a"].reshape(len(known), -1), x["b"]]) for x in pairs)
+    np.testing.assert_allclose(directions @ problem.matrix @ directions.T, np.eye(len(known)), atol=1e-8)
+    np.testing.assert_allclose(directions @ problem.matrix, products, atol=1e-8)
 
 
 def test_nothing_removed_and_nothing_kept(dtype):

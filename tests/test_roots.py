@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jaxlimit.geometry.dimensions import cone_dimension, fixed_point
 from jaxlimit.geometry.magnitude import magnitude_order
 from jaxlimit.limits.budget import BudgetSpent
-from jaxlimit.limits.cone import cone_limit
+from jaxlimit.limits.cone import Slope, cone_limit, cone_point, points_beside
 from jaxlimit.limits.estimate import Estimate
 from jaxlimit.limits.one_shot import PathPoint, loss_between, one_shot_limit
 from jaxlimit.limits.problem import Problem
@@ -137,6 +137,36 @@ def test_the_cone_limit_is_that_of_its_equation_at_every_sparsity(kind, seed, to
     )[0]
     assert found.spread == 0
     assert found.lower - tolerance <= last / dim <= found.upper + tolerance
+
+
+@pytest.mark.parametrize("indefinite", [False, True])
+def test_a_look_at_the_cone_tells_its_ridge_to_either_side(indefinite):
+    """Of a dense H, whose weights interact: off by a fraction of what changes."""
+    rng, dim, n = np.random.default_rng(0), 400, 320
+    vectors = np.linalg.qr(rng.standard_normal((dim, dim)))[0]
+    eigenvalues = 10 ** rng.uniform(-4, 0, dim) * (rng.choice([-1, 1], dim) if indefinite else 1)
+    magnitudes = np.abs(eigenvalues)
+    weights = rng.standard_normal(dim).astype(np.float32)
+    weights = weights[np.argsort(np.abs(weights))]
+    problem = Problem(magnitude_order(weights), 0.5)
+
+    def seen_from(n):
+        coordinates = vectors.T @ np.where(np.arange(dim) < n, weights, 0)
+        measure = SpectralMeasure(eigenvalues, coordinates**2 / np.sum(coordinates**2))
+        return coordinates, cone_point(SpectralBracket.exact(measure), problem, n)
+
+    coordinates, point = seen_from(n)
+    a = problem.ridge(n) * np.exp(point.log_rho.value)
+    stiff = magnitudes / (magnitudes + a)
+    part = coordinates**2 * stiff
+    slope = Slope(vectors @ (stiff * coordinates), np.mean(stiff), part @ (1 - stiff) / np.sum(part))
+    for within, most in ((4, 0.005), (8, 0.012)):
+        beside = points_beside(point, slope, problem, within)
+        assert {x.num_removed for x in beside} == {n - within, n + within}
+        true = np.array([seen_from(x.num_removed)[1].log_rho.value for x in beside])
+        errors = np.abs(true - [x.log_rho.value for x in beside])
+        assert np.max(errors) < most
+        assert np.sum(errors) < 0.5 * np.sum(np.abs(true - point.log_rho.value))
 
 
 # The first crossing of the loss.

@@ -5,8 +5,10 @@ The ridge at one s needs the spectral measure seen from c(s), which is to be had
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from jaxlimit.geometry.dimensions import LOG_INFINITE, cone_ridge
 from jaxlimit.limits.budget import BudgetSpent
@@ -15,8 +17,10 @@ from jaxlimit.limits.problem import Problem
 from jaxlimit.limits.width import Ridge, dimension_root
 from jaxlimit.spectrum.bracket import Bracketed, EffectiveDimension, SpectralBracket
 
-# Where the cone is looked at first, as shares of the way from 1 down to the width limit.
-FIRST_LOOKS = (0.8, 0.35)
+# Where the cone is looked at first, and at least then, as shares of the way from 1 down to the width limit.
+FIRST_LOOKS = (0.35, 0.8)
+# Where log rho changes by more beside a look, its slope does not tell by how much.
+STEEP = 0.2
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,46 @@ def cone_point(removed: SpectralBracket, problem: Problem, num_removed: int) -> 
     return ConePoint(num_removed, removed.dimension.map(log_rho))
 
 
+class Slope(NamedTuple):
+    """What a look tells of its neighbours. F = |H| (|H| + a)^{-1} at the ridge a that it found, G = c^T F c.
+
+    Attributes:
+        image: (D,) F c, in the order of removal.
+        mean: tr F / D.
+        stiffening: k, where d log G / d log a = -k at the same c.
+    """
+
+    image: NDArray[np.float64]
+    mean: float
+    stiffening: float
+
+
+def points_beside(point: ConePoint, slope: Slope, problem: Problem, within: int) -> list[ConePoint]:
+    r"""The cone's ridge `within` removals to either side of a look, to second order and without a product.
+
+    Other removals change c by d, and so G by 2 d^T F c + d^T F d. Of the last term the diagonal of F is
+    taken, with its mean. The equation a G = 2 eps then moves log a by -log(1 + dG / G) / (1 - k). Points at
+    which log rho would differ by STEEP or more are left out.
+    """
+    n, counts = point.num_removed, problem.counts
+    base, weights = problem.ridge(n), problem.order.sort(problem.order.like).astype(np.float64)
+    total = 2 * problem.loss_tolerance / (base * np.exp(point.log_rho.value))
+    beside = []
+    for other in {max(n - within, problem.least_removed), min(n + within, problem.order.num_removals)} - {n}:
+        span, sign = slice(*sorted((counts[n], counts[other]))), np.sign(other - n)
+        w = weights[span]
+        change = max(float(2 * sign * w @ slope.image[span] + slope.mean * w @ w) / total, -STEEP)
+        by = np.log(base / problem.ridge(other)) - np.log1p(change) / (1 - slope.stiffening)
+        if abs(by) < STEEP:
+            log_rho = point.log_rho.map(lambda x, by=by: float(np.clip(x + by, 0.0, LOG_INFINITE)))
+            beside.append(ConePoint(other, log_rho))
+    return beside
+
+
 def cone_root(
     bracket: SpectralBracket, problem: Problem, points: Sequence[ConePoint]
 ) -> tuple[Estimate, float]:
-    """delta_cone(s) / D = s, with 1 / rho(s) interpolated linearly between the points.
+    """delta_cone(s) / D = s, with 1 / rho(s) linear between the points, and before them for as far again.
 
     The second value is the root to less than a weight.
 
@@ -54,16 +94,18 @@ def cone_root(
     suffice; R(s) itself is exact. Where c^T |H| c falls to 2 eps, rho grows without bound, but 1 / rho goes
     to 0 like (2 eps / R^2) (c^T |H| c - 2 eps) / c^T H^2 c.
     """
-    points = sorted(points, key=lambda point: point.num_removed)
-    counts = problem.counts
-    at = [counts[point.num_removed] for point in points]
+    points, counts = sorted(points, key=lambda point: point.num_removed), problem.counts
+    at, known = [counts[point.num_removed] for point in points], [point.log_rho for point in points]
+    # Before the first point the bounds are as far apart as there.
+    rise = known[0].value - known[-1].value
+    before = known[0].map(lambda x: float(np.clip(x + rise, 0.0, LOG_INFINITE)))
     log_rhos: Bracketed[tuple[float, ...]] = Bracketed.known(())
-    for point in points:
-        log_rhos = log_rhos.join(lambda known, x: (*known, x), point.log_rho)
+    for log_rho in (before, *known):
+        log_rhos = log_rhos.join(lambda known, x: (*known, x), log_rho)
 
     def ridge(log_rho: tuple[float, ...]) -> Ridge:
         shares = np.exp([-x for x in log_rho])
-        return lambda n: problem.ridge(n) / float(np.interp(counts[n], at, shares))
+        return lambda n: problem.ridge(n) / float(np.interp(counts[n], [2 * at[0] - at[-1], *at], shares))
 
     return dimension_root(bracket, log_rhos.map(ridge), problem)
 
@@ -74,8 +116,9 @@ def cone_limit(
     problem: Problem,
     start: float,
     tolerance: float,
+    beside: Callable[[ConePoint], list[ConePoint]] = lambda point: [],
 ) -> tuple[Estimate, dict[int, SpectralBracket]]:
-    """The exact cone's limit: rho at a few sparsities, then at each new root until the root rests.
+    """The exact cone's limit: rho at two sparsities, then at each new root until a look tells it or it rests.
 
     A root that creeps on is overtaken by twice its last move, so that it comes to lie between two points:
     else steps of single weights would follow where rho bends sharply.
@@ -87,6 +130,8 @@ def cone_limit(
         start: the width limit, below which the cone limit cannot lie.
         tolerance: the iteration ends when a look at the root moves it by less than a tenth of this; with 0
             when its n and both neighbours have been looked at.
+        beside: the cone's ridge to either side of the last look at a point, where that tells it. A root
+            between these needs no further look.
 
     Returns:
         The limit, and the brackets seen from c by their n. Where `removed` ran out of products before the
@@ -101,25 +146,37 @@ def cone_limit(
         return min(max(least, problem.order.within(round(sparsity * dim))), most)
 
     brackets: dict[int, SpectralBracket] = {}
-    points: list[ConePoint] = []
+    points: dict[int, ConePoint] = {}
 
-    def look(counts: list[int]) -> tuple[Estimate, float]:
-        brackets.update(zip(counts, removed(counts), strict=True))
-        points.extend(cone_point(brackets[n], problem, n) for n in counts)
-        return cone_root(bracket, problem, points)
+    def look(n: int) -> tuple[Estimate, float, bool]:
+        """The root, to less than a weight too, and whether it lies where the look tells its ridge."""
+        (brackets[n],) = removed([n])
+        point = cone_point(brackets[n], problem, n)
+        seen = {x.num_removed: x for x in (point, *beside(point))}
+        for other in [x for x in points if min(seen) <= x <= max(seen)]:
+            del points[other]  # known better now
+        points.update(seen)
+        estimate, root = cone_root(bracket, problem, list(points.values()))
+        return estimate, root, min(seen) < removals(root) < max(seen)
 
-    estimate, root = look(sorted({removals(1 - (1 - start) * part) for part in FIRST_LOOKS}))
-    moves = [root - start]
-    beside = [0] if tolerance else [0, -1, 1]
-    while wanted := [n for x in beside if least <= (n := removals(root) + x) <= most and n not in brackets]:
-        creeps = len(moves) > 2 and moves[-1] * moves[-2] > moves[-2] ** 2 / 2
-        ahead = removals(root + 2 * moves[-1]) if creeps else wanted[0]
-        n = wanted[0] if ahead in brackets else ahead
+    first, second = (removals(1 - (1 - start) * part) for part in FIRST_LOOKS)
+    estimate, root, told = look(first)
+    moves, rests = [root - start], False
+    offsets = [0] if tolerance else [0, -1, 1]
+    while not tolerance or not (told or rests):
+        wanted = [n for x in offsets if least <= (n := removals(root) + x) <= most and n not in brackets]
+        if not wanted:
+            break
+        n = wanted[0]
+        if len(moves) == 1 and n < second and second not in brackets:
+            n = second
+        elif len(moves) > 2 and moves[-1] * moves[-2] > moves[-2] ** 2 / 2:  # it creeps
+            ahead = removals(root + 2 * moves[-1])
+            n = n if ahead in brackets else ahead
         try:
-            previous, (estimate, root) = root, look([n])
+            previous, (estimate, root, told) = root, look(n)
         except BudgetSpent:
             return estimate.widened(max(map(abs, moves[-2:]))), brackets
         moves.append(root - previous)
-        if n == wanted[0] and abs(moves[-1]) < 0.1 * tolerance:
-            break
+        rests = n == wanted[0] and abs(moves[-1]) < 0.1 * tolerance
     return estimate, brackets

@@ -18,12 +18,16 @@ import numpy as np
 from jaxlimit.core.storage import Checkpoint
 from jaxlimit.core.trees import PyTree
 from jaxlimit.limits.budget import Budget, BudgetSpent
+from jaxlimit.limits.conjugate_directions import Directions
 from jaxlimit.limits.problem import Problem
 
 # Conjugate gradients stop when the last WINDOW products lowered the loss by less than DECISIVE of what
 # would be needed to reach eps: the decision could then only change if convergence sped up a hundredfold.
 WINDOW = 10
 DECISIVE = 0.01
+# A residual is orthogonal to all directions before, until rounding is all that is left of it. Its own
+# direction is kept while that shows by no more than this share.
+MIXED = 0.1
 
 
 class NegativeCurvature(Exception):
@@ -50,6 +54,7 @@ def iterates(
     mask: PyTree,
     damping: float = 0.0,
     rounding: float = np.inf,
+    known: Directions | None = None,
 ) -> Iterator[Iterate]:
     """Conjugate gradients on (H_KK + mu I) x = r_K: the start, x = 0, and one more after each product.
 
@@ -61,6 +66,8 @@ def iterates(
         mask: pytree of bools, True on the kept coordinates K.
         damping: mu >= 0, in units of H.
         rounding: how negative the curvature along a unit vector may be, for rounding.
+        known: directions on K to which r is orthogonal already. New ones are made conjugate to them and join
+            them, unless rounding hides their curvature. Only without damping.
 
     Raises:
         FloatingPointError: a product is not finite.
@@ -73,7 +80,8 @@ def iterates(
         [1.  0.5 0. ] 0.75
     """
     residual = kept(mask, residual)
-    step, direction = jax.tree.map(jnp.zeros_like, residual), residual
+    step = jax.tree.map(jnp.zeros_like, residual)
+    direction = residual if known is None else known.without(residual)
     squared, decrease = inner(residual, residual), 0.0
     yield Iterate(step, decrease, squared)
     while squared > 0:
@@ -81,13 +89,18 @@ def iterates(
         curvature = _curvature(direction, product, length, rounding) + damping * length
         if curvature <= 0:
             return
-        factor = squared / curvature
+        along = squared if known is None else inner(residual, direction)
+        factor = along / curvature
         step = add_scaled(step, direction, factor)
         residual = _left(mask, residual, product, direction, factor, damping)
-        decrease += factor * squared / 2
+        decrease += factor * along / 2
+        if known is not None and curvature > rounding * length and abs(along - squared) < MIXED * squared:
+            known.add(direction, product, curvature)
         squared, before = inner(residual, residual), squared
         yield Iterate(step, decrease, squared)
         direction = add_scaled(residual, direction, squared / before)
+        if known is not None:
+            direction = known.without(direction)
 
 
 def readjusted_minimum(
@@ -99,6 +112,7 @@ def readjusted_minimum(
     max_matvecs: int,
     accuracy: float = 1e-4,
     rounding: float = np.inf,
+    known: Directions | None = None,
 ) -> tuple[float, float, PyTree]:
     """Whether readjusting the kept weights brings the quadratic loss down to eps.
 
@@ -114,6 +128,7 @@ def readjusted_minimum(
         max_matvecs: products at most; at least 1.
         accuracy: share of eps by which the last products must have lowered the loss for more to follow.
         rounding: how negative the curvature along a unit vector may be, for rounding.
+        known: conjugate directions of earlier calls, which save products; those of this call join them.
 
     Returns:
         lower and upper bounds of the minimum, and the x that gives the upper one.
@@ -122,11 +137,12 @@ def readjusted_minimum(
         FloatingPointError: a product is not finite.
         NegativeCurvature: a curvature is more negative than that.
     """
-    start = kept(mask, start)
-    vector = jax.tree.map(jnp.subtract, removed, start)
+    vector = jax.tree.map(jnp.subtract, removed, kept(mask, start))
+    if known is not None:
+        vector = known.without(vector)
     product = matvec(vector)
     first = max(_curvature(vector, product, inner(vector, vector), rounding), 0.0) / 2
-    steps = iterates(matvec, product, mask, rounding=rounding)
+    steps = iterates(matvec, product, mask, rounding=rounding, known=known)
     losses, found = [first], next(steps)
     while len(losses) < max_matvecs and losses[-1] > loss_tolerance:
         loss = losses[-1]
@@ -141,19 +157,21 @@ def readjusted_minimum(
     loss = losses[-1]
     recent = losses[-WINDOW - 1] - loss if len(losses) > WINDOW else loss
     lower = loss if found.squared == 0 else max(0.0, loss - recent / DECISIVE * 0.99)
-    return lower, loss, jax.tree.map(jnp.add, start, found.step)
+    return lower, loss, jax.tree.map(lambda c, v, x: c - v + x, removed, vector, found.step)
 
 
 @dataclass
 class ReadjustedLoss:
     """Bounds on min_x (c - x)^T H (c - x) / 2 as a function of n, from products within a budget.
 
-    Every call starts from the x of the call before, and keeps its own in the checkpoint.
+    Every call starts from the x of the call before, and from what all calls with as many removals or more
+    have learned: so products are saved where n falls. Both are kept in the checkpoint.
 
     Attributes:
         problem: order of the weights, and eps.
         budget: of products with a positive semidefinite H.
         store: where results are kept.
+        known: conjugate directions of all calls, as far as memory allows.
         accuracy, rounding: as in `readjusted_minimum`.
         start: the x of the last call; None before the first.
     """
@@ -161,6 +179,7 @@ class ReadjustedLoss:
     problem: Problem
     budget: Budget
     store: Checkpoint
+    known: Directions
     accuracy: float
     rounding: float = np.inf
     start: PyTree | None = None
@@ -172,16 +191,14 @@ class ReadjustedLoss:
             BudgetSpent: the products left do not tell whether eps is reached.
             NegativeCurvature: the matrix is not semidefinite.
         """
-        name, like = f"readjusted-{num_removed}", self.problem.order.like
-        stored = self.store.load_tree(name, {"x": like, "bounds": np.zeros(3)})
-        if stored is not None:
-            self.start = jax.tree.map(jnp.asarray, stored["x"])
-            lower, upper, used = map(float, stored["bounds"])
-            self.budget.count += int(used)
-            return lower, upper
+        like = self.problem.order.like
+        self.known.num_removed = num_removed
+        bounds = self._stored(f"readjustment-{num_removed}")
+        if bounds is not None:
+            return bounds
         if self.budget.left < 1:
             raise BudgetSpent
-        before, eps = self.budget.count, self.problem.loss_tolerance
+        before, known, eps = self.budget.count, len(self.known), self.problem.loss_tolerance
         lower, upper, best = readjusted_minimum(
             self.budget.matvec,
             self.problem.order.removed_vector(num_removed),
@@ -191,11 +208,37 @@ class ReadjustedLoss:
             self.budget.left,
             self.accuracy,
             self.rounding,
+            self.known,
         )
         if self.budget.left < 1 and lower <= eps < upper:
             raise BudgetSpent
-        self.start, used = best, self.budget.count - before
-        self.store.save_tree(name, {"x": best, "bounds": np.array([lower, upper, used])})
+        self.start, used, new = best, self.budget.count - before, len(self.known) - known
+        self._keep(f"readjustment-{num_removed}", best, [lower, upper, used, new])
+        return lower, upper
+
+    def _keep(self, name: str, step: PyTree, bounds: list[float]) -> None:
+        new = int(bounds[-1])
+        if new and self.store.folder is not None:
+            self.store.save_tree(f"{name}-directions", self.known.since(len(self.known) - new))
+        self.store.save_tree(name, {"x": step, "bounds": np.array(bounds)})
+
+    def _stored(self, name: str) -> tuple[float, float] | None:
+        """Takes up what an earlier computation kept."""
+        like = self.problem.order.like
+        stored = self.store.load_tree(name, {"x": like, "bounds": np.zeros(4)})
+        if stored is None:
+            return None
+        self.start = jax.tree.map(jnp.asarray, stored["x"])
+        lower, upper, used, new = map(float, stored["bounds"])
+        self.budget.count += int(used)
+        if new:
+            pairs = self.store.load_tree(f"{name}-directions", (like, like), same_shapes=False)
+            if pairs is None:
+                raise ValueError(
+                    f"{name}-directions.npz is missing in the checkpoint {self.store.folder}: remove "
+                    f"{name}.npz there to solve this once more."
+                )
+            self.known.restore(pairs, like)
         return lower, upper
 
 

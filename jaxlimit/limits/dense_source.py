@@ -13,6 +13,7 @@ from scipy.linalg import cho_factor, cho_solve
 
 from jaxlimit.curvature.dense_matrix import dense_matrix
 from jaxlimit.limits.budget import Budget
+from jaxlimit.limits.cone import ConePoint
 from jaxlimit.limits.eigensystem import Eigensystem, eigensystem
 from jaxlimit.limits.estimate import Estimate
 from jaxlimit.limits.problem import Problem, group_share
@@ -89,6 +90,10 @@ class DenseSource:
         squares = self.eigensystem.coordinates(vectors).T ** 2
         measures = [SpectralMeasure(self.eigensystem.eigenvalues, x / np.sum(x)) for x in squares]
         return [SpectralBracket.exact(measure, self.rounding) for measure in measures]
+
+    def beside(self, point: ConePoint) -> list[ConePoint]:
+        """None: a look costs no product."""
+        return []
 
     def one_shot(self) -> Estimate:
         """Last n before -g^T c + c^T H c / 2 (signed H) exceeds eps, from one pass over the matrix.

@@ -14,6 +14,7 @@ from jaxlimit.core.trees import PyTree
 from jaxlimit.limits.budget import Budget, BudgetSpent
 from jaxlimit.spectrum import lanczos
 from jaxlimit.spectrum.bracket import negative_share
+from jaxlimit.spectrum.lanczos import LanczosState
 from jaxlimit.spectrum.lanczos_files import LanczosFiles
 from jaxlimit.spectrum.tridiagonal import Tridiagonal
 
@@ -58,8 +59,10 @@ class LanczosBlocks:
         *,
         max_steps: int | None = None,
         reserve: int = 0,
-    ) -> list[Tridiagonal]:
+    ) -> tuple[list[Tridiagonal], LanczosState]:
         """Runs of a block that are resolved, have `max_steps` steps, or have spent the budget.
+
+        Their state is returned, too.
 
         Args:
             name: of the block, in the checkpoint.
@@ -84,10 +87,10 @@ class LanczosBlocks:
                 self.negative_share = max(self.negative_share, negative_share(runs))
             least = 0 if self.semidefinite else INDEFINITE_STEPS
             if runs and (all(run.breakdown for run in runs) or (steps >= least and resolved(runs))):
-                return runs
+                return runs, state
             wanted = max(STRIDE, steps // (4 * STRIDE) * STRIDE) if max_steps is None else max_steps - steps
             extra = min(wanted, (self.budget.left - reserve) // num_runs)
             if extra < 1:
-                return runs
+                return runs, state
             state = lanczos.run(self.budget.matmat, state, extra, max_basis)
             self.files.save(name, state)

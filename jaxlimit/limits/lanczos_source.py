@@ -11,9 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlimit.core.memory import device_bytes
 from jaxlimit.core.storage import Checkpoint
+from jaxlimit.geometry.dimensions import LOG_INFINITE
 from jaxlimit.limits.budget import Budget, BudgetSpent
-from jaxlimit.limits.cone import cone_point
+from jaxlimit.limits.cone import ConePoint, Slope, cone_point, cone_root, points_beside
+from jaxlimit.limits.conjugate_directions import Directions
 from jaxlimit.limits.conjugate_gradients import NegativeCurvature, ReadjustedLoss
 from jaxlimit.limits.dense_source import dense_fits, dense_source
 from jaxlimit.limits.estimate import Estimate
@@ -28,6 +31,8 @@ from jaxlimit.spectrum.bracket import (
     bracket_semidefinite,
     spread,
 )
+from jaxlimit.spectrum.functions import applied
+from jaxlimit.spectrum.lanczos import LanczosState
 from jaxlimit.spectrum.lanczos_files import LanczosFiles
 from jaxlimit.spectrum.measure import SpectralMeasure, stack_rules
 from jaxlimit.spectrum.probes import rademacher
@@ -36,6 +41,11 @@ from jaxlimit.spectrum.tridiagonal import Tridiagonal
 
 # Steps of a probe where no limit rests on the spectrum: they find the outliers, for the reader of the result.
 GLANCE = 16
+# A look at the cone away from the root only says where to look next. Then the tolerance will do, or this
+# share of the way where that is more.
+FAR = 0.125
+# Looks at the cone among which few products are divided: two, and one at the root.
+LOOKS = 3
 
 
 @dataclass
@@ -53,7 +63,9 @@ class LanczosSource:
         num_probes: random probes, or None to choose.
         which: the limits that are wanted.
         probe_runs: the Lanczos runs from random probes, once `spectrum` was called.
+        bracket: of the spectral measure, once `spectrum` was called.
         last_look: steps of the last look at the cone.
+        cone_points, slopes: of all looks at the cone, and of the last one.
     """
 
     problem: Problem
@@ -65,7 +77,10 @@ class LanczosSource:
     num_probes: int | None
     which: Sequence[str]
     probe_runs: list[Tridiagonal] = field(default_factory=list)
+    bracket: SpectralBracket = field(init=False)
     last_look: int = 0
+    cone_points: list[ConePoint] = field(default_factory=list)
+    slopes: dict[int, Slope] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
@@ -96,13 +111,14 @@ class LanczosSource:
         """Bracket of the spectral measure, its rigorous bounds resolved around the width limit's ridge."""
         self.probe_runs = self._probe_runs()
         n = self.problem.num_removed(self._width(self.probe_runs).value)
-        return self._bracket(self.probe_runs, self.problem.dim, n)
+        self.bracket = self._bracket(self.probe_runs, self.problem.dim, n)
+        return self.bracket
 
     def removed(self, counts: list[int]) -> list[SpectralBracket]:
         """Brackets of the spectral measure seen from c after n removals, for several n side by side.
 
-        Several n are a first look, which leaves half of the products for the root itself. Later ones take as
-        many steps as the one before at least, for fewer would see less than is known already.
+        The first ones leave products for the root itself. Later ones take as many steps as the one before at
+        least, for fewer would see less than is known already.
 
         Raises:
             BudgetSpent: the products that are left do not do.
@@ -111,29 +127,67 @@ class LanczosSource:
             raise BudgetSpent
         # A run from c rarely takes fewer steps than one from a probe.
         steps = max(self.last_look, self.probe_runs[0].num_steps if self.probe_runs else 0)
-        reserve = self.budget.half(len(counts)) if len(counts) > 1 else 0
+        left, looks = self.budget.left, max(LOOKS - len(self.cone_points), 1)
+        reserve = max(0, min(left - left // looks, left - len(counts)))
         self.budget.begin("cone", "cone", self.tolerance / 2, steps * len(counts), self.budget.left - reserve)
         vectors = [self.problem.order.removed_vector(n) for n in counts]
 
-        def error(n: int, run: Tridiagonal) -> float:
-            """That of the dimension, by d delta / d log a <= D - delta, and so that of s."""
-            point = cone_point(self._bracket([run], None), self.problem, n)
-            return spread(point.log_rho) * (1 - self.problem.sparsity(n))
+        def error(points: list[ConePoint]) -> float:
+            """That of the dimension, by d delta / d log a <= D - delta, and so of s."""
+            return max(spread(x.log_rho) * (1 - self.problem.sparsity(x.num_removed)) for x in points)
 
         def resolved(runs: list[Tridiagonal]) -> bool:
-            errors = [error(n, run) for n, run in zip(counts, runs, strict=True)]
-            ends = self.problem.sparsity(min(counts)), self.problem.sparsity(max(counts))
-            self.budget.look(*ends, max(errors))
-            return max(errors) <= self.tolerance / 2
+            points, sparsities = self._cone_points(counts, runs), [self.problem.sparsity(n) for n in counts]
+            self.budget.look(min(sparsities), max(sparsities), error(points))
+            root = cone_root(self.bracket, self.problem, [*self.cone_points, *points])[1]
+            way = min(abs(root - s) for s in sparsities)
+            if way > self.tolerance:
+                return error(points) <= max(self.tolerance, FAR * way)
+            if self.blocks.semidefinite:
+                return error(points) <= self.tolerance / 2
+            # The limit rests on this look, and a spread bounds nothing: the step count before must do, too.
+            before = self._cone_points(counts, [run.truncate(run.num_steps * 4 // 5) for run in runs])
+            return error(points + before) <= self.tolerance / 2
 
-        runs = self.blocks.extend(
+        runs, state = self.blocks.extend(
             "cone-" + "-".join(map(str, counts)),
             jax.tree.map(lambda *x: jnp.stack(x), *vectors),
             resolved,
             reserve=reserve,
         )
         self.last_look = max(run.num_steps for run in runs)
+        points = self._cone_points(counts, runs)
+        self.cone_points += points
+        self.slopes = self._slopes(runs, state, points)
         return [self._bracket([run], None, n) for n, run in zip(counts, runs, strict=True)]
+
+    def beside(self, point: ConePoint) -> list[ConePoint]:
+        """From the Krylov space of the look, where all its vectors were kept; a tolerance away."""
+        slope = self.slopes.get(point.num_removed)
+        within = max(1, round(self.tolerance * self.problem.order.num_removals))
+        return [] if slope is None else points_beside(point, slope, self.problem, within)
+
+    def _cone_points(self, counts: list[int], runs: list[Tridiagonal]) -> list[ConePoint]:
+        looks = zip(counts, runs, strict=True)
+        return [cone_point(self._bracket([run], None), self.problem, n) for n, run in looks]
+
+    def _slopes(
+        self, runs: list[Tridiagonal], state: LanczosState, points: list[ConePoint]
+    ) -> dict[int, Slope]:
+        """Of the looks whose ridge is finite, by the number of removals."""
+        problem, slopes = self.problem, {}
+        ridges = [problem.ridge(x.num_removed) * np.exp(x.log_rho.value) for x in points]
+        images = applied(state, [lambda x, a=a: np.abs(x) / (a + np.abs(x)) for a in ridges])
+        if images is None:
+            return {}
+        for i, (point, a, run) in enumerate(zip(points, ridges, runs, strict=True)):
+            if point.log_rho.value < LOG_INFINITE:
+                n, (nodes, weights) = point.num_removed, gauss(run)
+                image = problem.order.sort(jax.tree.map(lambda x, i=i: x[i], images)) * problem.radius(n)
+                part = np.abs(nodes) / (a + np.abs(nodes))
+                stiffening = float(weights @ (part * (1 - part)) / (weights @ part))
+                slopes[n] = Slope(image, 1 - self.bracket.dimension.value(a), stiffening)
+        return slopes
 
     def one_shot(self) -> Estimate:
         """From the predicted loss (signed H); its few products are not kept on disk.
@@ -167,9 +221,10 @@ class LanczosSource:
         self.budget.begin("readjusted", "readjusted", self.tolerance / 2)
         norm = max(run.norm for run in self.probe_runs)
         # A share of eps moves the root by less than that share wherever the minimum rises more than in
-        # proportion to s. A tenth of the tolerance, since the last products are not all that is left.
-        accuracy, rounding = self.tolerance / 10, NEGATIVE[True] * self.budget.curvature.rounding * norm
-        loss = ReadjustedLoss(self.problem, self.budget, self.store, accuracy, rounding)
+        # proportion to s. A fortieth of the tolerance, since the last products are not all that is left.
+        accuracy, rounding = self.tolerance / 40, NEGATIVE[True] * self.budget.curvature.rounding * norm
+        most = self.blocks.basis_bytes // (2 * device_bytes(self.budget.curvature.weights))
+        loss = ReadjustedLoss(self.problem, self.budget, self.store, Directions(most), accuracy, rounding)
 
         def bounds(num_removed: int) -> tuple[float, float]:
             try:
@@ -202,7 +257,7 @@ class LanczosSource:
         steps = 0 if self.blocks.semidefinite else INDEFINITE_STEPS
         wanted = (steps if needed else GLANCE) * (self.num_probes or 1)
         self.budget.begin("spectrum", "width", self.tolerance / 2, wanted, self.budget.left - reserve)
-        runs = self.blocks.extend("probe", first, resolved, max_steps=max_steps, reserve=reserve)
+        runs, _ = self.blocks.extend("probe", first, resolved, max_steps=max_steps, reserve=reserve)
         if self.num_probes is not None or not needed:
             return runs
         # The standard error falls as one over the square root of the number of probes.
@@ -212,7 +267,7 @@ class LanczosSource:
         if extra < 1:
             return runs
         more, name = rademacher(more_key, like, extra), f"probes-{extra}"
-        return runs + self.blocks.extend(name, more, lambda _: False, max_steps=steps, reserve=reserve)
+        return runs + self.blocks.extend(name, more, lambda _: False, max_steps=steps, reserve=reserve)[0]
 
     def _width(self, runs: Sequence[Tridiagonal]) -> Estimate:
         return width_limit(self._bracket(runs, self.problem.dim), self.problem)

@@ -63,8 +63,8 @@ def pruning_limit(
 
     Cost: with D <= 5,000 weights, D products and one dense eigendecomposition, unless a wide tolerance, or
     one_shot alone, takes fewer. Otherwise Lanczos: for a Gauss-Newton matrix typically 64 steps a probe, for
-    a Hessian several hundred, and as many for each of the five or so sparsities at which the cone is looked
-    at; memory for (steps x probes) vectors, as far as `basis_bytes` allow.
+    a Hessian several hundred, and as many again or fewer for the one to three sparsities at which the cone is
+    looked at; 100 to 400 for readjusted; memory for (steps x probes) vectors, as far as `basis_bytes` allow.
 
     Args:
         curvature: from `gauss_newton`, whose cone foretells what `attained_limit` builds, in few products; or
@@ -172,7 +172,7 @@ def _solve(
     width = width_limit(bracket, problem)
 
     def cone() -> Estimate:
-        limit, brackets = cone_limit(bracket, source.removed, problem, width.value, tolerance)
+        limit, brackets = cone_limit(bracket, source.removed, problem, width.value, tolerance, source.beside)
         removed.update(brackets)
         return limit
 
@@ -184,7 +184,10 @@ def _solve(
             budget.look(*ends, (problem.counts[beyond] - problem.counts[within]) / dim)
 
         eps, counts = problem.loss_tolerance, problem.counts
-        return readjusted_limit(minimum, dim, eps, tolerance / 2, width.value, looked, counts)
+        nearest = limits.get("cone") or width
+        # Trained weights do better than random ones; and what is learned above the limit serves below it.
+        start = 1 - (1 - nearest.value) / 2
+        return readjusted_limit(minimum, dim, eps, tolerance / 2, start, looked, counts)
 
     limits: dict[str, Estimate | None] = {"width": width}
     for name, solve in (("one_shot", source.one_shot), ("cone", cone), ("readjusted", readjusted)):

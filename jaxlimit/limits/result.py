@@ -65,7 +65,7 @@ class Sensitivity(Displayed):
         loss_tolerance: (m,) eps.
         width: (m,) width limit.
         cone: (m,) cone limit, or None if it was not computed. Its ridge is interpolated between the
-            sparsities at hand, and held constant beyond them.
+            sparsities at hand, which products resolve to the tolerance at the limit and less far from it.
     """
 
     loss_tolerance: NDArray[np.float64]

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Protocol
 
+from jaxlimit.limits.cone import ConePoint
 from jaxlimit.limits.estimate import Estimate
 from jaxlimit.spectrum.bracket import SpectralBracket
 from jaxlimit.spectrum.measure import SpectralMeasure
@@ -50,6 +51,10 @@ class Source(Protocol):
         Raises:
             BudgetSpent: too few products are left.
         """
+        ...
+
+    def beside(self, point: ConePoint) -> list[ConePoint]:
+        """The cone's ridge to either side of a point of the last look, where that tells it."""
         ...
 
     def one_shot(self) -> Estimate:

@@ -92,8 +92,13 @@ def orthogonalize(slots: Sequence[PyTree], num_panels: jax.Array | int, vectors:
 
 def project_out(panel: PyTree, vectors: PyTree) -> PyTree:
     """R - Q Q^T r for the vectors Q of one panel."""
-    overlap = jnp.sum(jnp.stack(jax.tree.leaves(jax.tree.map(_overlap, panel, vectors))), axis=0)
-    return jax.tree.map(lambda r, q: r - _expand(q, overlap), vectors, panel)
+    shares = overlaps(panel, vectors)
+    return jax.tree.map(lambda r, q: r - combination(q, shares), vectors, panel)
+
+
+def overlaps(panel: PyTree, vectors: PyTree) -> jax.Array:
+    """Q^T r of each run, (P, PANEL)."""
+    return jnp.sum(jnp.stack(jax.tree.leaves(jax.tree.map(_overlap, panel, vectors))), axis=0)
 
 
 def _overlap(basis: jax.Array, vector: jax.Array) -> jax.Array:
@@ -105,6 +110,6 @@ def _overlap(basis: jax.Array, vector: jax.Array) -> jax.Array:
     return jax.vmap(lambda b, v: contract(b, v, v.ndim))(basis, vector)
 
 
-def _expand(basis: jax.Array, overlap: jax.Array) -> jax.Array:
-    """Q c for each run: (P, k, *shape), (P, k) -> (P, *shape)."""
-    return jax.vmap(lambda b, c: jnp.tensordot(c, b, 1, precision="highest"))(basis, overlap)
+def combination(basis: jax.Array, shares: jax.Array) -> jax.Array:
+    """Q c for each run, of one leaf: (P, k, *shape), (P, k) -> (P, *shape)."""
+    return jax.vmap(lambda b, c: jnp.tensordot(c, b, 1, precision="highest"))(basis, shares)
