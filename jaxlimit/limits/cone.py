@@ -65,8 +65,8 @@ def points_beside(point: ConePoint, slope: Slope, problem: Problem, within: int)
     r"""The cone's ridge `within` removals to either side of a look, to second order and without a product.
 
     Other removals change c by d, and so G by 2 d^T F c + d^T F d. Of the last term the diagonal of F is
-    taken, with its mean. The equation a G = 2 eps then moves log a by -log(1 + dG / G) / (1 - k). Points at
-    which log rho would differ by STEEP or more are left out.
+    taken, with its mean m; the bounds are those of 0 and 2 m. The equation a G = 2 eps then moves log a by
+    -log(1 + dG / G) / (1 - k). Points at which log rho would differ by STEEP or more are left out.
     """
     n, counts = point.num_removed, problem.counts
     base, weights = problem.ridge(n), problem.order.sort(problem.order.like).astype(np.float64)
@@ -74,13 +74,17 @@ def points_beside(point: ConePoint, slope: Slope, problem: Problem, within: int)
     beside = []
     for other in {max(n - within, problem.least_removed), min(n + within, problem.order.num_removals)} - {n}:
         span, sign = slice(*sorted((counts[n], counts[other]))), np.sign(other - n)
-        w = weights[span]
-        change = max(float(2 * sign * w @ slope.image[span] + slope.mean * w @ w) / total, -STEEP)
-        by = np.log(base / problem.ridge(other)) - np.log1p(change) / (1 - slope.stiffening)
-        if abs(by) < STEEP:
-            log_rho = point.log_rho.map(lambda x, by=by: float(np.clip(x + by, 0.0, LOG_INFINITE)))
-            beside.append(ConePoint(other, log_rho))
+        w, moved = weights[span], np.log(base / problem.ridge(other))
+        terms = [2 * sign * w @ slope.image[span] + times * slope.mean * w @ w for times in (2, 1, 0)]
+        changes = np.maximum(np.array(terms) / total, -STEEP)
+        by = Bracketed(*(moved - np.log1p(changes) / (1 - slope.stiffening)).tolist())
+        if abs(by.value) < STEEP:
+            beside.append(ConePoint(other, point.log_rho.join(_shifted, by)))
     return beside
+
+
+def _shifted(log_rho: float, by: float) -> float:
+    return float(np.clip(log_rho + by, 0.0, LOG_INFINITE))
 
 
 def cone_root(
@@ -98,7 +102,7 @@ def cone_root(
     at, known = [counts[point.num_removed] for point in points], [point.log_rho for point in points]
     # Before the first point the bounds are as far apart as there.
     rise = known[0].value - known[-1].value
-    before = known[0].map(lambda x: float(np.clip(x + rise, 0.0, LOG_INFINITE)))
+    before = known[0].map(lambda x: _shifted(x, rise))
     log_rhos: Bracketed[tuple[float, ...]] = Bracketed.known(())
     for log_rho in (before, *known):
         log_rhos = log_rhos.join(lambda known, x: (*known, x), log_rho)
