@@ -1,6 +1,7 @@
 """What do limits from a part of the examples say of all? FC5 by 1,024, 10,000 and all 50,000 of CIFAR-10.
 
-    python benchmarks/more_examples.py --work DIR [--runs cifar10-fc5] [--examples 1024 10000 50000]
+    python benchmarks/more_examples.py --work DIR
+    python benchmarks/more_examples.py --work DIR --runs cifar10-fc5-l1-0 cifar10-fc12 --examples 1024 10000
 
 The networks are those of finished runs of real_runs.py in DIR. one_shot and width are predicted at the loss
 tolerance of the run and by at most `MAX_MATVECS` products, so that an interval may be wider than .001: by
