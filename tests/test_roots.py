@@ -167,6 +167,7 @@ def test_a_look_at_the_cone_tells_its_ridge_to_either_side(indefinite):
         errors = np.abs(true - [x.log_rho.value for x in beside])
         assert np.max(errors) < most
         assert np.sum(errors) < 0.5 * np.sum(np.abs(true - point.log_rho.value))
+        assert all(x.log_rho.lower <= y <= x.log_rho.upper for x, y in zip(beside, true, strict=True))
 
 
 # The first crossing of the loss.
