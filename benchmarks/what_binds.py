@@ -117,7 +117,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         seconds, rate = row["seconds"], row["operations"] / row["matmul_rate"]
         whole = max(seconds["call"], sum(seconds[kind] for kind in KINDS))
         shares = [seconds[kind] / whole for kind in KINDS]
-        cells = [f"{share:.0%}" for share in (*shares, 1 - sum(shares))]
+        cells = [f"{share:.0%}" for share in (*shares, max(0.0, 1 - sum(shares)))]
         rates = [f"{rate / seconds['products']:.0%}", f"{rate / whole:.0%}"]
         lines.append((row["network"], row["operator"], f"{1e3 * whole:.1f} ms", *cells, *rates))
     heads = ("network", "curvature", "product", *KINDS, "outside", "rate within products", "rate of all")

@@ -90,7 +90,7 @@ def on_eight_devices(*command):
     return json.loads(done.stdout)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_programs_of_the_small_form_take_their_part_of_the_weights():
     rows = on_eight_devices(scale_plan.__file__, "--small", "--one", "FSDP", "8", "1")
     vector = 4 * sum(map(math.prod, scale_plan.SMALL.shapes.values()))
