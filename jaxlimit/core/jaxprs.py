@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 # What stands in place of an equation; None where it stays, but for the programs that it calls.
 Rule = Callable[[JaxprEqn], JaxprEqn | None]
+
+_PRIMITIVES: WeakKeyDictionary[Jaxpr, frozenset[str]] = WeakKeyDictionary()
 
 
 def called(eqn: JaxprEqn, but: str = "") -> list[Jaxpr]:
@@ -33,10 +36,13 @@ def carried(eqn: JaxprEqn, body: Jaxpr) -> range:
     return range(0)
 
 
-def primitives(jaxpr: Jaxpr) -> set[str]:
-    """Names of the operations, also of what is called."""
-    found = {eqn.primitive.name for eqn in jaxpr.eqns}
-    return found.union(*(primitives(inner) for eqn in jaxpr.eqns for inner in called(eqn)))
+def primitives(jaxpr: Jaxpr) -> frozenset[str]:
+    """Names of the operations, also of what is called; looked up once, for streams ask for every batch."""
+    if jaxpr not in _PRIMITIVES:
+        found = frozenset(eqn.primitive.name for eqn in jaxpr.eqns)
+        inside = (primitives(inner) for eqn in jaxpr.eqns for inner in called(eqn))
+        _PRIMITIVES[jaxpr] = found.union(*inside)
+    return _PRIMITIVES[jaxpr]
 
 
 def multiplications(function: Callable[..., Any], *args: Any) -> int:
