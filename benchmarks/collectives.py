@@ -29,7 +29,7 @@ def collective_bytes(text: str, most_trips: int | None = None) -> Counter[str]:
         ValueError: a loop with collectives of which the text does not tell how often it runs, or a collective
             in two halves, whose results hold more than what passes.
     """
-    bodies, entry = _computations(text)
+    bodies, entry = computations(text)
     return _bytes_of(entry, bodies, most_trips)
 
 
@@ -66,7 +66,7 @@ def _array_bytes(array: re.Match[str]) -> int:
     return ITEM_BYTES[array["kind"]] * math.prod(int(n) for n in array["shape"].split(",") if n)
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+def computations(text: str) -> tuple[dict[str, list[str]], str]:
     """The lines of each computation of a module, and the name of the one that is run."""
     bodies: dict[str, list[str]] = {}
     name = entry = ""

@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import collectives
 import common
 import jax
 import networks
@@ -39,19 +40,17 @@ MOVES = (
     *("copy", "transpose", "reshape", "bitcast", "broadcast", "slice", "dynamic-slice", "pad", "concatenate"),
     *("dynamic-update-slice", "parameter", "constant", "tuple", "get-tuple-element", "iota", "gather"),
 )
+INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = .*? ([a-z\-]+)\((.*)")
 # They contain others, which are traced themselves.
 CONTAINERS = ("while", "call", "conditional")
 
 
 def kinds_of(text: str) -> dict[str, str]:
     """The kind of every instruction of a compiled program, by its name; none for loops and calls."""
-    bodies: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
-    body = ""
-    for line in text.splitlines():
-        if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            body = head[1]
-        elif found := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = .*? ([a-z\-]+)\((.*)", line):
-            bodies[body].append((found[1], found[2], found[3]))
+    bodies = {
+        name: [found.groups() for line in lines if (found := INSTRUCTION.match(line))]
+        for name, lines in collectives.computations(text)[0].items()
+    }
 
     def opcodes(opcode: str, rest: str) -> set[str]:
         called = re.search(r"calls=%?([\w.\-]+)", rest)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ from jaxlimit.training.losses import CURVATURES
 from jaxlimit.training.recipe import Recipe
 
 Arrays = tuple[np.ndarray, np.ndarray]
-GROUPS = ("units", "output_channels", "input_channels")
+Groups = Literal["units", "output_channels", "input_channels"]
 
 
 class _Source(NamedTuple):
@@ -209,7 +209,7 @@ class Options:
     tolerance: float = 1e-3
     loss_tolerance: float | None = None
     num_examples: int | None = None
-    groups: Literal["units", "output_channels", "input_channels"] | None = None
+    groups: Groups | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
@@ -221,8 +221,8 @@ class Options:
                 raise ValueError(f"{name} must be a positive finite number, got {value}.")
         if self.num_examples is not None and self.num_examples < 1:
             raise ValueError(f"num_examples must be at least 1, got {self.num_examples}.")
-        if self.groups not in (None, *GROUPS):
-            raise ValueError(f"groups must be {', '.join(GROUPS)} or None, got {self.groups!r}.")
+        if self.groups not in (None, *get_args(Groups)):
+            raise ValueError(f"groups must be {', '.join(get_args(Groups))} or None, got {self.groups!r}.")
 
     @property
     def curvatures(self) -> tuple[str, ...]:
