@@ -5,6 +5,7 @@ char-lm      the transformer of char_lm.py, without L1 term and with one
 mlpnet       published, trained by others without an L1 term (published_networks.py)
 resnet20     likewise
 keras-cnn    of the package cifar-10-model on PyPI (BSD-3), trained by others without an L1 term
+resnet18-8   the small ResNet of groups_networks.py, with an L1 term
 minilm       all-MiniLM-L6-v2, the drift of its embeddings (minilm.py)
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import char_lm
+import groups_networks
 import jax
 import jax.numpy as jnp
 import minilm
@@ -37,6 +39,7 @@ MAX_MATVECS = {"fc5-mnist": 1_000, "lenet-cifar10": 1_000}
 MAX_PRODUCTS = {"digits": 10_000}
 # Training examples behind the loss of published networks; test examples, as many as there are.
 EXAMPLES = {"mlpnet": 10_000, "resnet20": 256, "keras-cnn": 256}
+NUM_SMALL_RESNET = 512
 
 
 def cross_entropy_of(outputs: jax.Array, batch: Any) -> jax.Array:
@@ -174,6 +177,22 @@ def keras_cnn() -> Subject:
     )
 
 
+def small_resnet(work: Path) -> Subject:
+    """Trained if it is not there; the statistics of its batch norm are held."""
+    network = groups_networks.load("resnet18-8", work / "resnet18-8", NUM_SMALL_RESNET, num_test=10_000)
+    return Subject(
+        "resnet18-8",
+        groups_networks.SMALL_RESNET.recipe.l1,
+        network.predict,
+        network.params,
+        network.batches,
+        network.test_batches,
+        loss_tolerance=network.tolerance,
+        max_matvecs=300,
+        max_products=150,
+    )
+
+
 def sentence_encoder() -> Subject:
     """MiniLM; there is no error, and the tolerance is a mean cosine of .95."""
     problem = minilm.Problem()
@@ -193,11 +212,12 @@ def sentence_encoder() -> Subject:
     )
 
 
-OTHERS: Mapping[str, Callable[[], Subject]] = {
-    "mlpnet": lambda: published("mlpnet", published_networks.mlpnet()),
-    "resnet20": resnet20,
-    "keras-cnn": keras_cnn,
-    "minilm": sentence_encoder,
+OTHERS: Mapping[str, Callable[[Path], Subject]] = {
+    "mlpnet": lambda _: published("mlpnet", published_networks.mlpnet()),
+    "resnet20": lambda _: resnet20(),
+    "keras-cnn": lambda _: keras_cnn(),
+    "resnet18-8": small_resnet,
+    "minilm": lambda _: sentence_encoder(),
 }
 NAMES = (*predicted_vs_measured.NAMES, "char-lm", *OTHERS)
 
@@ -211,4 +231,4 @@ def subjects(names: Any, seeds: Any, work: Path) -> dict[str, Callable[[], Subje
     }
     if "char-lm" in names:
         found |= {f"char-lm-l1-{l1:g}": partial(language_model, l1, work) for l1 in char_lm.L1}
-    return found | {name: make for name, make in OTHERS.items() if name in names}
+    return found | {name: partial(make, work) for name, make in OTHERS.items() if name in names}

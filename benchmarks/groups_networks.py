@@ -32,7 +32,7 @@ from jaxlimit.training import model_files
 # Networks of predicted_vs_measured: preset, and weight of the L1 term.
 CASES = {"digits": ("digits", 5e-4), "fc2": ("fc2-mnist", 5e-5), "lenet": ("lenet-cifar10", 5e-5)}
 BATCH = 128
-NUM_TRAINED, EPOCHS = 10_000, 5
+SMALL_RESNET, NUM_TRAINED = presets.find_preset("cifar10-resnet18-8", epochs=5), 10_000
 # Of the embedding of a sentence with that of the unpruned network.
 NEAR = 0.95
 # Images of resnet20 from which the statistics of its batch norm are taken anew after every cut.
@@ -167,23 +167,22 @@ def _of_a_case(name: str, folder: Path) -> Network:
 
 
 def _resnet18_8(folder: Path) -> Network:
-    preset = presets.find_preset("cifar10-resnet18-8", epochs=EPOCHS)
-    train, test = presets.load_arrays(preset, Options())
+    train, test = presets.load_arrays(SMALL_RESNET, Options())
     train = _first(train, NUM_TRAINED)
-    model, path = presets.build_network(preset, 0), folder / run_folder.MODEL
+    model, path = presets.build_network(SMALL_RESNET, 0), folder / run_folder.MODEL
 
     def compute() -> dict[str, Any]:
         report = predicted_vs_measured.reporter("resnet18-8")
         key = jax.random.fold_in(jax.random.key(0), 0)
-        trained = preset.recipe.train(
+        trained = SMALL_RESNET.recipe.train(
             model,
             train,
             key,
-            augment=preset.augmentation(),
+            augment=SMALL_RESNET.augmentation(),
             on_epoch=lambda epoch, loss: report(f"epoch {epoch + 1}, loss + L1 {loss:.4f}"),
         )
         model_files.save_model(path, trained)
-        return {"preset": preset.to_json(), "num_examples": NUM_TRAINED}
+        return {"preset": SMALL_RESNET.to_json(), "num_examples": NUM_TRAINED}
 
     common.step(folder / "trained.json", compute)
     model = model_files.load_model(path, model)
