@@ -11,9 +11,11 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxlimit
+from jaxlimit.core import memory
 from jaxlimit.core.sharding import place
 from jaxlimit.core.trees import flatten
 from jaxlimit.curvature import linearizing
+from jaxlimit.spectrum import lanczos
 from jaxlimit.spectrum.basis import norms
 
 LIMITS = {"hessian": ("one_shot", "width"), "gauss_newton": ("width", "readjusted")}
@@ -57,6 +59,16 @@ def parts_of(vectors):
     return {k: x.sharding.shard_shape(x.shape) for k, x in vectors.items() if x is not None}
 
 
+def offloaded(curvature):
+    """Lanczos with vectors in host memory: how far T is from that without, and how a panel lies there."""
+    initial = lanczos.init(jax.tree.map(lambda x: x[None], curvature.weights))
+    resident, moved = (lanczos.run(curvature.matmat, initial, 40, *room) for room in ((64,), (0, 64)))
+    panel = memory.in_device_memory(moved.basis[0])
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(moved.basis[0])} == {memory.HOST_MEMORY}
+    difference = np.max(np.abs(resident.diagonal - moved.diagonal)) / np.max(np.abs(resident.diagonal))
+    return {"difference": float(difference), "parts": parts_of(jax.tree.map(lambda x: x[:, 0], panel))}
+
+
 def report_on(kind, params, arrays, checkpoint):
     functions = (loss,) if kind == "hessian" else (predict, cross_entropy)
     curvature = getattr(jaxlimit, kind)(*functions, params, jaxlimit.batched(arrays, 128))
@@ -86,6 +98,7 @@ def report_on(kind, params, arrays, checkpoint):
         "collectives": collectives(compiled.as_text()),
         "parts": parts_of(product),
         "parts apart": parts_of(apart.matmat(weights)),
+        "offloaded": offloaded(curvature),
     }
 
 

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from matfree import decomp
 
+from jaxlimit.core.memory import HOST_MEMORY
 from jaxlimit.spectrum import lanczos
 from jaxlimit.spectrum.basis import PANEL, orthogonalize
+from jaxlimit.spectrum.functions import applied
 from jaxlimit.spectrum.lanczos import tridiagonalize
 from jaxlimit.spectrum.tridiagonal import Tridiagonal
 
@@ -402,6 +404,41 @@ def test_a_limited_basis_keeps_its_first_vectors(max_basis, panels, dtype):
         np.testing.assert_allclose(kept @ state.current[0], 0, atol=30 * eps)
     expected = true_integral(np.diag(values), start, bump)
     assert integral(run, bump) == pytest.approx(expected, abs=1000 * eps + 1e-9)
+
+
+@pytest.mark.parametrize("max_basis", [0, 33])
+def test_vectors_in_host_memory_are_as_good_as_those_on_the_device(max_basis, dtype):
+    """Oracle: the integral from dense eigh. In pieces, they give the same bits as in one go."""
+    rng = np.random.default_rng(8)
+    values = np.append(rng.uniform(-1, 1, 297), [20.0, 50.0, 100.0])
+    device, start = jnp.asarray(values, dtype), start_vector(300, dtype)
+    initial = lanczos.init(start[None])
+
+    def product(v):
+        assert v.sharding.memory_kind == start.sharding.memory_kind
+        return device * v
+
+    state = lanczos.run(product, initial, 120, max_basis, 64)
+    on_host = [panel.sharding.memory_kind == HOST_MEMORY for panel in state.basis]
+    assert on_host == [False] * (max_basis // PANEL) + [True, False]
+    kept = np.concatenate([panel[0] for panel in state.basis])
+    eps = float(np.finfo(dtype).eps)
+    np.testing.assert_allclose(kept @ kept.T, np.eye(len(kept)), atol=30 * eps)
+    np.testing.assert_allclose(kept @ state.current[0], 0, atol=30 * eps)
+
+    whole = lanczos.run(product, initial, 120, max_basis, 128)
+    (run,) = whole.tridiagonals()
+    assert run.reorthogonalized
+    assert len(whole.basis) == 4
+    expected = true_integral(np.diag(values), start, bump)
+    assert integral(run, bump) == pytest.approx(expected, abs=1000 * eps + 1e-9)
+    pieces = initial
+    for steps in (40, 24, 56):
+        pieces = lanczos.run(product, pieces, steps, max_basis, 128)
+    for one, other in zip(jax.tree.leaves(pieces), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(one, other)
+    squared = np.asarray(applied(whole, [np.square])[0], np.float64) * np.linalg.norm(start)
+    np.testing.assert_allclose(squared, values**2 * np.asarray(start), atol=1e6 * eps)
 
 
 # Vectors.

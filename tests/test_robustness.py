@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from test_limit import truth_of_matrix
 
 import jaxlimit
+from jaxlimit.core import memory
 
 KINDS = pytest.mark.parametrize("num_probes", [None, 1])
 NAMES = ("one_shot", "width", "cone", "readjusted")
@@ -122,8 +123,26 @@ def test_a_basis_that_does_not_fit_is_said_and_the_limits_are_the_same(basis_byt
     for name in ("width", "cone"):
         a, b = less.estimates()[name], whole.estimates()[name]
         assert a.value == pytest.approx(b.value, abs=a.spread + b.spread + 1e-4), name
-    with pytest.raises(ValueError, match="basis_bytes must be at least 0, got -1"):
-        jaxlimit.pruning_limit(curvature, jax.random.key(0), **arguments, basis_bytes=-1)
+    arguments |= {"basis_bytes": basis_bytes, "host_bytes": 2**20}
+    on_host = jaxlimit.pruning_limit(curvature, jax.random.key(0), **arguments)
+    assert on_host.reorthogonalized
+    assert on_host.num_matvecs == whole.num_matvecs
+    for name in ("width", "cone"):
+        assert on_host.estimates()[name].value == pytest.approx(whole.estimates()[name].value, abs=1e-4), name
+
+
+@pytest.mark.parametrize("name", ["basis_bytes", "host_bytes"])
+def test_memory_that_cannot_be_meant_is_refused(name):
+    curvature = quadratic(np.ones(300), np.eye(300), np.ones(300))
+    with pytest.raises(ValueError, match=f"{name} must be at least 0, got -1"):
+        jaxlimit.pruning_limit(curvature, jax.random.key(0), loss_tolerance=0.1, **{name: -1})
+
+
+def test_devices_without_host_memory_are_told_before_work_starts(monkeypatch):
+    monkeypatch.setattr(memory, "HOST_MEMORY", "elsewhere")
+    curvature = quadratic(np.ones(300), np.eye(300), np.ones(300))
+    with pytest.raises(ValueError, match="host_bytes needs devices with memory of the kind elsewhere"):
+        jaxlimit.pruning_limit(curvature, jax.random.key(0), loss_tolerance=0.1, host_bytes=1)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, ValueError])

@@ -96,7 +96,8 @@ def assert_same(many, one, model, kind):
         assert many[kind][quantity] == pytest.approx(one[kind][quantity], rel=1e-5)
     assert many[kind]["limits"] == pytest.approx(one[kind]["limits"], abs=3e-4)
     parts = {"w0": [1, 64, 48 // model], "w1": [1, 48 // model, 24], "w2": [1, 24, 16 // model]}
-    assert many[kind]["parts"] == many[kind]["parts apart"] == parts
+    assert many[kind]["parts"] == many[kind]["parts apart"] == many[kind]["offloaded"]["parts"] == parts
+    assert many[kind]["offloaded"]["difference"] < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])

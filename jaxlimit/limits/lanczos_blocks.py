@@ -4,6 +4,7 @@ A block is several runs side by side. Its state can be kept in a checkpoint, fro
 goes on to the same bits.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from jaxlimit.core.memory import device_bytes
 from jaxlimit.core.trees import PyTree
 from jaxlimit.limits.budget import Budget, BudgetSpent
 from jaxlimit.spectrum import lanczos
+from jaxlimit.spectrum.basis import PANEL
 from jaxlimit.spectrum.bracket import negative_share
 from jaxlimit.spectrum.lanczos import LanczosState
 from jaxlimit.spectrum.lanczos_files import LanczosFiles
@@ -35,6 +37,7 @@ class LanczosBlocks:
         budget: of the products.
         files: where the states are kept.
         basis_bytes: memory on each device for the vectors that a block keeps.
+        host_bytes: host memory of each device for further ones.
         reorthogonalized: whether the vectors of all runs have fitted so far.
         negative_share: how far a matrix that was declared semidefinite reaches below 0, as the runs so far
             see it; see `jaxlimit.spectrum.bracket.negative_share`.
@@ -43,6 +46,7 @@ class LanczosBlocks:
     budget: Budget
     files: LanczosFiles
     basis_bytes: int
+    host_bytes: int
     reorthogonalized: bool = True
     negative_share: float = 0.0
 
@@ -75,11 +79,13 @@ class LanczosBlocks:
             BudgetSpent: too few products are left for a first step.
         """
         num_runs = jax.tree.leaves(starts)[0].shape[0]
-        state = self.files.load(name, lanczos.init(starts))
+        vector_bytes = num_runs * device_bytes(self.budget.curvature.weights)
+        max_basis, max_offloaded = self.basis_bytes // vector_bytes, self.host_bytes // vector_bytes
+        resident = max_basis // PANEL if max_offloaded else math.inf
+        state = self.files.load(name, lanczos.init(starts), resident)
         self.budget.count += state.diagonal.size
         if self.budget.left - reserve < num_runs and state.diagonal.size == 0:
             raise BudgetSpent
-        max_basis = self.basis_bytes // (num_runs * device_bytes(self.budget.curvature.weights))
         while True:
             runs, steps = state.tridiagonals(self.budget.curvature.rounding), state.diagonal.shape[1]
             self.reorthogonalized &= all(run.reorthogonalized for run in runs)
@@ -92,5 +98,5 @@ class LanczosBlocks:
             extra = min(wanted, (self.budget.left - reserve) // num_runs)
             if extra < 1:
                 return runs, state
-            state = lanczos.run(self.budget.matmat, state, extra, max_basis)
+            state = lanczos.run(self.budget.matmat, state, extra, max_basis, max_offloaded)
             self.files.save(name, state)

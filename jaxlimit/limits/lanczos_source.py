@@ -292,7 +292,8 @@ def lanczos_source(
     num_probes: int | None,
     which: Sequence[str],
     basis_bytes: int,
+    host_bytes: int,
 ) -> LanczosSource:
     """A source that keeps its results in a checkpoint; arguments as for `pruning_limit`."""
-    blocks = LanczosBlocks(budget, LanczosFiles(store), basis_bytes)
+    blocks = LanczosBlocks(budget, LanczosFiles(store), basis_bytes, host_bytes)
     return LanczosSource(problem, budget, blocks, store, key, tolerance, num_probes, which)

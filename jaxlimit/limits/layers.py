@@ -92,6 +92,7 @@ def layer_limits(
     checkpoint: str | os.PathLike[str] | None = None,
     progress: Callable[[str, Progress], None] | bool | None = None,
     basis_bytes: int | None = None,
+    host_bytes: int = 0,
     scores: PyTree | None = None,
     groups: Any = None,
 ) -> LayerLimits:
@@ -114,6 +115,7 @@ def layer_limits(
         progress: called with the name of a layer and a `Progress` after every block of products; True shows
             bars.
         basis_bytes: as for `pruning_limit`.
+        host_bytes: likewise.
         scores: as for `pruning_limit`: a pytree shaped like the weights of all layers.
         groups: as for `pruning_limit`, of all layers.
 
@@ -138,7 +140,7 @@ def layer_limits(
     """
     require_instance("curvature", curvature, Curvature, "hessian or gauss_newton")
     key = require_key("key", key)
-    check_arguments(loss_tolerance, tolerance, max_matvecs, num_probes, which, basis_bytes)
+    check_arguments(loss_tolerance, tolerance, max_matvecs, num_probes, which, basis_bytes, host_bytes)
     labels = None if groups is None else group_labels(curvature.weights, groups)
     magnitude_order(curvature.weights, scores, labels)  # refuses those that do not match
     layers = _layers(curvature.weights, layer_of)
@@ -159,6 +161,7 @@ def layer_limits(
             checkpoint=None if checkpoint is None else Path(checkpoint) / f"{number}-{_file_name(name)}",
             progress=partial(progress, name) if callable(progress) else None,
             basis_bytes=basis_bytes,
+            host_bytes=host_bytes,
             scores=_of_part(scores, part.weights),
             groups=_of_part(labels, part.weights),
         )

@@ -56,6 +56,7 @@ def pruning_limit(
     checkpoint: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | bool | None = None,
     basis_bytes: int | None = None,
+    host_bytes: int = 0,
     scores: PyTree | None = None,
     groups: Any = None,
 ) -> PruningLimit:
@@ -88,6 +89,8 @@ def pruning_limit(
         basis_bytes: memory on each device for the vectors that Lanczos keeps orthogonal. Where they do not
             fit, the first ones are kept and the status says so; with 0 three vectors do, and the spectrum
             takes more products. None: half of the device's memory.
+        host_bytes: pinned memory of the host, for each device, for further vectors. A step brings them to the
+            devices, 32 at a time, once or twice. 0: they are left out.
         scores: pytree shaped like the weights: the weights go in the order of increasing |score|. None: of
             increasing |weight|, which is magnitude pruning.
         groups: weights that go together: "output_channels", "input_channels", ("heads", number), ("blocks",
@@ -120,7 +123,7 @@ def pruning_limit(
     """
     require_instance("curvature", curvature, Curvature, "hessian or gauss_newton")
     key = require_key("key", key)
-    check_arguments(loss_tolerance, tolerance, max_matvecs, num_probes, which, basis_bytes)
+    check_arguments(loss_tolerance, tolerance, max_matvecs, num_probes, which, basis_bytes, host_bytes)
     tolerance, num_probes = float(tolerance), None if num_probes is None else int(num_probes)
     problem = Problem(magnitude_order(curvature.weights, scores, groups), float(loss_tolerance))
     if problem.order.squared_norm[-1] == 0:
@@ -143,6 +146,7 @@ def pruning_limit(
                 num_probes=num_probes,
                 which=which,
                 basis_bytes=device_memory() // 2 if basis_bytes is None else basis_bytes,
+                host_bytes=host_bytes,
             )
         solved = _solve(source, problem, budget, which, 0.0 if source.exact else tolerance)
     return _result(problem, source, budget, solved, which, tolerance, num_probes)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigh_tridiagonal
 
+from jaxlimit.core.memory import in_device_memory
 from jaxlimit.core.trees import PyTree
 from jaxlimit.spectrum.basis import PANEL, combination
 from jaxlimit.spectrum.lanczos import LanczosState
@@ -39,7 +40,10 @@ def applied(state: LanczosState, functions: Sequence[Function]) -> PyTree | None
             return None
         nodes, vectors = eigh_tridiagonal(run.diagonal, run.off_diagonal)
         row[: run.num_steps] = vectors @ (function(nodes) * vectors[0])
-    parts = [_combined(panel, shares[:, i * PANEL : (i + 1) * PANEL]) for i, panel in enumerate(state.basis)]
+    parts = [
+        _combined(in_device_memory(panel), shares[:, i * PANEL : (i + 1) * PANEL])
+        for i, panel in enumerate(state.basis)
+    ]
     return jax.tree.map(lambda *x: sum(x), *parts)
 
 

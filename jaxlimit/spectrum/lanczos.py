@@ -11,7 +11,8 @@ With reorthogonalisation (`jaxlimit.spectrum.basis`) every new vector is made or
 of k vectors for each start vector. Without it three vectors are kept; the quadrature remains valid but
 converges later (Greenbaum 1989). Between the two, a basis of limited size keeps
 its first vectors, and new ones are made orthogonal to these: they hold the outliers of the spectrum, which
-are what comes back where orthogonality is lost.
+are what comes back where orthogonality is lost. Or later vectors are kept in host memory
+(`jaxlimit.core.memory`), and a step brings one panel of them after the other to the devices.
 
 When beta_k vanishes the Krylov space is exhausted and T_k is exact: the run ends there with a shorter T,
 which is an answer and no error.
@@ -29,9 +30,11 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxlimit.core.memory import in_device_memory, in_host_memory
 from jaxlimit.core.programs import parts_of_one_processor
 from jaxlimit.core.trees import PyTree
 from jaxlimit.spectrum.basis import (
+    CANCELLATION,
     PANEL,
     empty_panel,
     in_slots,
@@ -39,6 +42,7 @@ from jaxlimit.spectrum.basis import (
     norms,
     orthogonalize,
     per_run,
+    project_out,
     store,
 )
 from jaxlimit.spectrum.tridiagonal import Tridiagonal
@@ -52,7 +56,7 @@ class LanczosState(NamedTuple):
     """Where a block of P Lanczos runs stands: all that is needed to go on, or to resume to the same bits."""
 
     # the Krylov spaces, on the device
-    basis: tuple[PyTree, ...]  # panels of the first q: leaves (P, PANEL, *shape), 0 beyond j
+    basis: tuple[PyTree, ...]  # panels of the first q: leaves (P, PANEL, *shape), 0 beyond j; see `run`
     previous: PyTree  # leaves (P, *shape): q_{j-1}
     current: PyTree  # leaves (P, *shape): q_j, the next vector to be multiplied; 0 where a run has ended
     norm: jax.Array  # (P,) running estimate of ||T||
@@ -122,6 +126,7 @@ def run(
     state: LanczosState,
     num_matvecs: int,
     max_basis: int | None = None,
+    max_offloaded: int = 0,
 ) -> LanczosState:
     """Takes up to `num_matvecs` further steps of all runs; stops early when every run has ended.
 
@@ -134,6 +139,8 @@ def run(
         num_matvecs: number of steps.
         max_basis: how many vectors a run keeps at most, in full panels; None keeps all of them, 0 none.
             A panel that the state has begun is filled; where it has left out vectors, no later one is kept.
+        max_offloaded: how many vectors beyond these a run keeps in host memory, in full panels. The one that
+            is being filled, and one that is looked at, lie on the devices beside the others.
 
     Raises:
         FloatingPointError: a product with the matrix is not finite.
@@ -141,7 +148,9 @@ def run(
     taken = state.diagonal.shape[1]
     beta = state.off_diagonal[:, -1] if taken else np.zeros(len(state.num_steps))
     at = _Vectors(state.previous, state.current, jnp.asarray(beta, state.norm.dtype), state.norm)
-    basis, kept = _growing_basis(state, max_basis)
+    resident = max_basis // PANEL if max_basis is not None and max_offloaded else np.inf
+    basis, kept = _growing_basis(state, max_basis, max_offloaded)
+    basis = _offloaded(basis, resident)
     columns, under_way = _Columns(state), None
     in_turn = parts_of_one_processor(jax.tree.leaves(state.current))
     for index in range(taken, taken + num_matvecs):
@@ -149,10 +158,13 @@ def run(
             break
         if index < kept:
             if index % PANEL == 0:
-                basis.append(jax.tree.map(empty_panel, at.current))
+                basis = _offloaded([*basis, jax.tree.map(empty_panel, at.current)], resident)
             basis[-1] = store(basis[-1], at.current, index % PANEL)
         product = matmat(at.current)
-        at, column = _rest_of_step(in_slots(basis), len(basis), at, product)
+        if len(basis) <= resident + 1:
+            at, column = _rest_of_step(in_slots(basis), len(basis), at, product)
+        else:
+            at, column = _rest_of_step_by_panels(basis, at, product)
         if under_way is not None:
             columns.append(under_way)
         under_way = jax.block_until_ready(column) if in_turn else column
@@ -176,9 +188,24 @@ def _rest_of_step(
 ) -> tuple[_Vectors, jax.Array]:
     """All of a step behind its product, and alpha_j and beta_j (2, P)."""
     residual, alpha = three_terms(at.previous, at.current, at.beta, product)
-    residual = orthogonalize(slots, num_panels, residual)
+    return _end_of_step(at, orthogonalize(slots, num_panels, residual), alpha)
+
+
+def _end_of_step(at: _Vectors, residual: PyTree, alpha: jax.Array) -> tuple[_Vectors, jax.Array]:
     current, beta, norm = next_vector(residual, alpha, at.beta, at.norm)
     return _Vectors(at.current, current, beta, norm), jnp.stack([alpha, beta])
+
+
+def _rest_of_step_by_panels(basis: list[PyTree], at: _Vectors, product: PyTree) -> tuple[_Vectors, jax.Array]:
+    """The same where panels lie in host memory: the host waits, so that one at a time is on the devices."""
+    residual, alpha = jax.jit(three_terms)(at.previous, at.current, at.beta, product)
+    for _ in range(2):
+        before = np.asarray(norms(residual))
+        for panel in basis:
+            residual = jax.block_until_ready(jax.jit(project_out)(in_device_memory(panel), residual))
+        if np.all(np.asarray(norms(residual)) >= CANCELLATION * before):
+            break
+    return jax.jit(_end_of_step)(at, residual, alpha)
 
 
 class _Columns:
@@ -211,10 +238,17 @@ class _Columns:
         return np.hstack(self._diagonal), np.hstack(self._off_diagonal), self._num_steps
 
 
-def _growing_basis(state: LanczosState, max_basis: int | None) -> tuple[list[PyTree], float]:
+def _offloaded(basis: list[PyTree], resident: float) -> list[PyTree]:
+    """The panels with those beyond `resident` in host memory, but for the last one, which is written to."""
+    return [in_host_memory(x) if resident <= i < len(basis) - 1 else x for i, x in enumerate(basis)]
+
+
+def _growing_basis(
+    state: LanczosState, max_basis: int | None, max_offloaded: int
+) -> tuple[list[PyTree], float]:
     """The panels of a state, the last of which may be written to, and the number of vectors to keep."""
     basis, taken = list(state.basis), state.diagonal.shape[1]
-    kept = np.inf if max_basis is None else max_basis // PANEL * PANEL
+    kept = np.inf if max_basis is None else (max_basis // PANEL + max_offloaded // PANEL) * PANEL
     if taken > PANEL * len(basis):  # later vectors are lost already
         return basis, PANEL * len(basis)
     if taken < PANEL * len(basis):

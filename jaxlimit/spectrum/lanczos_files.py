@@ -7,6 +7,7 @@ its own; the rest of the state is written after every block of steps.
 import jax
 import numpy as np
 
+from jaxlimit.core.memory import in_host_memory
 from jaxlimit.core.sharding import place, sharding_like
 from jaxlimit.core.storage import Checkpoint
 from jaxlimit.core.trees import PyTree
@@ -34,8 +35,13 @@ class LanczosFiles:
                 self._panels.add(_panel(name, i))
         self._store.save_tree(name, (np.array(len(state.basis)), state._replace(basis=state.basis[-1:])))
 
-    def load(self, name: str, initial: LanczosState) -> LanczosState:
+    def load(self, name: str, initial: LanczosState, resident: float = np.inf) -> LanczosState:
         """The stored state of that name, or the initial one.
+
+        Args:
+            name: of the state.
+            initial: before the first step.
+            resident: panels beyond these, but for the last one, are put into host memory.
 
         Raises:
             ValueError: a file is damaged, or one of the panels is missing.
@@ -50,23 +56,25 @@ class LanczosFiles:
         panels = []
         for i in range(int(num_panels) - 1):
             panel = self._store.load_tree(_panel(name, i), initial.current, same_shapes=False)
-            panels.append(panel)
-            if panels[-1] is None:
+            if panel is None:
                 raise ValueError(
                     f"{_panel(name, i)}.npz is missing in the checkpoint {self._store.folder}: remove "
                     f"{name}.npz there to start this run anew."
                 )
+            panel = _placed(panel, initial.current, 2, 1)
+            panels.append(in_host_memory(panel) if i >= resident else panel)
             self._panels.add(_panel(name, i))
-
-        def placed(stored: PyTree, like: PyTree, new_axes: int = 0, without: int = 0) -> PyTree:
-            return jax.tree.map(lambda x, y: place(x, sharding_like(y, new_axes, without)), stored, like)
-
         return stored._replace(
-            basis=tuple(placed(x, initial.current, 2, 1) for x in (*panels, *stored.basis)),
-            previous=placed(stored.previous, initial.previous),
-            current=placed(stored.current, initial.current),
-            norm=placed(stored.norm, initial.norm),
+            basis=(*panels, *[_placed(x, initial.current, 2, 1) for x in stored.basis]),
+            previous=_placed(stored.previous, initial.previous),
+            current=_placed(stored.current, initial.current),
+            norm=_placed(stored.norm, initial.norm),
         )
+
+
+def _placed(stored: PyTree, like: PyTree, new_axes: int = 0, without: int = 0) -> PyTree:
+    """On the devices, as `sharding_like` says."""
+    return jax.tree.map(lambda x, y: place(x, sharding_like(y, new_axes, without)), stored, like)
 
 
 def _panel(name: str, index: int) -> str:
