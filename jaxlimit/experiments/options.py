@@ -18,7 +18,7 @@ GROUPS = {
 }
 """The options that experiments share: by the title of a group, what it is about and what is in it."""
 EXAMPLES = {
-    "compare": ("digits", 21),
+    "compare": ("digits", 14),
     "crossing": ("digits", 1),
     "distance": ("digits", 2),
     "gems": ("digits", 3),

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from numpy.typing import ArrayLike
 
+from jaxlimit.application.answers import COARSE
 from jaxlimit.application.presets import Arrays, Preset, build_network
 from jaxlimit.baselines.network import subfolder
 from jaxlimit.core.batches import Batches, batched
@@ -221,7 +222,8 @@ class Subject:
     def accuracy_threshold(self, scores: PyTree | None = None) -> float:
         """The largest sparsity that costs at most one point of test accuracy.
 
-        From above, and of each network no more of the test examples than it takes to see that it costs more.
+        From above, at every `COARSE`-th sparsity and then at those between; and of each network no more of
+        the test examples than it takes to see that it costs more.
         """
         network = PrunedNetwork(self.params, self.metrics, scores=scores)
         parts = [batched(part, self.test.batch_size) for part in batched(self.test.arrays, PART)]
@@ -231,12 +233,15 @@ class Subject:
             return round(part.num_examples * (1 - found.metrics["accuracy"][0]))
 
         allowed = sum(errors(0.0, part) for part in parts) + ACCURACY_LOSS * self.test.num_examples
-        for sparsity in SPARSITIES[:0:-1]:
-            self.note(f"measured accuracy, s = {sparsity:.2f}")
-            found = itertools.accumulate(errors(sparsity, part) for part in parts)
-            if all(so_far <= allowed for so_far in found):
-                return float(sparsity)
-        return 0.0
+
+        def costs_little(index: int) -> bool:
+            self.note(f"measured accuracy, s = {SPARSITIES[index]:.2f}")
+            found = itertools.accumulate(errors(float(SPARSITIES[index]), part) for part in parts)
+            return all(so_far <= allowed for so_far in found)
+
+        coarse = next(filter(costs_little, range(len(SPARSITIES) - 1, 0, -COARSE)), 0)
+        beyond = range(min(coarse + COARSE, len(SPARSITIES)) - 1, coarse, -1)
+        return float(SPARSITIES[next(filter(costs_little, beyond), coarse)])
 
 
 def trace(limit: PruningLimit) -> float:
