@@ -516,15 +516,14 @@ def test_a_cone_that_is_cut_short_is_less_sure_by_its_last_move():
     width = width_limit(source.spectrum(), problem).value
     calls = []
 
-    def cut_short(counts):
-        calls.append(counts)
+    def cut_short(n):
+        calls.append(n)
         if len(calls) > 1:
             raise BudgetSpent
-        return source.removed(counts)
+        return source.look(n)
 
     whole, cut = (
-        cone_limit(source.spectrum(), removed, problem, width, 1e-6)[0]
-        for removed in (source.removed, cut_short)
+        cone_limit(source.spectrum(), look, problem, width, 1e-6)[0] for look in (source.look, cut_short)
     )
     assert len(calls) == 2
     assert whole.spread == 0
@@ -575,15 +574,15 @@ def test_no_look_at_the_cone_is_shallower_than_the_one_before(every, monkeypatch
     """The products that are left may not do for another one, which then would make the limit worse."""
     H = curvature_of(trained("small-0"), "hessian")
     looked, errors = [], []
-    whole = LanczosSource.removed
+    whole = LanczosSource.look
 
-    def removed(source, counts):
+    def look(source, n):
         before = source.budget.count
-        found = whole(source, counts)
-        looked.append((source.budget.count - before) / len(counts))
+        found = whole(source, n)
+        looked.append(source.budget.count - before)
         return found
 
-    monkeypatch.setattr(LanczosSource, "removed", removed)
+    monkeypatch.setattr(LanczosSource, "look", look)
 
     def cone(budget):
         looked.clear()

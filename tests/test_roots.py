@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jaxlimit.geometry.dimensions import cone_dimension, fixed_point
 from jaxlimit.geometry.magnitude import magnitude_order
 from jaxlimit.limits.budget import BudgetSpent
-from jaxlimit.limits.cone import Slope, cone_limit, cone_point, points_beside
+from jaxlimit.limits.cone import Slope, cone_limit, cone_point, look_at, points_beside
 from jaxlimit.limits.estimate import Estimate
 from jaxlimit.limits.one_shot import PathPoint, loss_between, one_shot_limit
 from jaxlimit.limits.problem import Problem
@@ -130,7 +130,7 @@ def test_the_cone_limit_is_that_of_its_equation_at_every_sparsity(kind, seed, to
     bracket = SpectralBracket.exact(measure)
     found = cone_limit(
         bracket,
-        lambda counts: [SpectralBracket.exact(seen_from(n)) for n in counts],
+        lambda n: look_at(SpectralBracket.exact(seen_from(n)), problem, n),
         problem,
         width_limit(bracket, problem).value,
         tolerance,

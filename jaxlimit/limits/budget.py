@@ -75,9 +75,9 @@ class Budget:
         """Products that may still be made."""
         return self.max_matvecs - self.count
 
-    def half(self, at_least: int) -> int:
-        """Products to leave for later: half of those left, or fewer where `at_least` are needed now."""
-        return max(0, min(self.left // 2, self.left - at_least))
+    def reserve(self, parts: int, at_least: int) -> int:
+        """Products to leave for later: all of those left but one of so many parts, or `at_least`, for now."""
+        return max(0, self.left - max(self.left // parts, at_least))
 
     def begin(
         self, stage: str, limit: str, tolerance: float, needed: int = 0, available: int | None = None

@@ -50,6 +50,25 @@ def cone_point(removed: SpectralBracket, problem: Problem, num_removed: int) -> 
     return ConePoint(num_removed, removed.dimension.map(log_rho))
 
 
+class Look(NamedTuple):
+    """What is seen of the cone after n removals.
+
+    Attributes:
+        removed: bracket of the spectral measure seen from c.
+        point: the cone's ridge there.
+        beside: its ridge to either side, where the look tells it: a root between these needs no further look.
+    """
+
+    removed: SpectralBracket
+    point: ConePoint
+    beside: Sequence[ConePoint] = ()
+
+
+def look_at(removed: SpectralBracket, problem: Problem, num_removed: int) -> Look:
+    """A look that tells its own point alone."""
+    return Look(removed, cone_point(removed, problem, num_removed))
+
+
 class Slope(NamedTuple):
     """What a look tells of its neighbours. F = |H| (|H| + a)^{-1} at the ridge a that it found, G = c^T F c.
 
@@ -119,11 +138,10 @@ def cone_root(
 
 def cone_limit(
     bracket: SpectralBracket,
-    removed: Callable[[list[int]], list[SpectralBracket]],
+    look: Callable[[int], Look],
     problem: Problem,
     start: float,
     tolerance: float,
-    beside: Callable[[ConePoint], list[ConePoint]] = lambda point: [],
 ) -> tuple[Estimate, dict[int, SpectralBracket]]:
     """The exact cone's limit: rho at two sparsities, then at each new root until a look tells it or it rests.
 
@@ -132,20 +150,18 @@ def cone_limit(
 
     Args:
         bracket: of the spectral measure.
-        removed: brackets of the spectral measure seen from c after n removals, for several n at once.
+        look: at the cone after n removals.
         problem: order of the weights, and eps.
         start: the width limit, below which the cone limit cannot lie.
         tolerance: the iteration ends when a look at the root moves it by less than a tenth of this; with 0
             when its n and both neighbours have been looked at.
-        beside: the cone's ridge to either side of the last look at a point, where that tells it. A root
-            between these needs no further look.
 
     Returns:
-        The limit, and the brackets seen from c by their n. Where `removed` ran out of products before the
+        The limit, and the brackets seen from c by their n. Where `look` ran out of products before the
         root rested, the limit is as far as it was found, widened by the larger of its last two moves.
 
     Raises:
-        BudgetSpent: by `removed`, at the first sparsities.
+        BudgetSpent: by `look`, at the first sparsities.
     """
     least, most, dim = problem.least_removed, problem.order.num_removals, problem.dim
 
@@ -155,11 +171,10 @@ def cone_limit(
     brackets: dict[int, SpectralBracket] = {}
     points: dict[int, ConePoint] = {}
 
-    def look(n: int) -> tuple[Estimate, float, bool]:
+    def looked(n: int) -> tuple[Estimate, float, bool]:
         """The root, to less than a weight too, and whether it lies where the look tells its ridge."""
-        (brackets[n],) = removed([n])
-        point = cone_point(brackets[n], problem, n)
-        seen = {x.num_removed: x for x in (point, *beside(point))}
+        brackets[n], point, beside = look(n)
+        seen = {x.num_removed: x for x in (point, *beside)}
         for other in [x for x in points if min(seen) <= x <= max(seen)]:
             del points[other]  # known better now
         points.update(seen)
@@ -167,7 +182,7 @@ def cone_limit(
         return estimate, root, min(seen) < removals(root) < max(seen)
 
     first, second = (removals(1 - (1 - start) * part) for part in FIRST_LOOKS)
-    estimate, root, told = look(first)
+    estimate, root, told = looked(first)
     moves, rests = [root - start], False
     offsets = [0] if tolerance else [0, -1, 1]
     while not tolerance or not (told or rests):
@@ -181,7 +196,7 @@ def cone_limit(
             ahead = removals(root + 2 * moves[-1])
             n = n if ahead in brackets else ahead
         try:
-            previous, (estimate, root, told) = root, look(n)
+            previous, (estimate, root, told) = root, looked(n)
         except BudgetSpent:
             return estimate.widened(max(map(abs, moves[-2:]))), brackets
         moves.append(root - previous)

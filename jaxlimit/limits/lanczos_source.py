@@ -8,14 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxlimit.core.memory import device_bytes
 from jaxlimit.core.storage import Checkpoint
 from jaxlimit.geometry.dimensions import LOG_INFINITE
 from jaxlimit.limits.budget import Budget, BudgetSpent
-from jaxlimit.limits.cone import ConePoint, Slope, cone_point, cone_root, points_beside
+from jaxlimit.limits.cone import ConePoint, Look, Slope, cone_point, cone_root, look_at, points_beside
 from jaxlimit.limits.conjugate_directions import Directions
 from jaxlimit.limits.conjugate_gradients import NegativeCurvature, ReadjustedLoss
 from jaxlimit.limits.dense_source import dense_fits, dense_source
@@ -65,7 +64,7 @@ class LanczosSource:
         probe_runs: the Lanczos runs from random probes, once `spectrum` was called.
         bracket: of the spectral measure, once `spectrum` was called.
         last_look: steps of the last look at the cone.
-        cone_points, slopes: of all looks at the cone, and of the last one.
+        cone_points: of all looks at the cone.
     """
 
     problem: Problem
@@ -80,7 +79,6 @@ class LanczosSource:
     bracket: SpectralBracket = field(init=False)
     last_look: int = 0
     cone_points: list[ConePoint] = field(default_factory=list)
-    slopes: dict[int, Slope] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
@@ -114,80 +112,66 @@ class LanczosSource:
         self.bracket = self._bracket(self.probe_runs, self.problem.dim, n)
         return self.bracket
 
-    def removed(self, counts: list[int]) -> list[SpectralBracket]:
-        """Brackets of the spectral measure seen from c after n removals, for several n side by side.
+    def look(self, num_removed: int) -> Look:
+        """The cone after n removals, by a run from c.
 
-        The first ones leave products for the root itself. Later ones take as many steps as the one before at
+        The first looks leave products for the root itself. Later ones take as many steps as the one before at
         least, for fewer would see less than is known already.
 
         Raises:
             BudgetSpent: the products that are left do not do.
         """
-        if self.budget.left < self.last_look:
+        n, problem, budget = num_removed, self.problem, self.budget
+        if budget.left < self.last_look:
             raise BudgetSpent
         # A run from c rarely takes fewer steps than one from a probe.
         steps = max(self.last_look, self.probe_runs[0].num_steps if self.probe_runs else 0)
-        left, looks = self.budget.left, max(LOOKS - len(self.cone_points), 1)
-        reserve = max(0, min(left - left // looks, left - len(counts)))
-        self.budget.begin("cone", "cone", self.tolerance / 2, steps * len(counts), self.budget.left - reserve)
-        vectors = [self.problem.order.removed_vector(n) for n in counts]
+        reserve = budget.reserve(max(LOOKS - len(self.cone_points), 1), 1)
+        budget.begin("cone", "cone", self.tolerance / 2, steps, budget.left - reserve)
+        sparsity = problem.sparsity(n)
 
-        def error(points: list[ConePoint]) -> float:
+        def point(runs: list[Tridiagonal]) -> ConePoint:
+            return cone_point(self._bracket(runs, None), problem, n)
+
+        def error(point: ConePoint) -> float:
             """That of the dimension, by d delta / d log a <= D - delta, and so of s."""
-            return max(spread(x.log_rho) * (1 - self.problem.sparsity(x.num_removed)) for x in points)
+            return spread(point.log_rho) * (1 - sparsity)
 
         def resolved(runs: list[Tridiagonal]) -> bool:
-            points, sparsities = self._cone_points(counts, runs), [self.problem.sparsity(n) for n in counts]
-            self.budget.look(min(sparsities), max(sparsities), error(points))
-            root = cone_root(self.bracket, self.problem, [*self.cone_points, *points])[1]
-            way = min(abs(root - s) for s in sparsities)
+            now = point(runs)
+            budget.look(sparsity, sparsity, error(now))
+            way = abs(cone_root(self.bracket, problem, [*self.cone_points, now])[1] - sparsity)
             if way > self.tolerance:
-                return error(points) <= max(self.tolerance, FAR * way)
+                return error(now) <= max(self.tolerance, FAR * way)
             if self.blocks.semidefinite:
-                return error(points) <= self.tolerance / 2
+                return error(now) <= self.tolerance / 2
             # The limit rests on this look, and a spread bounds nothing: the step count before must do, too.
-            before = self._cone_points(counts, [run.truncate(run.num_steps * 4 // 5) for run in runs])
-            return error(points + before) <= self.tolerance / 2
+            before = point([run.truncate(run.num_steps * 4 // 5) for run in runs])
+            return max(error(now), error(before)) <= self.tolerance / 2
 
-        runs, state = self.blocks.extend(
-            "cone-" + "-".join(map(str, counts)),
-            jax.tree.map(lambda *x: jnp.stack(x), *vectors),
-            resolved,
-            reserve=reserve,
-        )
-        self.last_look = max(run.num_steps for run in runs)
-        points = self._cone_points(counts, runs)
-        self.cone_points += points
-        self.slopes = self._slopes(runs, state, points)
-        return [self._bracket([run], None, n) for n, run in zip(counts, runs, strict=True)]
+        start = jax.tree.map(lambda x: x[None], problem.order.removed_vector(n))
+        (run,), state = self.blocks.extend(f"cone-{n}", start, resolved, reserve=reserve)
+        self.last_look = run.num_steps
+        look = look_at(self._bracket([run], None, n), problem, n)
+        self.cone_points.append(look.point)
+        return look._replace(beside=self._beside(look.point, run, state))
 
-    def beside(self, point: ConePoint) -> list[ConePoint]:
+    def _beside(self, point: ConePoint, run: Tridiagonal, state: LanczosState) -> list[ConePoint]:
         """From the Krylov space of the look, where all its vectors were kept; a tolerance away."""
-        slope = self.slopes.get(point.num_removed)
-        within = max(1, round(self.tolerance * self.problem.order.num_removals))
-        return [] if slope is None else points_beside(point, slope, self.problem, within)
-
-    def _cone_points(self, counts: list[int], runs: list[Tridiagonal]) -> list[ConePoint]:
-        looks = zip(counts, runs, strict=True)
-        return [cone_point(self._bracket([run], None), self.problem, n) for n, run in looks]
-
-    def _slopes(
-        self, runs: list[Tridiagonal], state: LanczosState, points: list[ConePoint]
-    ) -> dict[int, Slope]:
-        """Of the looks whose ridge is finite, by the number of removals."""
-        problem, slopes = self.problem, {}
-        ridges = [problem.ridge(x.num_removed) * np.exp(x.log_rho.value) for x in points]
-        images = applied(state, [lambda x, a=a: np.abs(x) / (a + np.abs(x)) for a in ridges])
+        problem, n = self.problem, point.num_removed
+        if point.log_rho.value >= LOG_INFINITE:
+            return []
+        a = problem.ridge(n) * np.exp(point.log_rho.value)
+        images = applied(state, [lambda x: np.abs(x) / (a + np.abs(x))])
         if images is None:
-            return {}
-        for i, (point, a, run) in enumerate(zip(points, ridges, runs, strict=True)):
-            if point.log_rho.value < LOG_INFINITE:
-                n, (nodes, weights) = point.num_removed, gauss(run)
-                image = problem.order.sort(jax.tree.map(lambda x, i=i: x[i], images)) * problem.radius(n)
-                part = np.abs(nodes) / (a + np.abs(nodes))
-                stiffening = float(weights @ (part * (1 - part)) / (weights @ part))
-                slopes[n] = Slope(image, 1 - self.bracket.dimension.value(a), stiffening)
-        return slopes
+            return []
+        nodes, weights = gauss(run)
+        image = problem.order.sort(jax.tree.map(lambda x: x[0], images)) * problem.radius(n)
+        part = np.abs(nodes) / (a + np.abs(nodes))
+        stiffening = float(weights @ (part * (1 - part)) / (weights @ part))
+        slope = Slope(image, 1 - self.bracket.dimension.value(a), stiffening)
+        within = max(1, round(self.tolerance * problem.order.num_removals))
+        return points_beside(point, slope, problem, within)
 
     def one_shot(self) -> Estimate:
         """From the predicted loss (signed H); its few products are not kept on disk.
@@ -248,7 +232,7 @@ class LanczosSource:
             return width.spread <= self.tolerance / 2
 
         needed = not {"width", "cone"}.isdisjoint(self.which)
-        reserve = self.budget.half(self.num_probes or 1) if set(self.which) != {"width"} else 0
+        reserve = self.budget.reserve(2, self.num_probes or 1) if set(self.which) != {"width"} else 0
         # Not the second of two keys, which is `fold_in(key, 1)`: `jaxlimit run` takes that for another probe.
         first_key, _, more_key = jax.random.split(self.key, 3)
         like = self.problem.order.like

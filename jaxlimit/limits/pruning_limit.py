@@ -176,7 +176,7 @@ def _solve(
     width = width_limit(bracket, problem)
 
     def cone() -> Estimate:
-        limit, brackets = cone_limit(bracket, source.removed, problem, width.value, tolerance, source.beside)
+        limit, brackets = cone_limit(bracket, source.look, problem, width.value, tolerance)
         removed.update(brackets)
         return limit
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Protocol
 
-from jaxlimit.limits.cone import ConePoint
+from jaxlimit.limits.cone import Look
 from jaxlimit.limits.estimate import Estimate
 from jaxlimit.spectrum.bracket import SpectralBracket
 from jaxlimit.spectrum.measure import SpectralMeasure
@@ -45,16 +45,12 @@ class Source(Protocol):
         """Bracket of the spectral measure."""
         ...
 
-    def removed(self, counts: list[int]) -> list[SpectralBracket]:
-        """Brackets of the spectral measure seen from c after n removals, for each n > 0.
+    def look(self, num_removed: int) -> Look:
+        """The cone after n > 0 removals.
 
         Raises:
             BudgetSpent: too few products are left.
         """
-        ...
-
-    def beside(self, point: ConePoint) -> list[ConePoint]:
-        """The cone's ridge to either side of a point of the last look, where that tells it."""
         ...
 
     def one_shot(self) -> Estimate:
