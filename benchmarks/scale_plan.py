@@ -163,10 +163,10 @@ def lowered(layout: str, mesh: Mesh, network: Network) -> Iterator[tuple[str, ja
     yield "hessian", hessian.sum.program(sharding).lower((*args, vectors), group)
     if layout != "one axis":  # where vectors lie as for FSDP
         scalar: Any = _array((1,), mesh, P())
-        at = lanczos._Vectors(vectors, vectors, scalar, scalar)
+        at = lanczos.StepVectors(vectors, vectors, scalar, scalar)
         for panels in (0, KEPT_PANELS):
             basis = in_slots([weights(1, PANEL)] * panels)
-            step = lanczos._rest_of_step.lower(basis, panels, at, vectors)
+            step = lanczos.rest_of_step.lower(basis, panels, at, vectors)
             yield f"step, {panels * PANEL} vectors kept", step
 
 

@@ -147,7 +147,7 @@ def run(
     """
     taken = state.diagonal.shape[1]
     beta = state.off_diagonal[:, -1] if taken else np.zeros(len(state.num_steps))
-    at = _Vectors(state.previous, state.current, jnp.asarray(beta, state.norm.dtype), state.norm)
+    at = StepVectors(state.previous, state.current, jnp.asarray(beta, state.norm.dtype), state.norm)
     resident = max_basis // PANEL if max_basis is not None and max_offloaded else np.inf
     basis, kept = _growing_basis(state, max_basis, max_offloaded)
     basis = _offloaded(basis, resident)
@@ -162,7 +162,7 @@ def run(
             basis[-1] = store(basis[-1], at.current, index % PANEL)
         product = matmat(at.current)
         if len(basis) <= resident + 1:
-            at, column = _rest_of_step(in_slots(basis), len(basis), at, product)
+            at, column = rest_of_step(in_slots(basis), len(basis), at, product)
         else:
             at, column = _rest_of_step_by_panels(basis, at, product)
         if under_way is not None:
@@ -173,7 +173,7 @@ def run(
     return LanczosState(tuple(basis), at.previous, at.current, at.norm, *columns.matrices())
 
 
-class _Vectors(NamedTuple):
+class StepVectors(NamedTuple):
     """What a step changes on the device, as in `LanczosState`; beta (P,) of the step before."""
 
     previous: PyTree
@@ -183,20 +183,22 @@ class _Vectors(NamedTuple):
 
 
 @jax.jit
-def _rest_of_step(
-    slots: tuple[PyTree, ...], num_panels: int, at: _Vectors, product: PyTree
-) -> tuple[_Vectors, jax.Array]:
+def rest_of_step(
+    slots: tuple[PyTree, ...], num_panels: int, at: StepVectors, product: PyTree
+) -> tuple[StepVectors, jax.Array]:
     """All of a step behind its product, and alpha_j and beta_j (2, P)."""
     residual, alpha = three_terms(at.previous, at.current, at.beta, product)
     return _end_of_step(at, orthogonalize(slots, num_panels, residual), alpha)
 
 
-def _end_of_step(at: _Vectors, residual: PyTree, alpha: jax.Array) -> tuple[_Vectors, jax.Array]:
+def _end_of_step(at: StepVectors, residual: PyTree, alpha: jax.Array) -> tuple[StepVectors, jax.Array]:
     current, beta, norm = next_vector(residual, alpha, at.beta, at.norm)
-    return _Vectors(at.current, current, beta, norm), jnp.stack([alpha, beta])
+    return StepVectors(at.current, current, beta, norm), jnp.stack([alpha, beta])
 
 
-def _rest_of_step_by_panels(basis: list[PyTree], at: _Vectors, product: PyTree) -> tuple[_Vectors, jax.Array]:
+def _rest_of_step_by_panels(
+    basis: list[PyTree], at: StepVectors, product: PyTree
+) -> tuple[StepVectors, jax.Array]:
     """The same where panels lie in host memory: the host waits, so that one at a time is on the devices."""
     residual, alpha = jax.jit(three_terms)(at.previous, at.current, at.beta, product)
     for _ in range(2):
