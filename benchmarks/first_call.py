@@ -1,6 +1,6 @@
 """What does the first call compile, and how long does that take: for each network and each stage?
 
-    python benchmarks/first_call.py [--networks digits lenet]
+    python benchmarks/first_call.py [--parts stages dense] [--networks digits lenet]
 
 Each network is measured in a process of its own, without JAX's cache of compiled programs. The stages follow
 each other as in a first hour: the Hessian with its checks, what its products keep, one product, the measured
@@ -8,7 +8,12 @@ rounding, 16 Lanczos steps, a sweep of 8 sparsities; then all of it again for a 
 should compile nothing. A stage counts the programs that XLA compiles, and seconds of processor time, which
 say more than those of a clock where a machine is busy. Networks that are not measured anew keep their rows.
 
-Results are in results/first_call.json and first_call.md. MNIST and CIFAR-10 are read from $JAXLIMIT_DATA.
+`dense` are all four limits of networks that are small enough for the dense matrix, each curvature twice: the
+first time with all that it compiles, and again for a network of another seed. BLAS has one thread there: a
+second one takes processor time while it waits.
+
+Results are in results/first_call.json, first_call.md and first_call_dense.md. MNIST and CIFAR-10 are read
+from $JAXLIMIT_DATA.
 """
 
 import argparse
@@ -29,12 +34,16 @@ import jaxlimit
 from jaxlimit.core.trees import PyTree
 from jaxlimit.spectrum import lanczos
 from jaxlimit.spectrum.probes import rademacher
+from jaxlimit.training.losses import CURVATURES
 
 NAME = "first_call"
 EXAMPLES = 512
 STEPS, SPARSITIES = 16, 8
 OURS = ("digits", "fc2", "fc5", "lenet", "vgg16", "transformer")
 STRANGERS = ("bare CNN, max pool", "Haiku LSTM", "Linen ViT")
+# Weights in the matrix: 4,464 and 3,312.
+SMALL = ("digits", "Haiku LSTM, 24 units")
+LOSS_TOLERANCE = 0.05
 COMPILED = "/jax/core/compile/backend_compile_duration"
 Problem = tuple[Callable[[PyTree, PyTree], jax.Array], PyTree, jaxlimit.Batches]
 
@@ -105,10 +114,51 @@ def measure(name: str) -> dict[str, Any]:
     return {"network": name, "stages": found}
 
 
-def in_a_process(name: str) -> dict[str, Any]:
-    """`measure` in a new process that keeps no programs."""
-    settings = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-    command = [sys.executable, __file__, "--measure", name]
+def small(name: str, kind: str, seed: int) -> jaxlimit.Curvature:
+    """A curvature whose matrix is small, "hessian" or "gauss_newton"."""
+    if name in networks.NETWORKS:
+        return networks.load_problem(name, seed=seed).curvature(kind)
+    predict, params, arrays = products_strangers.lstm_outputs(24)
+    params = jax.tree.map(lambda x: x * (1 + 0.1 * seed), params)
+    batches = jaxlimit.batched(arrays, 128)
+    if kind == "hessian":
+        return jaxlimit.hessian(products_strangers.classifier(predict), params, batches)
+    output_loss = lambda logits, batch: products_strangers.cross_entropy(logits, batch[1])  # noqa: E731
+    return jaxlimit.gauss_newton(lambda p, batch: predict(p, batch[0]), output_loss, params, batches)
+
+
+def measure_dense(name: str, kind: str) -> dict[str, Any]:
+    """Programs and processor seconds of all limits, in this process."""
+    curvatures, compiled = [small(name, kind, seed) for seed in (0, 1)], Compilations()
+
+    def limits(curvature: jaxlimit.Curvature) -> dict[str, float]:
+        times, count, start = [], compiled.count, time.process_time()
+        limit = jaxlimit.pruning_limit(
+            curvature,
+            jax.random.key(0),
+            loss_tolerance=LOSS_TOLERANCE,
+            progress=lambda _: times.append(time.process_time()),  # before every block of products
+        )
+        whole, blocks = time.process_time() - start, len(times)
+        block = (times[-1] - times[1]) / (blocks - 2)
+        products = times[-1] - start + block
+        return {
+            "programs": compiled.count - count,
+            "processor_seconds": whole,
+            "matrix": products,
+            "rest": whole - products,
+            "product": blocks * block / limit.num_matvecs,
+            "products": limit.num_matvecs,
+        }
+
+    first, again = map(limits, curvatures)
+    return {"network": name, "curvature": kind, "first": first, "again": again}
+
+
+def in_a_process(*what: str, **settings: str) -> dict[str, Any]:
+    """A measurement in a new process that keeps no programs."""
+    settings = {"JAX_ENABLE_COMPILATION_CACHE": "false", **settings}
+    command = [sys.executable, __file__, "--measure", *what]
     done = subprocess.run(command, env=os.environ | settings, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -125,23 +175,48 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return common.markdown(["network", *names[:-1], "all", names[-1]], lines)
 
 
+def dense_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The first time, and again: where the processor time goes."""
+    lines = []
+    for row in rows:
+        first, again = row["first"], row["again"]
+        cells = [f"{first['processor_seconds']:.1f} s", str(first["programs"])]
+        cells += [f"{again['processor_seconds']:.1f} s", str(again["programs"])]
+        cells += [f"{again['matrix']:.1f} s", f"{1e3 * again['product']:.1f} ms", f"{again['rest']:.1f} s"]
+        lines.append([row["network"], row["curvature"], f"{first['products']:,}", *cells])
+    heads = ["network", "curvature", "products", "first", "programs", "again", "programs"]
+    return common.markdown([*heads, "the products", "one product", "eigensystem, limits"], lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = (*OURS, *STRANGERS)
+    known = (*OURS, *STRANGERS, *SMALL[1:])
+    parser.add_argument("--parts", nargs="+", default=["stages", "dense"], choices=["stages", "dense"])
     parser.add_argument("--networks", nargs="+", default=list(known), choices=known)
-    parser.add_argument("--measure", metavar="NETWORK", help="one of them, in this process, as JSON")
+    parser.add_argument("--measure", nargs="+", help="NETWORK [CURVATURE]: one row, in this process, as JSON")
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(options.measure)))
+        found = measure(*options.measure) if len(options.measure) == 1 else measure_dense(*options.measure)
+        print(json.dumps(found))
         return
-    before = {row["network"]: row for row in common.read_document(NAME).get("rows", [])}
+    document = {**common.read_document(NAME), "command": f"python benchmarks/{NAME}.py"}
+
+    def add(part: str, row: dict[str, Any], table: Callable[[Sequence[Mapping[str, Any]]], str]) -> None:
+        """Writes a row in the place of the one before it."""
+        before = {(one["network"], one.get("curvature")): one for one in document.get(part, [])}
+        before[row["network"], row.get("curvature")] = row
+        document[part] = sorted(before.values(), key=lambda one: known.index(one["network"]))
+        common.write(NAME, document)
+        common.write_table(NAME if part == "rows" else f"{NAME}_{part}", table(document[part]))
+
     for name in options.networks:
-        before[name] = in_a_process(name)
-        rows = [before[one] for one in known if one in before]
-        document = {"command": f"python benchmarks/{NAME}.py", "rows": rows}
-        common.write(NAME, document, table(rows))
+        if "stages" in options.parts and name not in SMALL[1:]:
+            add("rows", in_a_process(name), table)
+        if "dense" in options.parts and name in SMALL:
+            for kind in CURVATURES:
+                add("dense", in_a_process(name, kind, OPENBLAS_NUM_THREADS="1"), dense_table)
 
 
 if __name__ == "__main__":

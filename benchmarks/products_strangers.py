@@ -197,11 +197,11 @@ def equinox_cnn() -> Stranger:
     return classifier(predict), params, (images.transpose(0, 3, 1, 2), labels)
 
 
-def haiku_lstm() -> Stranger:
-    """32 units over 16 steps, unrolled by Haiku in a scan."""
+def lstm_outputs(units: int) -> tuple[Callable[[PyTree, jax.Array], jax.Array], PyTree, Any]:
+    """An LSTM over 16 steps and a dense layer, unrolled by Haiku in a scan: outputs, parameters, data."""
 
     def network(sequences: jax.Array) -> jax.Array:
-        core = hk.LSTM(32)
+        core = hk.LSTM(units)
         state = core.initial_state(len(sequences))
         outputs, _ = hk.dynamic_unroll(core, sequences, state, time_major=False)
         return hk.Linear(CLASSES)(outputs[:, -1])  # pyright: ignore
@@ -209,7 +209,13 @@ def haiku_lstm() -> Stranger:
     inputs = random_inputs(512, 16, 8)
     transformed = hk.without_apply_rng(hk.transform(network))
     params = transformed.init(jax.random.key(0), inputs[0][:1])
-    return classifier(transformed.apply), params, inputs  # pyright: ignore[reportArgumentType]
+    return transformed.apply, params, inputs  # pyright: ignore[reportReturnType]
+
+
+def haiku_lstm() -> Stranger:
+    """32 units."""
+    predict, params, inputs = lstm_outputs(32)
+    return classifier(predict), params, inputs
 
 
 def gru_by_scan() -> Stranger:
