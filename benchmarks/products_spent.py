@@ -1,6 +1,6 @@
 """What does a pruning limit spend its products on?
 
-    python benchmarks/products_spent.py --work DIR [--runs digits-l1-0-1438-hessian ...]
+    python benchmarks/products_spent.py --work DIR [--parts runs beside] [--runs digits-l1-0-1438-hessian ...]
 
 The runs of accuracy.json, at the tolerance of .001, each limit that products can give: all four for
 Gauss-Newton, all but readjusted for the Hessian. Digits have a dense matrix; one probe is asked of them, so
@@ -13,6 +13,10 @@ that products do the work. Counted are
 
 and how the limit of each stage was resolved by and by. "To spare" are steps of Lanczos behind the step count
 from which on a run would have done at every later one.
+
+`beside` compares the ridges that looks at the cone tell beside themselves with the true ones, on digits, of
+which the dense matrix knows them. It also tells d^T F d as a multiple of what its diagonal gives, as in
+`limits.cone`.
 
 DIR keeps one file for each run. What it does not hold stays as it is in results/products_spent.json, which
 also holds, as "before", what commit c0c5bc5 spent.
@@ -30,11 +34,19 @@ from unittest.mock import patch
 import accuracy
 import common
 import jax
+import numpy as np
 
 import jaxlimit
+from jaxlimit.geometry.dimensions import LOG_INFINITE
+from jaxlimit.geometry.magnitude import magnitude_order
 from jaxlimit.limits import lanczos_source
+from jaxlimit.limits.cone import Slope, look_at, points_beside
 from jaxlimit.limits.conjugate_gradients import ReadjustedLoss
 from jaxlimit.limits.lanczos_blocks import INDEFINITE_STEPS, LanczosBlocks
+from jaxlimit.limits.problem import Problem
+from jaxlimit.limits.pruning_limit import MAX_MATVECS
+from jaxlimit.spectrum.bracket import SpectralBracket
+from jaxlimit.spectrum.measure import SpectralMeasure
 from jaxlimit.spectrum.tridiagonal import Tridiagonal
 from jaxlimit.training.losses import CURVATURES
 
@@ -42,6 +54,10 @@ NAME = "products_spent"
 LIMITS = {"hessian": ("one_shot", "width", "cone"), "gauss_newton": jaxlimit.limits.estimate.LIMITS}
 RUNS = {f"{network.label}-{kind}": (network, kind) for network in accuracy.NETWORKS for kind in CURVATURES}
 DENSE_DIM = 5_000
+# Of products, where each takes a tenth of a second and more.
+BUDGETS = {"lenet-cifar10": 3_000}
+SMALL = [name for name in RUNS if name.startswith("digits")]
+LOOKS = (0.72, 0.76, 0.8, 0.88, 0.9, 0.91, 0.93, 0.95)
 EVERY = 4  # step counts at which a run is asked whether it would have done
 
 
@@ -123,6 +139,7 @@ def count(network: accuracy.Network, kind: str) -> dict[str, Any]:
             jax.random.key(0),
             loss_tolerance=network.loss_tolerance,
             tolerance=accuracy.TOLERANCE,
+            max_matvecs=BUDGETS.get(network.name, MAX_MATVECS),
             num_probes=1 if curvature.dim <= DENSE_DIM else None,
             which=LIMITS[kind],
             progress=watch.tell,
@@ -130,6 +147,42 @@ def count(network: accuracy.Network, kind: str) -> dict[str, Any]:
     limits = {name: vars(getattr(limit, name)) for name in LIMITS[kind] if getattr(limit, name) is not None}
     found = {"limits": limits, "code": limit.code, "num_matvecs": limit.num_matvecs, "dim": limit.dim}
     return found | {"blocks": watch.blocks, "path": watch.path, "solves": watch.solves, "trace": watch.trace}
+
+
+def beside(network: accuracy.Network, kind: str) -> dict[str, Any]:
+    """The ridges a tolerance away from looks, as they tell them and as the dense matrix has them."""
+    curvature = network.curvature(kind)
+    problem = Problem(magnitude_order(curvature.weights), network.loss_tolerance)
+    values, vectors = np.linalg.eigh(curvature.dense())
+    vectors, weights = vectors[problem.order.order], problem.order.sort(curvature.weights).astype(np.float64)
+    sizes, within, ridges = np.abs(values), round(accuracy.TOLERANCE * problem.dim), []
+
+    def seen(n: int) -> tuple[Any, Any]:
+        coordinates = weights[:n] @ vectors[:n]
+        measure = SpectralMeasure(values, coordinates**2 / np.sum(coordinates**2))
+        return coordinates, look_at(SpectralBracket.exact(measure), problem, n).point
+
+    for n in (round(s * problem.dim) for s in LOOKS):
+        coordinates, point = seen(n)
+        if point.log_rho.value >= LOG_INFINITE:
+            continue
+        part = sizes / (sizes + problem.ridge(n) * np.exp(point.log_rho.value))
+        energy = part * coordinates**2
+        stiffening = float(energy @ (1 - part) / np.sum(energy))
+        slope = Slope(vectors @ (part * coordinates), float(np.mean(part)), stiffening)
+        for told in points_beside(point, slope, problem, within):
+            span, log_rho = slice(*sorted((n, told.num_removed))), told.log_rho
+            d = weights[span] @ vectors[span]
+            ridges.append(
+                {
+                    "look": n,
+                    "removals": told.num_removed,
+                    "log_rho": seen(told.num_removed)[1].log_rho.value,
+                    "told": [log_rho.lower, log_rho.value, log_rho.upper],
+                    "second_order": float(d**2 @ part / (slope.mean * weights[span] @ weights[span])),
+                }
+            )
+    return {"dim": problem.dim, "ridges": ridges}
 
 
 def spent(run: dict[str, Any]) -> dict[str, int]:
@@ -153,20 +206,30 @@ def spare(run: dict[str, Any]) -> int:
     return sum(b["runs"] * (b["steps"] - b["needed"]) for b in run["blocks"])
 
 
+def change(before: int | None, now: int) -> str:
+    """Of a number; of what was not measured before, or is 0, no change."""
+    return f"{now:,}" if before is None else "" if before == now == 0 else f"{before} to {now}"
+
+
 def products_table(document: dict[str, Any]) -> str:
-    """A row for each run: products before and after, and for what."""
+    """A row for each run: products before, where that was measured, and after, and for what."""
     rows = []
     for name, run in document["runs"].items():
-        before, cells = document["before"][name], []
-        for part in ("spectrum", "one_shot", "cone", "readjusted"):
-            old, new = spent(before)[part], spent(run)[part]
-            cells.append("" if old == new == 0 else f"{old} to {new}")
-        looks = [sum(b["runs"] for b in x["blocks"] if b["name"].startswith("cone")) for x in (before, run)]
-        cells.insert(3, f"{looks[0]} to {looks[1]}")
-        old, new = before["num_matvecs"], run["num_matvecs"]
-        rows.append([name, *cells, str(spare(run)), f"{old:,} to {new:,}", f"{new / old:.2f}"])
+        before, parts = document["before"].get(name), spent(run)
+        old: dict[str, Any] = dict.fromkeys(parts) if before is None else spent(before)
+        cells = [change(old[part], parts[part]) for part in ("spectrum", "one_shot", "cone", "readjusted")]
+        cells.insert(3, change(None if before is None else looks(before), looks(run)))
+        rows.append([name, *cells, str(spare(run)), f"{run['num_matvecs']:,}", ""])
+        if before is not None:
+            rows[-1][-2] = f"{before['num_matvecs']:,} to {rows[-1][-2]}"
+            rows[-1][-1] = f"{run['num_matvecs'] / before['num_matvecs']:.2f}"
     heads = ["run", "spectrum", "one_shot", "cone", "its looks", "readjusted", "to spare", "all", "ratio"]
     return common.markdown(heads, rows)
+
+
+def looks(run: dict[str, Any]) -> int:
+    """At the cone."""
+    return sum(b["runs"] for b in run["blocks"] if b["name"].startswith("cone"))
 
 
 def intervals_table(document: dict[str, Any]) -> str:
@@ -175,34 +238,57 @@ def intervals_table(document: dict[str, Any]) -> str:
     for name, run in document["runs"].items():
         cells = []
         for limit in ("cone", "readjusted"):
-            for found in (document["before"][name]["limits"], run["limits"]):
-                x = found.get(limit)
+            for found in (document["before"].get(name), run):
+                x = None if found is None else found["limits"].get(limit)
                 cells.append("" if x is None else f"{x['value']:.4f} [{x['lower']:.4f}, {x['upper']:.4f}]")
         rows.append([name, *cells])
     return common.markdown(["run", "cone before", "cone", "readjusted before", "readjusted"], rows)
+
+
+def beside_table(document: dict[str, Any]) -> str:
+    """A row for each matrix: how well the ridges beside looks are told."""
+    rows = []
+    for name, run in document["beside"].items():
+        ridges = run["ridges"]
+        inside = sum(x["told"][0] <= x["log_rho"] <= x["told"][2] for x in ridges)
+        errors = [abs(x["told"][1] - x["log_rho"]) for x in ridges]
+        shares = [x["second_order"] for x in ridges]
+        cells = [
+            f"{inside} of {len(ridges)}",
+            f"{max(errors):.4f}",
+            f"{min(shares):.2f} to {max(shares):.2f}",
+        ]
+        rows.append([name, *cells])
+    return common.markdown(
+        ["run", "within bounds", "largest error of log a", "second order by its diagonal"], rows
+    )
 
 
 def main() -> None:
     """As typed on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--parts", nargs="+", default=["runs", "beside"], choices=["runs", "beside"])
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--before", action="store_true", help="keep the counts as those before a change")
     options = parser.parse_args()
-    found = {
-        name: common.step(options.work / f"{name}.json", lambda name=name: count(*RUNS[name]))
-        for name in options.runs
-    }
+    found: dict[str, dict[str, Any]] = {"before": {}, "runs": {}, "beside": {}}
+    for name in options.runs:
+        if "runs" in options.parts:
+            counted = common.step(options.work / f"{name}.json", lambda name=name: count(*RUNS[name]))
+            found["before" if options.before else "runs"][name] = counted
+        if "beside" in options.parts and name in SMALL:
+            path = options.work / f"{name}-beside.json"
+            found["beside"][name] = common.step(path, lambda name=name: beside(*RUNS[name]))
     document = {"command": "python benchmarks/products_spent.py --work DIR", "tolerance": accuracy.TOLERANCE}
     kept = common.read_document(NAME)
-    part = "before" if options.before else "runs"
-    for each in ("before", "runs"):
-        merged = {**kept.get(each, {}), **(found if each == part else {})}
-        document[each] = {name: merged[name] for name in RUNS if name in merged}
+    for part, new in found.items():
+        merged = {**kept.get(part, {}), **new}
+        document[part] = {name: merged[name] for name in RUNS if name in merged}
     common.write(NAME, document)
-    document["runs"] = {name: run for name, run in document["runs"].items() if name in document["before"]}
     common.write_table(NAME, products_table(document))
     common.write_table(f"{NAME}_intervals", intervals_table(document))
+    common.write_table(f"{NAME}_beside", beside_table(document))
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from jaxlimit.spectrum.bracket import Bracketed, EffectiveDimension, SpectralBra
 FIRST_LOOKS = (0.35, 0.8)
 # Where log rho changes by more beside a look, its slope does not tell by how much.
 STEEP = 0.2
-# d^T F d over mean(diag F) d^T d is .5 to 4.4 on digits, with and without an L1 term, for both matrices:
-# weights that are about to go matter more than the mean weight.
+# d^T F d over mean(diag F) d^T d is .45 to 4.2 on digits, with and without an L1 term, for both matrices
+# (benchmarks/products_spent.py): weights that are about to go matter more than the mean weight.
 MOST = 6.0
 
 
