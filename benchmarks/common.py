@@ -99,19 +99,19 @@ def on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def matmul_rate(precision: str = "highest") -> float:
+def matmul_rate(precision: str = "highest", clock: Callable[[], float] = time.perf_counter) -> float:
     """Operations a second of a large float32 matrix product: what bounds products with H."""
     size = 2048 if on_cpu() else 8192
     matrix = jax.random.normal(jax.random.key(0), (size, size), jnp.float32)
     product = jax.jit(lambda x: jnp.matmul(x, x, precision=precision))
-    return 2 * size**3 / in_turns({"product": lambda: product(matrix)})["product"]
+    return 2 * size**3 / in_turns({"product": lambda: product(matrix)}, clock=clock)["product"]
 
 
-def read_rate(num_bytes: int = 2**30) -> float:
+def read_rate(num_bytes: int = 2**30, clock: Callable[[], float] = time.perf_counter) -> float:
     """Bytes a second at which a product with a wide matrix reads it: what bounds work on a basis."""
     matrix = jnp.ones((64, num_bytes // 256), jnp.float32)
     product = jax.jit(lambda x: jnp.matmul(x, x[0], precision="highest"))
-    return num_bytes / in_turns({"product": lambda: product(matrix)})["product"]
+    return num_bytes / in_turns({"product": lambda: product(matrix)}, clock=clock)["product"]
 
 
 def operations(function: Callable[..., Any], *arguments: Any) -> float:

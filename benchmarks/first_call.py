@@ -9,8 +9,9 @@ should compile nothing. A stage counts the programs that XLA compiles, and secon
 say more than those of a clock where a machine is busy. Networks that are not measured anew keep their rows.
 
 `dense` are all four limits of networks that are small enough for the dense matrix, each curvature twice: the
-first time with all that it compiles, and again for a network of another seed. BLAS has one thread there: a
-second one takes processor time while it waits.
+first time with all that it compiles, and again for a network of another seed. *Its matrix products* and *its
+reading* are what one product would take at the rate of a large matrix product, and if it did nothing but read
+what is kept of the examples. One thread multiplies there: a second one takes processor time while it waits.
 
 Results are in results/first_call.json, first_call.md and first_call_dense.md. MNIST and CIFAR-10 are read
 from $JAXLIMIT_DATA.
@@ -31,7 +32,9 @@ import networks
 import products_strangers
 
 import jaxlimit
+from jaxlimit.core.jaxprs import multiplications
 from jaxlimit.core.trees import PyTree
+from jaxlimit.curvature.linearizing import num_bytes
 from jaxlimit.spectrum import lanczos
 from jaxlimit.spectrum.probes import rademacher
 from jaxlimit.training.losses import CURVATURES
@@ -152,7 +155,12 @@ def measure_dense(name: str, kind: str) -> dict[str, Any]:
         }
 
     first, again = map(limits, curvatures)
-    return {"network": name, "curvature": kind, "first": first, "again": again}
+    row = {"network": name, "curvature": kind, "first": first, "again": again}
+    # What bounds a product from below: its matrix products, and reading what is kept of the examples.
+    row["operations"] = 2 * multiplications(curvatures[0].matvec, curvatures[0].weights)
+    row["kept_bytes"] = num_bytes(curvatures[0].linear)
+    rates = common.matmul_rate(clock=time.process_time), common.read_rate(clock=time.process_time)
+    return row | dict(zip(("matmul_rate", "read_rate"), rates, strict=True))
 
 
 def in_a_process(*what: str, **settings: str) -> dict[str, Any]:
@@ -182,10 +190,13 @@ def dense_table(rows: Sequence[Mapping[str, Any]]) -> str:
         first, again = row["first"], row["again"]
         cells = [f"{first['processor_seconds']:.1f} s", str(first["programs"])]
         cells += [f"{again['processor_seconds']:.1f} s", str(again["programs"])]
-        cells += [f"{again['matrix']:.1f} s", f"{1e3 * again['product']:.1f} ms", f"{again['rest']:.1f} s"]
+        cells += [f"{again['matrix']:.1f} s", f"{again['rest']:.1f} s", f"{1e3 * again['product']:.2f} ms"]
+        cells += [f"{1e3 * row['operations'] / row['matmul_rate']:.2f} ms"]
+        cells += [f"{1e3 * row['kept_bytes'] / row['read_rate']:.2f} ms"]
         lines.append([row["network"], row["curvature"], f"{first['products']:,}", *cells])
     heads = ["network", "curvature", "products", "first", "programs", "again", "programs"]
-    return common.markdown([*heads, "the products", "one product", "eigensystem, limits"], lines)
+    heads += ["the products", "eigensystem, limits", "one product", "its matrix products", "its reading"]
+    return common.markdown(heads, lines)
 
 
 def main() -> None:
