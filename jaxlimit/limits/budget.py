@@ -76,7 +76,7 @@ class Budget:
         return self.max_matvecs - self.count
 
     def reserve(self, parts: int, at_least: int) -> int:
-        """Products to leave for later: all of those left but one of so many parts, or `at_least`, for now."""
+        """Products to leave for later: one of so many parts, and `at_least` so many products, are for now."""
         return max(0, self.left - max(self.left // parts, at_least))
 
     def begin(
