@@ -207,8 +207,10 @@ def spare(run: dict[str, Any]) -> int:
 
 
 def change(before: int | None, now: int) -> str:
-    """Of a number; of what was not measured before, or is 0, no change."""
-    return f"{now:,}" if before is None else "" if before == now == 0 else f"{before} to {now}"
+    """Of a number, and nothing of 0; what was not measured before stands alone."""
+    if not (before or now):
+        return ""
+    return f"{now:,}" if before is None else f"{before} to {now}"
 
 
 def products_table(document: dict[str, Any]) -> str:
