@@ -608,3 +608,24 @@ def test_a_traced_function_runs_once_for_each_shape():
     np.testing.assert_array_equal(jax.grad(lambda x: traced(x).sum())(jnp.arange(2.0)), [0, 2])
     traced(np.ones(3))
     assert shapes == [(2,), (3,)]
+
+
+def test_sums_of_products_of_a_broadcast_array_are_right():
+    """jaxlib 0.10.2 computes others on a CPU, unless told not to (jax-ml/jax #39103); oracle: float64 NumPy."""
+    rng = np.random.default_rng(0)
+    weights, inputs = (rng.standard_normal(shape).astype(np.float32) for shape in ((64, 10), (640, 64, 10)))
+
+    def loss(weights, batch):
+        left = batch - jnp.sum(weights * batch, axis=-1, keepdims=True)
+        return jnp.mean(jnp.sum(left**2, axis=(1, 2)))
+
+    batches = jaxlimit.batched(inputs, 640)
+    exact = inputs.astype(np.float64)
+    left = exact - np.sum(weights * exact, -1, keepdims=True)
+    mean = jaxlimit.loss_statistics(loss, weights, batches).mean
+    assert mean == pytest.approx(np.mean(np.sum(left**2, axis=(1, 2))), rel=1e-5)
+    # H v = 2 C mean_i x_i (x_i . v) for C entries of a row, all of which hold the same sum
+    vector = rng.standard_normal(weights.shape)
+    wanted = 20 * np.mean(exact * np.sum(exact * vector, -1, keepdims=True), axis=0)
+    product = jaxlimit.hessian(loss, weights, batches).matvec(jnp.asarray(vector, jnp.float32))
+    np.testing.assert_allclose(product, wanted, atol=1e-4 * np.abs(wanted).max())

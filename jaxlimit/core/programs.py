@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxlib.version
 import numpy as np
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
@@ -30,6 +31,10 @@ MAX_SHARED = 256
 # What calls back into this process is not told by its text.
 NOT_IN_THE_TEXT = ("callback", "stablehlo.send", "stablehlo.recv")
 
+# On a CPU. From jaxlib 0.10.2 on XLA hands sums of products to another library: 0.10.2 computes wrong numbers
+# there where an array is broadcast (jax-ml/jax #39103), and up to 0.11.1 some programs crash (#39257).
+FAULTY_SUMS = ((0, 10, 2), (0, 11, 2))  # the first version, and the first without
+SOUNDLY = {"xla_cpu_experimental_ynn_fusion_type": ""}
 # On a CPU, for what is called once and on little data: compiling takes half the time, the call longer.
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -142,15 +147,23 @@ class Program:
     def _compile(self, args: tuple[PyTree, ...], leaves: list, structure: Any) -> tuple[Callable, list, Any]:
         lowered, trace = self._lower(args, leaves, structure)
         consts = trace.jaxpr.consts
-        quickly = self._once and jax.default_backend() == "cpu"
-        call = _shared_program(lowered, trace.jaxpr, [*consts, *leaves], QUICKLY if quickly else None)
+        call = _shared_program(lowered, trace.jaxpr, [*consts, *leaves], _options(self._once))
         if parts_of_one_processor([*consts, *leaves]):
             return lambda *args: jax.block_until_ready(call(*args)), consts, trace.structure
         return call, consts, trace.structure
 
 
+def _options(once: bool) -> dict[str, Any]:
+    """Of the compiler."""
+    if jax.default_backend() != "cpu":
+        return {}
+    first, without = FAULTY_SUMS
+    faulty = first <= jaxlib.version.__version_info__ < without
+    return (SOUNDLY if faulty else {}) | (QUICKLY if once else {})
+
+
 def _shared_program(
-    lowered: jax.stages.Lowered, jaxpr: ClosedJaxpr, args: list, options: dict[str, Any] | None
+    lowered: jax.stages.Lowered, jaxpr: ClosedJaxpr, args: list, options: dict[str, Any]
 ) -> Callable:
     """The compiled program of a lowered one: one with the same text, types and devices, or a new one."""
     # Of JAX's inner workings; where they have other names nothing is shared, and a test says so.
@@ -163,7 +176,7 @@ def _shared_program(
         return lowered.compile(options)
     types = tuple(map(str, (jaxpr.out_avals, [jax.typeof(x) for x in args], lowered.donate_argnums)))
     digest = hashlib.sha256(text.encode()).digest()
-    key = digest, types, tuple(devices), tuple(map(_placement, args)), options is None
+    key = digest, types, tuple(devices), tuple(map(_placement, args)), tuple(options.items())
     if key not in _shared:
         _shared[key] = lowered.compile(options)
     _shared.move_to_end(key)
