@@ -611,7 +611,7 @@ def test_a_traced_function_runs_once_for_each_shape():
 
 
 def test_sums_of_products_of_a_broadcast_array_are_right():
-    """jaxlib 0.10.2 computes others on a CPU, unless told not to (jax-ml/jax #39103); oracle: float64 NumPy."""
+    """On CPUs jaxlib 0.10.2 computes others by itself (jax-ml/jax #39103); oracle: float64 NumPy."""
     rng = np.random.default_rng(0)
     weights, inputs = (rng.standard_normal(shape).astype(np.float32) for shape in ((64, 10), (640, 64, 10)))
 
