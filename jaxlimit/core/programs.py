@@ -35,8 +35,8 @@ NOT_IN_THE_TEXT = ("callback", "stablehlo.send", "stablehlo.recv")
 # there where an array is broadcast (jax-ml/jax #39103), and up to 0.11.1 some programs crash (#39257).
 FAULTY_SUMS = ((0, 10, 2), (0, 11, 2))  # the first version, and the first without
 SOUNDLY = {"xla_cpu_experimental_ynn_fusion_type": ""}
-# On a CPU, for what is called once and on little data: compiling takes less time, the call more. At level 0 some
-# gradients of convolutions have NaNs (seen in jaxlib 0.10.0 to 0.11.2).
+# On a CPU, for what is called once and on little data: compiling takes less time, the call more. At level 0
+# some gradients of convolutions have NaNs (seen in jaxlib 0.10.0 to 0.11.2).
 QUICKLY = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
 
 # What JAX raises where a function wants numbers while it is traced.
