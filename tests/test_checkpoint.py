@@ -17,6 +17,7 @@ import pytest
 from jaxlimit import training
 from jaxlimit.core import locks, storage, writing
 from jaxlimit.core.locks import LOCK
+from jaxlimit.core.memory import HOST_MEMORY
 from jaxlimit.core.storage import Checkpoint
 from jaxlimit.spectrum import lanczos
 from jaxlimit.spectrum.lanczos_files import LanczosFiles
@@ -154,6 +155,23 @@ def test_a_panel_is_written_once_and_missed_when_it_is_gone(folder):
     panel.unlink()
     with pytest.raises(ValueError, match=r"run-panel-0000\.npz is missing .* remove run\.npz"):
         files.load("run", initial)
+
+
+def test_panels_in_host_memory_are_loaded_into_host_memory(folder):
+    def product(rows):
+        return rows * jnp.arange(1.0, 201.0)
+
+    initial, files = lanczos.init(jnp.ones((1, 200))), LanczosFiles(Checkpoint(folder, FINGERPRINT))
+    state = lanczos.run(product, initial, 80, 32, 64)
+    files.save("run", state)
+    loaded = files.load("run", initial, resident=1)
+    for each in (state, loaded):
+        on_host = [panel.sharding.memory_kind == HOST_MEMORY for panel in each.basis]
+        assert on_host == [False, True, False]
+    resumed, uninterrupted = (lanczos.run(product, each, 20, 32, 64) for each in (loaded, state))
+    assert all(
+        same_bits(x, y) for x, y in zip(jax.tree.leaves(resumed), jax.tree.leaves(uninterrupted), strict=True)
+    )
 
 
 def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
