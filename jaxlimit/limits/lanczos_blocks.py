@@ -4,7 +4,6 @@ A block is several runs side by side. Its state can be kept in a checkpoint, fro
 goes on to the same bits.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +13,6 @@ from jaxlimit.core.memory import device_bytes
 from jaxlimit.core.trees import PyTree
 from jaxlimit.limits.budget import Budget, BudgetSpent
 from jaxlimit.spectrum import lanczos
-from jaxlimit.spectrum.basis import PANEL
 from jaxlimit.spectrum.bracket import negative_share
 from jaxlimit.spectrum.lanczos import LanczosState
 from jaxlimit.spectrum.lanczos_files import LanczosFiles
@@ -81,7 +79,7 @@ class LanczosBlocks:
         num_runs = jax.tree.leaves(starts)[0].shape[0]
         vector_bytes = num_runs * device_bytes(self.budget.curvature.weights)
         max_basis, max_offloaded = self.basis_bytes // vector_bytes, self.host_bytes // vector_bytes
-        resident = max_basis // PANEL if max_offloaded else math.inf
+        resident = lanczos.resident_panels(max_basis, max_offloaded)
         state = self.files.load(name, lanczos.init(starts), resident)
         self.budget.count += state.diagonal.size
         if self.budget.left - reserve < num_runs and state.diagonal.size == 0:

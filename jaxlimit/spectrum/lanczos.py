@@ -148,7 +148,7 @@ def run(
     taken = state.diagonal.shape[1]
     beta = state.off_diagonal[:, -1] if taken else np.zeros(len(state.num_steps))
     at = StepVectors(state.previous, state.current, jnp.asarray(beta, state.norm.dtype), state.norm)
-    resident = max_basis // PANEL if max_basis is not None and max_offloaded else np.inf
+    resident = resident_panels(max_basis, max_offloaded)
     basis, kept = _growing_basis(state, max_basis, max_offloaded)
     basis = _offloaded(basis, resident)
     columns, under_way = _Columns(state), None
@@ -238,6 +238,11 @@ class _Columns:
     def matrices(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
         """The last fields of a `LanczosState`."""
         return np.hstack(self._diagonal), np.hstack(self._off_diagonal), self._num_steps
+
+
+def resident_panels(max_basis: int | None, max_offloaded: int) -> float:
+    """How many panels stay on the devices, beside the last one; arguments as for `run`."""
+    return np.inf if max_basis is None or not max_offloaded else max_basis // PANEL
 
 
 def _offloaded(basis: list[PyTree], resident: float) -> list[PyTree]:
