@@ -42,7 +42,7 @@ def test_the_plan_has_every_network_at_every_precision():
     assert {f"limit {precision}" for precision in device.PRECISIONS} | {"machine", "run"} <= names
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_small_plan_runs_on_a_cpu_and_publishes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(sys, "argv", ["device.py", "--work", str(tmp_path), "--small"])

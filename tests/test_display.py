@@ -1,5 +1,6 @@
 """Results show themselves: text that fits a terminal, HTML that a browser's parser reads back."""
 
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import jax
@@ -109,6 +110,14 @@ def test_of_many_rows_the_ends_are_shown():
     found = few(rows)
     assert len(found) == MOST_ROWS
     assert (found[0], found[-1]) == (rows[0], rows[-1])
+
+
+def test_the_attained_network_is_among_the_rows_however_many_were_built(shown):
+    attained, built = shown["attained"], 100
+    for i in range(1, built):
+        others = [(s / built, np.inf) for s in range(built) if s != i]
+        found = replace(attained, sparsity=i / built, tried=(*others, (i / built, attained.dense_loss)))
+        assert f"{i / built:.4f} {attained.dense_loss:>9.4g}  within" in repr(found)
 
 
 def test_an_estimate_prints_as_its_interval(shown):

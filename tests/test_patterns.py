@@ -200,7 +200,7 @@ def test_the_first_example_of_the_documentation_runs(capsys):
     assert "Pruned network of sparsity 0.5000" in found
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_other_examples_of_the_documentation_run(capsys, monkeypatch):
     """In the order of the page, the one with Flax on a narrower network."""
     bare, coupled, with_flax, smaller = EXAMPLES

@@ -16,8 +16,9 @@ from jaxlimit.training.losses import TITLES
 
 COLUMNS = ("", "predicted", "interval", "true rise", "attained", "certified")
 TRUSTED = (
-    "Gauss-Newton leaves out the second derivative of the network itself. Most of the networks of "
-    "docs/limits.md were attained between its cone and its readjusted limit; limits of |H| were lower."
+    "Gauss-Newton leaves out the second derivative of the network itself. About half of the networks of "
+    "docs/limits.md were attained between its cone and its readjusted limit, most others beyond; limits of "
+    "|H| were lower."
 )
 _THE = {"hessian": "the Hessian |H|", "gauss_newton": "Gauss-Newton"}
 # The limits that are compared with what was attained, by curvature.
@@ -71,8 +72,8 @@ class Assessment(Displayed):
     def judged(self) -> tuple[str, Mapping[str, Estimate]] | None:
         """The prediction that what was attained is compared with: a curvature, and its limits, by name.
 
-        Cone and readjusted of Gauss-Newton, between which almost all of the networks of docs/limits.md were
-        attained. Without that curvature the nearest one that the Hessian has.
+        Cone and readjusted of Gauss-Newton, which were nearest to what was attained on the networks of
+        docs/limits.md. Without that curvature the nearest one that the Hessian has.
         """
         for curvature, names in _JUDGED:
             if curvature in self.predicted:

@@ -66,7 +66,7 @@ else:
     GivenPreset = options_of(Preset, "the preset's")
     GivenOptions = options_of(
         Options,
-        loss_tolerance="spread of the training batches' losses",
+        loss_tolerance="standard deviation of the training batches' losses",
         num_examples="all",
         groups="single weights",
     )

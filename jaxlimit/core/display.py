@@ -2,7 +2,7 @@
 
 import html
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -92,8 +92,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return [line(row) for row in rows if row]
 
 
-def few(rows: Sequence[Sequence[str]]) -> list[Sequence[str]]:
-    """At most `MOST_ROWS` rows, evenly spread from the first to the last.
+def few(rows: Sequence[Sequence[str]], *, chosen: Collection[int] = ()) -> list[Sequence[str]]:
+    """At most `MOST_ROWS` rows, evenly spread from the first to the last, and those of the chosen indices.
 
     Examples:
         >>> [row[0] for row in few([(str(i), "") for i in range(29)])][:3]
@@ -102,4 +102,5 @@ def few(rows: Sequence[Sequence[str]]) -> list[Sequence[str]]:
     if len(rows) <= MOST_ROWS:
         return list(rows)
     last = len(rows) - 1
-    return [rows[round(i * last / (MOST_ROWS - 1))] for i in range(MOST_ROWS)]
+    spread = {round(i * last / (MOST_ROWS - 1)) for i in range(MOST_ROWS)}
+    return [rows[i] for i in sorted(spread | {*chosen})]

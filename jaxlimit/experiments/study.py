@@ -139,7 +139,7 @@ class Study(Trainings):
         if available <= batch_size:
             raise ValueError(
                 f"num_examples must be above the batch size, {batch_size}, got {available}: "
-                "the tolerance is the spread of the batches' losses."
+                "the tolerance is the standard deviation of the batches' losses."
             )
         return replace(task, num_probes=self.probes or None, max_matvecs=self.max_matvecs)
 

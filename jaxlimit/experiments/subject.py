@@ -153,7 +153,7 @@ class Subject:
 
     @cached_property
     def statistics(self) -> LossStatistics:
-        """Mean loss L, and the spread of its batches, which is the tolerance eps."""
+        """Mean loss L, and the standard deviation of its batches' losses, which is the tolerance eps."""
         return loss_statistics(self.loss, self.params, self.batches)
 
     @property
@@ -178,7 +178,7 @@ class Subject:
         Args:
             which: as for `pruning_limit`.
             batches: in place of its own.
-            loss_tolerance: in place of the spread of its batches.
+            loss_tolerance: in place of the standard deviation of its batches' losses.
             scores: as for `pruning_limit`.
         """
         return pruning_limit(

@@ -123,7 +123,7 @@ def unresolved(results: Any) -> str:
         >>> print(unresolved({"a": {"limit": {"cone": cone, "code": "under_resolved", "status": "..."}}}))
         <BLANKLINE>
         Under-resolved, or without a product left: 1 of 1. The limits there moved by up to 0.020 of late;
-        their certified intervals are up to 0.150 wide.
+        their proven intervals are up to 0.150 wide.
         <BLANKLINE>
     """
 
@@ -148,7 +148,7 @@ def unresolved(results: Any) -> str:
     width = max(part["upper"] - part["lower"] for part in parts)
     return (
         f"\nUnder-resolved, or without a product left: {len(left)} of {len(found)}. The limits there moved "
-        f"by up to {spread:.3f} of late;\ntheir certified intervals are up to {width:.3f} wide.\n"
+        f"by up to {spread:.3f} of late;\ntheir proven intervals are up to {width:.3f} wide.\n"
     )
 
 

@@ -21,7 +21,7 @@ class Estimate:
     Attributes:
         value: n / D for the last n that is within the tolerance, as far as it is known; with groups the last
             sparsity that whole groups can reach.
-        lower, upper: of width and cone the certified bracket, widened by three probe errors and by 2/D: the
+        lower, upper: of width and cone the proven bracket, widened by three probe errors and by 2/D: the
             step of R(s) to either side, where rules (floor or ceiling, last within or first beyond) differ.
             With groups they are sparsities that whole groups can reach, and not widened by 2/D.
             Of one_shot and readjusted from Lanczos, where the search ended: its points were judged by

@@ -276,7 +276,7 @@ def _remarks(found: Findings) -> list[str]:
             f"The probe error {found.probe_error:.4f} exceeds the tolerance of {found.tolerance:g}: {more}."
         )
     if found.spectral and not found.exact and not found.definite:
-        remarks.append("The certified interval of an indefinite Hessian is wider than its spread.")
+        remarks.append("The proven interval of an indefinite Hessian is wider than its spread.")
     if found.unsupported:
         remarks.append(
             f"readjusted with |H| needs a dense matrix (at most {DENSE_DIM:,} weights): gauss_newton needs "

@@ -176,15 +176,14 @@ class Attained(Displayed):
             f"Attained sparsity {self.sparsity:.4f} for a loss increase of {self.loss_tolerance:.4g}: "
             f"loss {self.pruned.loss:.4g}, {self.dense_loss:.4g} before"
         )
-        most = self.dense_loss + self.loss_tolerance
-        rows = [
-            (f"{s:.4f}", f"{loss:.4g}", "within" if loss <= most else "beyond")
-            for s, loss in sorted(self.tried)
-        ]
+        most, built = self.dense_loss + self.loss_tolerance, sorted(self.tried)
+        rows = [(f"{s:.4f}", f"{loss:.4g}", "within" if loss <= most else "beyond") for s, loss in built]
+        attained = [i for i, (s, loss) in enumerate(built) if s == self.sparsity and loss <= most]
         notes = [f"{counted(len(self.tried), 'network')}, {self.num_products:.1f} products with all the data"]
         if self.unpruned_loss is not None:
             notes.append(f"loss without pruning and the same number of products: {self.unpruned_loss:.4g}")
-        return View(title, ("built", "loss", ""), few(rows), [*notes, f"status: {self.status}"])
+        shown = few(rows, chosen=attained)
+        return View(title, ("built", "loss", ""), shown, [*notes, f"status: {self.status}"])
 
 
 def _json(value: Any) -> Any:

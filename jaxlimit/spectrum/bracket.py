@@ -6,7 +6,7 @@ T_k and beta_k fix the moments of mu up to degree 2k, and among all measures wit
     the integral of f is largest for the Gauss-Radau rule with a node at 0,
 
 whatever the signs of the eigenvalues, and smallest for the Gauss rule if none is negative; otherwise for
-one of the rules that extend T_k by a row (`least_rules`). So both bounds are certified, and the best that k
+one of the rules that extend T_k by a row (`least_rules`). So both bounds are proven, and the best that k
 products can give; documentation page "Numerics" has the proof. On a semidefinite H they close fast, and
 the value is their mean. On an indefinite H the lower one lags behind, while the upper one falls
 geometrically with k: the value is its limit, extrapolated from three step counts (Aitken).
