@@ -10,6 +10,7 @@ from flax import nnx
 
 import jaxlimit
 from jaxlimit import data, models, training
+from jaxlimit.application.assessment import TRUSTED
 from jaxlimit.core.trees import flatten
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -136,7 +137,7 @@ def test_the_advice_has_the_numbers_of_the_table():
         f"`cone` {error(cone, digits=3)}, almost always too low",
         f"it was {error(width)} too low on average",
         f"even the median of the others is {error(median, digits=3)} off, no more than the cone",
-        f"by {factors[median]:.1f}, the cone by {factors[cone]:.1f}",
+        f"by a factor of {factors[median]:.1f}, the cone by {factors[cone]:.1f}",
     ):
         assert sentence in advice
     for sentence in (
@@ -152,11 +153,16 @@ def test_the_advice_has_the_numbers_of_the_table():
     assert f"More than its `cone` was attained on {beyond} of {known} networks" in advice
     beyond, known = exceeded(readjusted)
     assert f"more than its `readjusted` limit on {beyond} of the {known} that have one" in advice
+    below = known - exceeded(cone, with_limit=readjusted)[0]
+    assert "About half of the networks" in TRUSTED
+    assert abs((known - beyond - below) / known - 0.5) < 0.1
+    assert "most others beyond" in TRUSTED
+    assert beyond > below
 
 
-def exceeded(prediction):
-    """On how many networks more was attained, and how many there are."""
-    cases = common.read_document("believe")["cases"].values()
-    cases = [x for x in cases if prediction in x["predicted"] and x["attained_code"] != "out_of_products"]
+def exceeded(prediction, with_limit=None):
+    """On how many networks more was attained, and how many there are; of those that have the other limit."""
+    cases, wanted = common.read_document("believe")["cases"].values(), {prediction, with_limit or prediction}
+    cases = [x for x in cases if wanted <= {*x["predicted"]} and x["attained_code"] != "out_of_products"]
     beyond = [x["measured"]["attained"] > x["predicted"][prediction]["sparsity"] for x in cases]
     return sum(beyond), len(beyond)
