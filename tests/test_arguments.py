@@ -350,3 +350,24 @@ def test_a_batch_of_python_lists_is_refused(name):
     call = functools.partial(jaxlimit.assess, key=jax.random.key(0), **tested) if tested else EVERY_CALL[name]
     with pytest.raises(ValueError, match=r"A Python list counts as a tree: pass np\.asarray"):
         call(lambda w, b: b["x"] @ w, lambda z, b: jnp.mean(z**2), ONES[:2], batches)
+
+
+@pytest.mark.parametrize("trace", [jax.jit, jax.grad, lambda f: lambda x: jax.vmap(f)(x[None])])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda w, batches: jaxlimit.hessian(mean_square, w, batches).loss,
+        lambda w, batches: jaxlimit.loss_statistics(mean_square, w, batches).mean,
+        lambda w, batches: jaxlimit.sparsity_sweep(lambda w, x: {"l": mean_square(w, x)}, w, batches, [0.5]),
+        lambda w, batches: jnp.sum(jaxlimit.magnitude_mask(w, 0.5) * w),
+    ],
+    ids=["hessian", "statistics", "sweep", "mask"],
+)
+def test_what_is_traced_has_no_numbers(trace, call):
+    batches = jaxlimit.batched(np.ones((4, 3), np.float32), 2)
+    with pytest.raises(ValueError, match="no numbers yet: call jaxlimit outside of what"):
+        trace(lambda w: call(w, batches))(jnp.ones((3, 2)))
+
+
+def mean_square(w, x):
+    return jnp.mean((x @ w) ** 2)

@@ -21,7 +21,14 @@ from jaxlimit import models
 from jaxlimit.application import answers, ledger
 from jaxlimit.application.answering import Answering, attained_stage
 from jaxlimit.application.assessed_folder import pruned_table
-from jaxlimit.application.question import NO_ERROR, NO_TEST_BATCHES, Question, certifying_of, default_error
+from jaxlimit.application.question import (
+    NO_ERROR,
+    NO_TEST_BATCHES,
+    Misclassified,
+    Question,
+    certifying_of,
+    default_error,
+)
 from jaxlimit.core.interrupt import Interrupt
 from jaxlimit.core.terminal import Silent
 from jaxlimit.core.trees import partition
@@ -192,6 +199,19 @@ def test_what_is_out_of_range_is_refused_before_work_starts(problem, monkeypatch
         monkeypatch.setattr(f"jaxlimit.application.answers.{name}", None)
     with pytest.raises(ValueError, match=message):
         assess(problem, test_batches=problem.test_batches, **options)
+
+
+@pytest.mark.parametrize("label", [-100, -1, 3])
+def test_a_test_example_without_a_class_is_refused_before_work_starts(problem, monkeypatch, label):
+    """Padded rows would count as errors of both networks, and shrink the rise of errors by their share."""
+    monkeypatch.setattr("jaxlimit.application.answers.gauss_newton", None)
+    inputs, labels = problem.test
+    labels = np.where(np.arange(len(labels)) == len(labels) - 1, label, labels)
+    for batches in (jaxlimit.batched((inputs, labels), 50), [(inputs, labels)]):
+        with pytest.raises(ValueError, match="leave out examples without a label, or give error_fn"):
+            assess(problem, test_batches=batches)
+    values = Misclassified(predict)(problem.params, (inputs, labels))
+    assert np.array_equal(np.isnan(values), labels == label)
 
 
 def test_a_spread_that_is_none_is_no_tolerance(problem):
@@ -408,6 +428,55 @@ def test_a_folder_is_loaded_without_data_and_functions(problem, folder, tmp_path
 def test_a_folder_of_another_assessment_is_refused(problem, folder, change, named):
     with pytest.raises(ValueError, match=f"holds an assessment with .*{named} = "):
         assess(problem, out=folder[0], test_batches=problem.test_batches, **change)
+
+
+def test_a_folder_of_another_certificate_is_refused(problem, folder):
+    """Also where the first batch of the test data, and all but the risks, are the same."""
+    inputs, labels = problem.test
+    changed = np.where(np.arange(len(labels)) == len(labels) - 1, (labels + 1) % 3, labels)
+    for data in (problem.test, (inputs, changed), (inputs[:-1], labels[:-1])):
+        error_fn = None if data is not problem.test else lambda params, batch: 0 * batch[0][:, 0]
+        with pytest.raises(ValueError, match=r"holds an assessment with .*(risk|test_data|test_examples) = "):
+            assess(problem, out=folder[0], test_batches=jaxlimit.batched(data, 50), error_fn=error_fn)
+
+
+def test_a_folder_of_other_moving_parameters_is_refused(problem, folder):
+    for trainable in (lambda path, _: path[0].key == "bias", lambda path, _: path[0].key == "first"):
+        with pytest.raises(ValueError, match="holds an assessment with trainable = "):
+            assess(problem, out=folder[0], test_batches=problem.test_batches, trainable=trainable)
+
+
+def test_parameters_of_another_network_are_not_filled(problem, folder):
+    """Also where the number of weights fits."""
+    params = problem.params
+    transposed = {**params, "first": params["first"].T}
+    fewer = {name: x for name, x in params.items() if name != "bias"}
+    more = {**params, "scale": np.ones(2, np.float32)}
+    for other in (transposed, fewer, more):
+        with pytest.raises(ValueError, match="is not of this network"):
+            jaxlimit.load_assessment(folder[0], other)
+    with pytest.raises(ValueError, match=r"or prunable is another one: of the shape of second\.mask"):
+        jaxlimit.load_assessment(folder[0], params, prunable=lambda path, _: path[0].key == "first")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("a", "a.mask"), r"named a\.mask, as the mask of another one is in a file: rename it"),
+        (("a", ("b", "c"), "b.c"), r"two arrays of params have the name b\.c"),
+    ],
+)
+def test_names_that_a_file_cannot_hold_are_refused_before_work_starts(
+    problem, tmp_path, monkeypatch, names, message
+):
+    monkeypatch.setattr("jaxlimit.application.answers.hessian", None)
+    params = dict(problem.params)
+    for name in names:
+        inside = np.zeros((2, 2), np.float32)
+        params |= {name[0]: {name[1]: inside}} if isinstance(name, tuple) else {name: inside}
+    with pytest.raises(ValueError, match=message):
+        assess(SimpleNamespace(params=params, batches=problem.batches), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_something_else_is_refused(problem, tmp_path):

@@ -568,7 +568,7 @@ def test_the_preset_may_follow_an_option_of_several_values(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("args", "hidden", "kept"),
     [
-        (["run"], ["None:"], ["spread of the training", "(default: all)"]),
+        (["run"], ["None:"], ["standard deviation of the training", "(default: all)"]),
         (["experiment", "gems"], ["--l1", "--networks"], ["--probes"]),
         (["experiment", "gradual"], ["--networks"], ["--l1"]),
     ],

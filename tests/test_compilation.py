@@ -575,6 +575,36 @@ def test_a_program_is_a_part_of_another_compiled_function():
         assert double(3.0) == 6
 
 
+@pytest.mark.parametrize("layer", ["max pool", "sum pool", "convolution", "softmax"])
+def test_without_compilation_the_rewritten_forms_are_the_same_functions(layer):
+    images = np.random.default_rng(0).standard_normal((4, 6, 6, 2)).astype(np.float32)
+
+    def loss(params, batch):
+        hidden = jnp.tanh(batch @ params["w"])
+        match layer:
+            case "max pool":
+                hidden = nnx.max_pool(hidden, (2, 2), (1, 1))
+            case "sum pool":
+                hidden = nnx.avg_pool(hidden, (2, 2), (2, 2))
+            case "convolution":
+                hidden = jax.lax.conv(hidden.transpose(0, 3, 1, 2), jnp.ones((1, 3, 2, 2)), (1, 1), "VALID")
+            case "softmax":
+                hidden = jax.nn.log_softmax(hidden)
+        return jnp.mean(jnp.sum(hidden**2, axis=(1, 2, 3)))
+
+    params = {"w": np.random.default_rng(1).standard_normal((2, 3)).astype(np.float32)}
+    expected = jax.hessian(lambda w: loss({"w": w.reshape(2, 3)}, images))(jnp.ravel(params["w"]))
+    with jax.disable_jit():
+        curvature = jaxlimit.hessian(loss, params, jaxlimit.batched(images, 2))
+        found = curvature.dense()
+        (swept,) = jaxlimit.sparsity_sweep(
+            lambda params, batch: {"loss": loss(params, batch)}, params, jaxlimit.batched(images, 2), [0.0]
+        ).metrics["loss"]
+    assert curvature.loss == pytest.approx(float(loss(params, images)), rel=1e-5)
+    assert swept == pytest.approx(float(loss(params, images)), rel=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
 def test_a_large_array_that_is_closed_over_is_an_argument():
     """Also within a loop. What a function compiled by the caller closes over is a constant of that."""
     rng, zeros = np.random.default_rng(0), jnp.zeros(10_000)

@@ -773,6 +773,29 @@ def test_weights_of_half_precision(kind, mlp):
     assert curvature_of(kind, mlp, prunable=lambda path, leaf: leaf.dtype == jnp.float32).dim < curvature.dim
 
 
+@pytest.mark.parametrize("groups", ["batched", "stream"])
+def test_other_weights_are_refused_where_the_loss_is_too_coarse_for_them(groups):
+    """A float32 head over a bfloat16 body: the curvature of the head is taken, that of the body is not."""
+    rng = np.random.default_rng(0)
+    body, head, inputs = (rng.normal(size=shape).astype(np.float32) for shape in ((6, 5), (5, 2), (16, 6)))
+
+    def loss(params, batch):
+        hidden = batch.astype(jnp.bfloat16) @ params["body"].astype(jnp.bfloat16)
+        return jnp.mean((jnp.tanh(hidden).astype(jnp.float32) @ params["head"]) ** 2)
+
+    data = batched(inputs, 8)
+    curvature = hessian(
+        loss,
+        {"body": jnp.asarray(body), "head": jnp.asarray(head)},
+        data if groups == "batched" else lambda: iter(data),
+        prunable=lambda path, _: path[0].key == "head",
+    )
+    assert curvature.of(lambda path, _: path[0].key == "head").dim == 10
+    for wanted in ({"body"}, {"body", "head"}):
+        with pytest.raises(ValueError, match="computes in bfloat16 on its way from the weights"):
+            curvature.of(lambda path, _, wanted=wanted: path[0].key in wanted)
+
+
 @in_float32
 @pytest.mark.parametrize(
     ("change", "message"),

@@ -237,6 +237,9 @@ def test_a_pruned_weight_is_zero_even_if_it_was_not_a_number():
         ),
         ({"w": np.ones(2, bool), "b": None}, r"mask has a leaf of shape \(2,\)"),  # would broadcast
         ({"w": True, "b": None}, r"mask has a leaf of shape \(\)"),
+        ({"w": np.full((2, 2), 0.5), "b": None}, "scores are no mask"),
+        ({"w": np.array([[0, 1], [2, 1]]), "b": None}, "scores are no mask"),
+        ({"w": np.array([[0, 1], [np.nan, 1]]), "b": None}, "scores are no mask"),
     ],
 )
 def test_masks_that_do_not_match(mask, message):

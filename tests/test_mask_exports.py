@@ -161,12 +161,39 @@ def test_a_start_that_is_not_pruned_is_refused(network):
     keep = jaxlimit.keep_zeros(mask)
     with pytest.raises(ValueError, match="14 weights that the mask prunes are not zero"):
         keep.init(params)
-    with pytest.raises(ValueError, match=r"mask has a leaf of shape \(5, 4\)"):
+    with pytest.raises(ValueError, match=r"mask has an array first of shape \(5, 4\).* one of shape"):
         keep.init({**start, "first": start["second"]})
+    with pytest.raises(ValueError, match=r"mask has an array first of shape .* none of that name"):
+        keep.init({name: x for name, x in start.items() if name != "first"})
     jax.jit(keep.init)(params)  # no value is known there
     optimizer = optax.chain(optax.adam(0.1), keep)
     doubled = optax.tree_utils.tree_map_params(optimizer, lambda x: 2 * x, optimizer.init(start))
     assert jax.tree.structure(doubled) == jax.tree.structure(optimizer.init(start))
+
+
+def test_zeros_stay_in_a_model_of_flax_that_is_trained_by_its_own_optimizer():
+    model = nnx.Sequential(nnx.Linear(6, 5, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(5, 3, rngs=nnx.Rngs(1)))
+    _, params = from_nnx(model)
+    mask = jaxlimit.magnitude_mask({"layers": {"0": {"kernel": params["layers"]["0"]["kernel"]}}}, 0.5)
+    keep = np.asarray(mask["layers"]["0"]["kernel"])
+    inputs = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)
+    optimizer = optax.chain(optax.adamw(0.1), jaxlimit.keep_zeros(mask))
+    with pytest.raises(ValueError, match="15 weights that the mask prunes are not zero"):
+        nnx.Optimizer(model, optimizer, wrt=nnx.Param)
+    kernel = model.layers[0].kernel
+    kernel.set_value(jnp.where(keep, kernel.get_value(), 0))
+    start, trained = kernel.get_value(), nnx.Optimizer(model, optimizer, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, trained):
+        trained.update(model, nnx.grad(lambda model: jnp.mean((model(inputs) - 1) ** 2))(model))
+
+    for _ in range(3):
+        step(model, trained)
+    moved = np.asarray(kernel.get_value() != start)
+    assert not np.any(moved[~keep])
+    assert moved.mean() > 0.4  # a relu may be off
+    assert np.all(np.asarray(kernel.get_value())[~keep] == 0)
 
 
 def test_masks_of_optax_are_for_whole_arrays(network):

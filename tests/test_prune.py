@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -92,6 +93,32 @@ def test_float64(regression, x64):
     _, loss = least_squares(arrays, np.asarray(network.mask).ravel())
     assert network.params.dtype == np.float64
     assert network.loss == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("batches", ["list", "batched", "stream"])
+def test_a_part_of_the_data_that_is_all_padding_is_passed_over(regression, batches):
+    """Here the first quarter of the data: steps take a tenth each, so that the first had nothing to go by."""
+    weights, (inputs, targets) = regression
+    counts = np.ones(len(inputs), np.float32)
+    padded = [np.concatenate([np.zeros_like(x[: len(x) // 3]), x]) for x in (inputs, targets, counts)]
+    data = batched(tuple(padded), 2)
+    given = {"batched": data, "list": list(data), "stream": Stream(data)}[batches]
+
+    def loss(outputs, batch):
+        squares = jnp.sum(batch[2] * jnp.sum((outputs - batch[1]) ** 2, axis=-1))
+        return squares / jnp.maximum(jnp.sum(batch[2]), 1)
+
+    network = prune(
+        lambda params, batch: linear(params, batch[:2]),
+        loss,
+        weights,
+        given,
+        0.5,
+        weight_fn=lambda batch: jnp.sum(batch[2]),
+        max_products=60,
+    )
+    kept = np.asarray(network.mask).ravel()
+    assert network.loss == pytest.approx(least_squares((inputs, targets), kept)[1], rel=0.05)
 
 
 def test_a_mask_is_kept_to_the_letter(regression):
@@ -308,6 +335,35 @@ def test_a_checkpoint_of_another_problem_is_refused(network, tmp_path):
     other = (predict, cross_entropy, params, batched((arrays[0] * 1.5, arrays[1]), 30))
     with pytest.raises(ValueError, match="of another problem"):
         prune(*other, 0.5, checkpoint=tmp_path, max_products=5)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [partial(prune, sparsity=0.5), partial(attained_limit, loss_tolerance=0.1)],
+    ids=["prune", "attained"],
+)
+def test_a_checkpoint_of_other_prunable_or_moving_weights_is_refused(tmp_path, call):
+    """Of the same shapes and numbers: only their names tell them apart."""
+
+    def outputs(params, batch):
+        return jnp.tanh(jnp.tanh(batch[0] @ params["a"]) @ params["b"] + params["c"] + params["d"])
+
+    def distance(outputs, batch):
+        return jnp.mean((outputs - batch[1]) ** 2)
+
+    def only(name):
+        return lambda path, _: path[0].key == name
+
+    rng = np.random.default_rng(0)
+    inputs, square = (rng.standard_normal(shape).astype(np.float32) for shape in ((20, 3), (3, 3)))
+    params = {"a": square, "b": square, "c": np.zeros(3, np.float32), "d": np.zeros(3, np.float32)}
+    call = partial(call, outputs, distance, params, batched((inputs, inputs), 10), max_products=5)
+    call(prunable=only("a"), trainable=only("b"), checkpoint=tmp_path / "kernels")
+    with pytest.raises(ValueError, match="prunable differ"):
+        call(prunable=only("b"), trainable=only("a"), checkpoint=tmp_path / "kernels")
+    call(prunable=only("a"), trainable=only("c"), checkpoint=tmp_path / "biases")
+    with pytest.raises(ValueError, match="moving differ"):
+        call(prunable=only("a"), trainable=only("d"), checkpoint=tmp_path / "biases")
 
 
 def test_more_products_lower_the_loss_and_the_status_says_what_ended_it(network):

@@ -106,6 +106,23 @@ def test_weights_sum_to_one(rule, steps):
     assert np.all(np.diff(nodes) > 0)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "weights", "message"),
+    [
+        ([1.0, 2.0], [1.0, 1.0], "sum to 1"),
+        ([1.0, 2.0], [1.5, -0.5], "at least 0"),
+        ([1.0, 2.0], [np.nan, 1.0], "at least 0"),
+        ([1.0, np.nan], [0.5, 0.5], "real and finite"),
+        ([1.0, np.inf], [0.5, 0.5], "real and finite"),
+        ([1.0, 2.0j], [0.5, 0.5], "real and finite"),
+        ([[1.0, 2.0], [3.0, 4.0]], [[0.5, 0.5], [0.5, 0.4]], "sum to 1"),
+    ],
+)
+def test_what_is_no_probability_measure_is_refused(nodes, weights, message):
+    with pytest.raises(ValueError, match=message):
+        SpectralMeasure(nodes, weights)
+
+
 def test_full_depth_gives_the_measure_back():
     nodes, weights = random_measure(size=12)
     order = np.argsort(nodes)
@@ -459,10 +476,10 @@ def test_measure_of_several_probes():
 
 def test_measure_is_a_pytree():
     measure = SpectralMeasure([[1.0, 2.0]], [[0.5, 0.5]], dim=7)
-    doubled = jax.tree.map(lambda x: 2 * x, measure)
-    assert doubled.dim == 7
-    np.testing.assert_array_equal(doubled.nodes, [[2.0, 4.0]])
-    assert jax.tree.structure(measure) == jax.tree.structure(doubled)
+    turned = jax.tree.map(lambda x: x[:, ::-1], measure)
+    assert turned.dim == 7
+    np.testing.assert_array_equal(turned.nodes, [[2.0, 1.0]])
+    assert jax.tree.structure(measure) == jax.tree.structure(turned)
 
 
 def test_nodes_and_weights_of_different_shapes():

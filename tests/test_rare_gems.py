@@ -189,8 +189,8 @@ def test_a_checkpoint_of_another_search_is_refused(tmp_path, change, num_kept, n
     model, settings = FullyConnected([4, 5, 3], rngs=nnx.Rngs(0)), RareGems(epochs=3, drop_every=1, l2=0.0)
     search(model, examples(), jax.random.key(0), 9, settings, checkpoint=tmp_path)
     other = replace(settings, **change)
-    with pytest.raises(ValueError, match=f"of another problem: {name} differ"):
+    with pytest.raises(ValueError, match=f"of another problem: .*{name}.* differ"):
         search(model, examples(), jax.random.key(0), num_kept, other, checkpoint=tmp_path)
     model = FullyConnected([4, 5, 3], rngs=nnx.Rngs(1))  # the scores begin alike
-    with pytest.raises(ValueError, match="of another problem: start differ"):
+    with pytest.raises(ValueError, match=r"of another problem: .*start.* differ"):
         search(model, examples(), jax.random.key(0), 9, settings, checkpoint=tmp_path)

@@ -1,5 +1,7 @@
 """The smaller network against the pruned one, run as it is: outputs, and sizes by the units that are left."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -211,17 +213,86 @@ class Squared(models.FullyConnected):
 
 
 def test_layers_that_are_not_what_they_look_like_are_refused():
-    rngs = nnx.Rngs(0)
-    shared, last = nnx.Linear(2, 2, rngs=rngs), nnx.Linear(2, 2, rngs=rngs)
-    masked = nnx.Conv(2, 2, (3, 3), mask=jnp.ones((3, 3, 2, 2)), rngs=rngs)
+    def linear(**options):
+        return nnx.Linear(2, 2, rngs=nnx.Rngs(0), **options)
+
+    def conv(**options):
+        return nnx.Conv(2, 2, (3, 3), rngs=nnx.Rngs(0), **options)
+
+    shared, last = linear(), linear()
+    own = "of its own kind, or with a function or a mask of its own"
+    two_places = "are one and the same"
     for layers, message in [
-        ([nnx.LoRALinear(2, 2, lora_rank=1, rngs=rngs), nnx.relu, last], "a LoRALinear of its own kind"),
-        ([masked, nnx.relu, last], "a Conv of its own kind, or with a mask"),
-        ([shared, nnx.relu, shared, nnx.relu, last], "a kernel that stands in two places"),
+        ([nnx.LoRALinear(2, 2, lora_rank=1, rngs=nnx.Rngs(0)), nnx.relu, last], f"a LoRALinear {own}"),
+        ([conv(mask=jnp.ones((3, 3, 2, 2))), nnx.relu, last], f"a Conv {own}"),
+        ([linear(dot_general=centred), nnx.relu, last], f"a Linear {own}"),
+        ([linear(dot_general=partial(jax.lax.dot_general, precision="high")), nnx.relu, last], own),
+        ([last, nnx.relu, conv(conv_general_dilated=standardized)], f"layers.2 is a Conv {own}"),
+        ([shared, nnx.relu, shared, nnx.relu, last], r"layers\.0 and layers\.2 are one and the same"),
+        ([shared, nnx.relu, last, nnx.relu, shared], two_places),
+        ([shared, nnx.relu, with_arrays(linear(), kernel=shared.kernel)], two_places),
+        ([shared, nnx.relu, with_arrays(linear(), bias=shared.bias)], two_places),
     ]:
         model = nnx.Sequential(*layers)
         with pytest.raises(ValueError, match=message):
             shrink(model, models.from_nnx(model)[1])
+
+
+def centred(left, right, *args, **keywords):
+    return jax.lax.dot_general(left, right - jnp.mean(right), *args, **keywords)
+
+
+def standardized(images, kernel, *args, **keywords):
+    return jax.lax.conv_general_dilated(images, kernel - jnp.mean(kernel), *args, **keywords)
+
+
+def with_arrays(layer, **arrays):
+    for name, array in arrays.items():
+        setattr(layer, name, array)
+    return layer
+
+
+class Gated(nnx.BatchNorm):
+    def __call__(self, inputs, **keywords):
+        return super().__call__(inputs, **keywords) ** 2
+
+
+@pytest.mark.parametrize("call", [shrink, models.unit_labels])
+def test_parts_of_our_networks_that_compute_something_else_are_refused(call):
+    """Whatever the part, also where the whole is one of our networks as it stands."""
+
+    def network():
+        layers = [Convolution(4), Pool()]
+        return ConvolutionalNetwork(
+            layers, [36, 5], 3, image_shape=(8, 8, 1), normalize=True, rngs=nnx.Rngs(0)
+        )
+
+    head, norm, tied = network(), network(), models.FullyConnected([4, 4, 4, 4], rngs=nnx.Rngs(0))
+    head.dense = Squared(list(head.dense.widths), rngs=nnx.Rngs(0))
+    norm.norms[0] = Gated(4, rngs=nnx.Rngs(0))
+    tied.layers[2] = tied.layers[0]
+    for model, message in [
+        (head, "dense is a Squared of its own kind"),
+        (norm, r"norms\.0 is a Gated of its own kind"),
+        (tied, r"layers\.0 and layers\.2 are one and the same"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call(model, models.from_nnx(model)[1])
+
+
+def test_constants_stay_before_a_convolution_that_dilates_its_input():
+    """Between the pixels it reads 0, as beyond a border."""
+    rngs = nnx.Rngs(0)
+    dilates = nnx.Conv(4, 3, (3, 3), padding=0, input_dilation=2, rngs=rngs)
+    model = nnx.Sequential(nnx.Conv(2, 4, (3, 3), rngs=rngs), nnx.relu, dilates)
+    predict, params = models.from_nnx(model)
+    kernel, bias = params["layers"]["0"]["kernel"], params["layers"]["0"]["bias"]
+    params["layers"]["0"] = {"kernel": kernel.at[..., 1:3].set(0), "bias": bias.at[1:3].set([2.0, 3.0])}
+    small, images = shrink(model, params), jax.random.normal(jax.random.key(1), (2, 8, 8, 2))
+    assert small.num_params < small.dense_num_params
+    np.testing.assert_allclose(
+        small.predict(small.params, images), predict(params, images), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_network_pruned_by_units_is_smaller():

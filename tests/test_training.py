@@ -1,5 +1,7 @@
 """Training against stochastic gradient descent written out in NumPy, and against closed forms."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -321,6 +323,23 @@ def test_a_group_lasso_without_groups_is_refused(keywords, message):
             learning_rate=1.0,
             **keywords,
         )
+
+
+def test_a_checkpoint_knows_its_loss(tmp_path):
+    """Two losses of the same arrays: the weights of one are not those of the other."""
+    call = partial(
+        train,
+        params=jnp.ones(3),
+        arrays=jnp.ones((4, 3)),
+        key=jax.random.key(0),
+        epochs=1,
+        learning_rate=0.1,
+        checkpoint=tmp_path,
+    )
+    first = call(lambda w, x: jnp.mean((x @ w) ** 2))
+    with pytest.raises(ValueError, match="of another problem: loss differ"):
+        call(lambda w, x: jnp.mean((x @ w - 1) ** 2))
+    np.testing.assert_array_equal(call(lambda w, x: jnp.mean((x @ w) ** 2)), first)
 
 
 def test_a_checkpoint_knows_its_group_lasso(tmp_path):

@@ -26,15 +26,19 @@ from jaxlimit.application import page, run_folder
 from jaxlimit.application.answering import Answering, answer
 from jaxlimit.application.assessment import COLUMNS, Assessment
 from jaxlimit.application.ledger import Found, Ledger, Stage
+from jaxlimit.application.pruned_files import require_names
 from jaxlimit.application.question import Certifying, Question, first_batch
 from jaxlimit.application.run_folder import CONFIG, FIGURES, REPORT
 from jaxlimit.application.spectra import load_spectrum
 from jaxlimit.core.storage import Purpose, about, claim, ordered_sum
 from jaxlimit.core.terminal import Monitor
-from jaxlimit.core.trees import PyTree, flatten, partition
+from jaxlimit.core.trees import Prunable, PyTree, flatten, named_leaves, partition, path_name
 from jaxlimit.core.writing import write_file
 from jaxlimit.geometry.groups import group_labels
 from jaxlimit.measuring.loss_statistics import LossStatistics
+from jaxlimit.measuring.risks import ExampleRisks
+from jaxlimit.pruning.readjustable import movable
+from jaxlimit.pruning.statistics import statistics as statistics_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,8 +88,11 @@ def assess_into(
         monitor: told about the progress.
 
     Raises:
-        ValueError: the folder is of another assessment or something else, or a file in it is damaged.
+        ValueError: the folder is of another assessment or something else, or a file in it is damaged; two
+            arrays that would have one name in a file.
     """
+    weights, _ = partition(question.params, question.prunable)
+    require_names(named_leaves(question.params), named_leaves(weights))
     held = claim(folder, ASSESSMENT, _identity(question, curvatures, statistics))
     try:
         ledger = Ledger(folder, COMMAND, monitor)
@@ -110,7 +117,7 @@ def _identity(question: Question, curvatures: Sequence[str], statistics: LossSta
     if isinstance(certifying, Certifying):
         names = ("bounds", "bound", "rise", "confidence")
         certifying = {name: getattr(question.certifying, name) for name in names}
-        certifying["first_batch"] = _checksum(first_batch(question.certifying.batches))  # pyright: ignore
+        certifying |= _tested(question.certifying, question.params)  # pyright: ignore
     key = question.key
     data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     weights, rest = partition(question.params, question.prunable)
@@ -121,8 +128,8 @@ def _identity(question: Question, curvatures: Sequence[str], statistics: LossSta
         "others": _checksum(rest),
         "scores": None if question.scores is None else _checksum(question.scores),
         "groups": None if question.groups is None else _checksum(group_labels(weights, question.groups)),
-        "trainable": question.trainable is not None,
-        "statistics": question.statistics_fn is not None,
+        "trainable": None if question.trainable is None else _names(question.params, question.trainable),
+        "statistics": _statistics(question),
         "num_examples": statistics.num_examples,
         "loss": about(statistics.mean, SAME * abs(statistics.mean)),
         "loss_tolerance": about(question.loss_tolerance, SAME * question.loss_tolerance),
@@ -133,6 +140,30 @@ def _identity(question: Question, curvatures: Sequence[str], statistics: LossSta
         **{name: getattr(question, name) for name in numbers},
         **asdict(question.settings),
     }
+
+
+def _tested(certifying: Certifying, params: PyTree) -> dict[str, Any]:
+    """All test examples, and what the unpruned network's risk on them is."""
+    risks = ExampleRisks(certifying.error_fn, certifying.batches, certifying.bounds)(params)
+    data = ordered_sum(np.array([_checksum(batch) for batch in certifying.batches]))
+    return {
+        "test_examples": len(risks),
+        "test_data": data,
+        "risk": about(float(np.mean(risks)), SAME + 2 / len(risks)),
+    }
+
+
+def _names(params: PyTree, chosen: Prunable) -> list[str]:
+    paths = jax.tree_util.tree_leaves_with_path(partition(params, chosen)[0])
+    return [path_name(path) for path, _ in paths]
+
+
+def _statistics(question: Question) -> dict[str, float] | None:
+    """What the statistics of the unpruned network are, taken anew."""
+    if question.statistics_fn is None:
+        return None
+    moving = movable(question.params, question.prunable, question.trainable)
+    return statistics_of(question.statistics_fn, *partition(question.params, moving)).identity
 
 
 def _checksum(tree: PyTree) -> float:

@@ -1,6 +1,7 @@
 """The pruned network on disk: every array by its name, the masks beside them, and how large it is."""
 
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,12 @@ import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
 
-from jaxlimit.core.trees import PyTree, named_arrays, path_name
+from jaxlimit.core.trees import PyTree, named_arrays, named_leaves, path_name
 from jaxlimit.core.writing import DamagedFile, write_file
 from jaxlimit.measuring.certificates import Certificate
-from jaxlimit.models.couplings import OURS, is_plain
 from jaxlimit.models.torch_state import read_safetensors
 from jaxlimit.pruning.result import Pruned
-from jaxlimit.pruning.shrink import shrink
+from jaxlimit.pruning.shrink import Shrunk, shrink
 
 # After the name of an array: its mask, True where a weight is kept.
 MASK = ".mask"
@@ -26,8 +26,18 @@ def save_pruned(path: Path, params: PyTree, mask: PyTree) -> None:
     """Writes a network and its masks as safetensors."""
     from safetensors.numpy import save
 
-    masks = {f"{name}{MASK}": mask for name, mask in named_arrays(mask).items()}
-    write_file(path, save({**named_arrays(params), **masks}))
+    arrays, masks = named_arrays(params), named_arrays(mask)
+    require_names(arrays, masks)
+    write_file(path, save({**arrays, **{f"{name}{MASK}": mask for name, mask in masks.items()}}))
+
+
+def require_names(arrays: Collection[str], masks: Collection[str]) -> None:
+    """Raises ValueError where an array of the network has the name of the mask of another."""
+    taken = {f"{name}{MASK}" for name in masks} & {*arrays}
+    if taken:
+        raise ValueError(
+            f"an array of params is named {min(taken)}, as the mask of another one is in a file: rename it."
+        )
 
 
 def load_pruned(path: Path, params: PyTree, mask_like: PyTree) -> tuple[PyTree, PyTree]:
@@ -43,10 +53,17 @@ def load_pruned(path: Path, params: PyTree, mask_like: PyTree) -> tuple[PyTree, 
         ValueError: it is damaged, or of another network.
     """
     found = read_safetensors(path)
-    try:
-        return _filled(params, found, ""), _filled(mask_like, found, MASK)
-    except (KeyError, ValueError) as error:
-        raise DamagedFile(f"{path} is not of this network: {error}.", path) from error
+    expected = {**_shapes(params, ""), **_shapes(mask_like, MASK)}
+    got = {name: x.shape for name, x in found.items()}
+    other = [name for name in sorted(expected.keys() | got.keys()) if expected.get(name) != got.get(name)]
+    if other:
+        name = other[0]
+        raise DamagedFile(
+            f"{path} is not of this network, or prunable is another one: of the shape of {name} it says "
+            f"{got.get(name, 'nothing')}, params and prunable {expected.get(name, 'nothing')}.",
+            path,
+        )
+    return _filled(params, found, ""), _filled(mask_like, found, MASK)
 
 
 def stored_sparsity(path: Path, certificate: Certificate | None) -> float | None:
@@ -54,12 +71,16 @@ def stored_sparsity(path: Path, certificate: Certificate | None) -> float | None
     return certificate.sparsity if certificate is not None and path.exists() else None
 
 
+def _shapes(like: PyTree, suffix: str) -> dict[str, tuple[int, ...]]:
+    return {name + suffix: np.shape(leaf) for name, leaf in named_leaves(like).items()}
+
+
 def _filled(like: PyTree, found: dict[str, NDArray[Any]], suffix: str) -> PyTree:
-    known = named_arrays(like)
+    known = named_leaves(like)
 
     def fill(path: tuple, leaf: Any) -> Any:
         name = path_name(path)
-        return jnp.asarray(found[name + suffix]).reshape(np.shape(leaf)) if name in known else leaf
+        return jnp.asarray(found[name + suffix]) if name in known else leaf
 
     return jax.tree_util.tree_map_with_path(fill, like)
 
@@ -70,7 +91,7 @@ def sizes(dense: PyTree, pruned: Pruned, model: nnx.Module | None = None) -> dic
     Args:
         dense: parameters before.
         pruned: the pruned network.
-        model: what `shrink` takes, to know what is left without the units that compute nothing.
+        model: to know what is left without the units that compute nothing, if `shrink` takes it.
 
     Returns:
         "bytes", "dense_compressed_bytes", "compressed_bytes", "kept_share" by array, the names of those
@@ -78,7 +99,7 @@ def sizes(dense: PyTree, pruned: Pruned, model: nnx.Module | None = None) -> dic
         where there is a model that `shrink` knows.
     """
     before, after = (b"".join(x.tobytes() for x in named_arrays(p).values()) for p in (dense, pruned.params))
-    small = shrink(model, pruned.params) if model is not None and is_plain(model, *OURS) else None
+    small = None if model is None else _shrunk(model, pruned.params)
     kept = {name: float(np.mean(mask)) for name, mask in named_arrays(pruned.mask).items()}
     return {
         "bytes": len(before),
@@ -88,3 +109,10 @@ def sizes(dense: PyTree, pruned: Pruned, model: nnx.Module | None = None) -> dic
         "vanished": [name for name, share in kept.items() if share == 0],
         **({"num_params": small.dense_num_params, "shrunk_num_params": small.num_params} if small else {}),
     }
+
+
+def _shrunk(model: nnx.Module, params: PyTree) -> Shrunk | None:
+    try:
+        return shrink(model, params)
+    except ValueError:  # not known well enough
+        return None

@@ -20,6 +20,7 @@ from jaxlimit.measuring.risks import Metric
 from jaxlimit.models.torch_state import torch_state_dict
 from jaxlimit.pruning.attained import MAX_PRODUCTS
 from jaxlimit.pruning.trust_region import DEFAULT, Settings
+from jaxlimit.training.losses import of_classes
 
 NO_TEST_BATCHES = "no test_batches were given, examples that have had no part in training or pruning."
 NO_ERROR = (
@@ -146,14 +147,20 @@ class Misclassified:
     predict_fn: Callable[[PyTree, PyTree], PyTree]
 
     def __call__(self, params: PyTree, batch: PyTree) -> jax.Array:
-        """A bool for each example."""
-        return jnp.argmax(self.predict_fn(params, batch), axis=-1) != batch[1]
+        """0 or 1 for each example, NaN where its label is no class."""
+        outputs: Any = self.predict_fn(params, batch)
+        return of_classes(jnp.argmax(outputs, axis=-1) != batch[1], outputs, batch[1])
 
 
 def default_error(
     predict_fn: Callable[[PyTree, PyTree], PyTree], params: PyTree, batches: Iterable[PyTree]
 ) -> Metric | None:
-    """The error of classification, where batches are (inputs, integer labels) and outputs (n, classes)."""
+    """The error of classification, where batches are (inputs, integer labels) and outputs (n, classes).
+
+    Raises:
+        ValueError: a label that is no class, as padding has. Both networks would be wrong there, so that a
+            rise of errors would seem smaller than it is.
+    """
     batch = first_batch(batches)
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         return None
@@ -163,7 +170,16 @@ def default_error(
         return None
     outputs: Any = jax.eval_shape(lambda batch: predict_fn(params, batch), batch)
     is_row = isinstance(outputs, jax.ShapeDtypeStruct) and outputs.shape[:1] == (count,)
-    return Misclassified(predict_fn) if is_row and len(outputs.shape) == 2 and outputs.shape[1] > 1 else None
+    if not is_row or len(outputs.shape) != 2 or outputs.shape[1] < 2:
+        return None
+    for number, (_, labels) in enumerate(batches):
+        lowest, highest = int(jnp.min(labels)), int(jnp.max(labels))
+        if lowest < 0 or highest >= outputs.shape[1]:
+            raise ValueError(
+                f"test_batches have labels from {lowest} to {highest} in batch {number}, but outputs of "
+                f"{outputs.shape[1]} classes: leave out examples without a label, or give error_fn."
+            )
+    return Misclassified(predict_fn)
 
 
 def certifying_of(
@@ -177,7 +193,7 @@ def certifying_of(
     """What is to be certified with these data, or a sentence why nothing is.
 
     Raises:
-        ValueError: test data that are the data of `batches`; a number out of range.
+        ValueError: test data that are the data of `batches`; a number out of range; as `default_error`.
     """
     if test_batches is None:
         return NO_TEST_BATCHES

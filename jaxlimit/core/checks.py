@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import dtypes
+from jax.core import Tracer
 
-from jaxlimit.core.sharding import require_context
+from jaxlimit.core.sharding import UNTRACED, require_context
 
 NOT_FINITE_CAUSES = (
     "Likely causes: NaN or infinity in the data or the parameters, or labels outside the classes, as -1 or "
@@ -123,6 +124,8 @@ def require_problem(call: str, params: Any, **functions: Any) -> None:
         _require_two_arguments(name, function)
     _require_no_module("params", params)
     leaves = jax.tree.leaves(params)
+    if any(isinstance(leaf, Tracer) for leaf in leaves):
+        raise ValueError(f"params have no numbers yet: {UNTRACED}")
     require_context("params", leaves)
     is_function = callable(params) and (not leaves or leaves[0] is params)
     if is_function or type(params).__module__.startswith("jaxlimit."):

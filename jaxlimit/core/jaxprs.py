@@ -92,7 +92,8 @@ def call_instead(fn: Callable[..., jax.Array], eqn: JaxprEqn) -> JaxprEqn:
     """A call of the function in place of an equation, with its arguments."""
     avals: list[Any] = [x.aval for x in eqn.invars]
     like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals]
-    call = jax.make_jaxpr(jax.jit(fn))(*like).eqns[0]
+    with jax.disable_jit(False):  # else there is no call, but the equations of the function
+        (call,) = jax.make_jaxpr(jax.jit(fn))(*like).eqns
     return eqn.replace(primitive=call.primitive, params=call.params)
 
 

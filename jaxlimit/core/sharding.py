@@ -52,6 +52,9 @@ def example_sharding(tree: Any, axis: int = 0) -> ExampleSharding | None:
     return found.pop() if found else None
 
 
+UNTRACED = "call jaxlimit outside of what jax.jit, jax.vmap and jax.grad trace."
+
+
 def require_context(name: str, tree: Any) -> None:
     """Raises ValueError where arrays lie elsewhere than on the mesh that `jax.set_mesh` has set."""
     context = jax.sharding.get_abstract_mesh()
@@ -194,7 +197,9 @@ def place(array: ArrayLike, sharding: NamedSharding | None) -> jax.Array:
 
 
 def to_host(array: Any) -> NDArray[Any]:
-    """The whole array on the host of every process."""
+    """The whole array on the host of every process; a ValueError where there are no numbers yet."""
+    if isinstance(array, Tracer):
+        raise ValueError(f"an array of shape {array.shape} has no numbers yet: {UNTRACED}")
     if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)

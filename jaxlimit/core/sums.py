@@ -24,6 +24,10 @@ from jaxlimit.core.sharding import ExampleSharding, example_sharding, sum_of_par
 from jaxlimit.core.trees import PyTree
 
 
+class NothingCounts(ValueError):
+    """The weights of all batches are 0."""
+
+
 class ExampleSum:
     """sum_b W_b fn(*args, batch_b) over grouped batches, and the total weight sum_b W_b.
 
@@ -136,7 +140,7 @@ def sum_of_weights(weights: list[Any]) -> Any:
             f"{int(np.argmin(np.isfinite(values)))}."
         )
     if not np.any(values):
-        raise ValueError("weight_fn is 0 for every batch: nothing counts.")
+        raise NothingCounts("weight_fn is 0 for every batch: nothing counts.")
     return float(np.sum(values))
 
 

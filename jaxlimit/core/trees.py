@@ -133,21 +133,31 @@ def _check_weights(weights: PyTree) -> None:
             raise ValueError(f"prunable leaf {jax.tree_util.keystr(path)} holds NaN or infinite weights.")
 
 
-def named_arrays(tree: PyTree) -> dict[str, NDArray[Any]]:
-    """The numbers of a pytree, on the host, by names like layers.0.kernel.
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """The arrays of numbers of a pytree, by names like layers.0.kernel.
 
     Raises:
         ValueError: two arrays have one name.
     """
-    found: dict[str, NDArray[Any]] = {}
+    found: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not is_array(leaf) or jnp.issubdtype(getattr(leaf, "dtype", jnp.float32), dtypes.extended):
             continue  # a function, a text, a random key
         name = path_name(path)
         if name in found:
             raise ValueError(f"two arrays of params have the name {name}: a file holds one of each name.")
-        found[name] = np.ascontiguousarray(to_host(leaf)).reshape(np.shape(leaf))
+        found[name] = leaf
     return found
+
+
+def named_arrays(tree: PyTree) -> dict[str, NDArray[Any]]:
+    """The same on the host.
+
+    Raises:
+        ValueError: as `named_leaves`.
+    """
+    leaves = named_leaves(tree).items()
+    return {name: np.ascontiguousarray(to_host(leaf)).reshape(np.shape(leaf)) for name, leaf in leaves}
 
 
 def path_name(path: tuple) -> str:

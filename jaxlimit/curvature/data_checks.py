@@ -10,8 +10,8 @@ import numpy as np
 
 from jaxlimit.core.batches import first_of, grouped
 from jaxlimit.core.checksums import data_changed
-from jaxlimit.core.trees import PyTree, frozen, thawed
-from jaxlimit.curvature.loss_trace import LossTrace
+from jaxlimit.core.trees import PyTree, combine, frozen, thawed
+from jaxlimit.curvature.loss_trace import LossTrace, trace_loss
 
 
 @contextlib.contextmanager
@@ -67,8 +67,22 @@ def require_single_precision(weights: PyTree) -> None:
             )
 
 
-def require_precise(trace: LossTrace) -> None:
-    """Raises ValueError if the loss computes with fewer than 32 bits what depends on the weights."""
+def require_precise(
+    loss: Callable[[PyTree, PyTree], Any], weights: PyTree, rest: PyTree, group: PyTree
+) -> LossTrace:
+    """Raises ValueError if the loss computes with fewer than 32 bits what depends on the weights.
+
+    Args:
+        loss: of all parameters and a batch.
+        weights: the prunable parameters.
+        rest: the others.
+        group: batches, stacked; only its shapes are looked at.
+
+    Returns:
+        What else the trace of the loss says.
+    """
+    batch = jax.eval_shape(first_of, group)
+    trace = trace_loss(lambda weights, batch: loss(combine(weights, rest), batch), weights, batch)
     if trace.coarse:
         numbers = " and ".join(sorted(trace.coarse))
         raise ValueError(
@@ -76,6 +90,7 @@ def require_precise(trace: LossTrace) -> None:
             "derivatives drown in rounding. Compute in float32: dtype=jnp.float32 in the modules of Flax or "
             "Haiku; no cast of weights or activations in a function. Parameters may stay as they are."
         )
+    return trace
 
 
 def require_same_weight(weight_fn: Any, first: float, second: float) -> None:

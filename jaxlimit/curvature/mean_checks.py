@@ -23,9 +23,9 @@ from jaxlimit.core.checksums import data_changed
 from jaxlimit.core.cuts import Sampled, cut_otherwise, mixed, one_batch, samples
 from jaxlimit.core.programs import Program
 from jaxlimit.core.sums import ExampleSum
-from jaxlimit.core.trees import PyTree, combine
+from jaxlimit.core.trees import PyTree
 from jaxlimit.curvature.data_checks import not_a_mean, require_precise, require_same_weight
-from jaxlimit.curvature.loss_trace import LossTrace, trace_loss
+from jaxlimit.curvature.loss_trace import LossTrace
 from jaxlimit.curvature.products import Loss, Product
 from jaxlimit.curvature.scattered import moved_weights, norm, nudged_weights
 from jaxlimit.curvature.small_batches import (
@@ -115,11 +115,7 @@ class _Check:
 
     def look_into(self, batches: list[tuple[PyTree, int]]) -> None:
         """Refuses what is not precise."""
-        batch = jax.eval_shape(first_of, batches[0][0])
-        self.trace = trace_loss(
-            lambda weights, batch: self.product.loss(combine(weights, self.rest), batch), self.weights, batch
-        )
-        require_precise(self.trace)
+        self.trace = require_precise(self.product.loss, self.weights, self.rest, batches[0][0])
 
     @property
     def tolerance(self) -> float:

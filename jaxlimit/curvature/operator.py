@@ -29,7 +29,7 @@ from jaxlimit.core.display import Displayed, View
 from jaxlimit.core.sharding import explicit_sharding, sharding_like
 from jaxlimit.core.sums import ExampleSum, mean_of_sum
 from jaxlimit.core.trees import Prunable, PyTree, combine, partition, path_name
-from jaxlimit.curvature.data_checks import require_same_weight, require_single_precision
+from jaxlimit.curvature.data_checks import require_precise, require_same_weight, require_single_precision
 from jaxlimit.curvature.dense_matrix import dense_matrix
 from jaxlimit.curvature.linearizing import linearize_groups, num_bytes
 from jaxlimit.curvature.products import LinearGroup, Product
@@ -95,6 +95,9 @@ class Curvature(Displayed):
 
         `pruning_limit` of it answers how far one layer, or one group of layers, can be pruned alone.
 
+        Raises:
+            ValueError: parameters, or numbers on the way from them to the loss, of fewer than 32 bits.
+
         Examples:
             >>> from jaxlimit import batched, hessian
             >>> def loss(params, x): return jnp.mean((x @ params["a"] @ params["b"]) ** 2) / 2
@@ -105,6 +108,11 @@ class Curvature(Displayed):
         """
         weights, rest = partition(self.params, prunable)
         require_single_precision(weights)
+        paths, known = (
+            {path for path, _ in jax.tree_util.tree_leaves_with_path(x)} for x in (weights, self.weights)
+        )
+        if not paths <= known:  # what lies between the others and the loss has not been looked at
+            require_precise(self.product.loss, weights, rest, next(iter(self.groups)))
         return replace(self, weights=weights, rest=rest)
 
     @cached_property

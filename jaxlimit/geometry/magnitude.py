@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from numpy.typing import ArrayLike, NDArray
 
 from jaxlimit.core.sharding import sharding_like, to_host
@@ -252,7 +253,7 @@ def apply_mask(params: PyTree, mask: PyTree) -> PyTree:
             `magnitude_mask(curvature.weights, s)` gives it).
 
     Raises:
-        ValueError: the trees do not match.
+        ValueError: the trees do not match, or the mask holds something else than bools, or 0 and 1.
 
     Examples:
         >>> apply_mask({"w": jnp.ones(2), "b": jnp.ones(1)}, {"w": jnp.array([True, False]), "b": None})
@@ -264,7 +265,7 @@ def apply_mask(params: PyTree, mask: PyTree) -> PyTree:
             return leaf
         if np.shape(keep) != np.shape(leaf):
             raise ValueError(f"mask has a leaf of shape {np.shape(keep)} where params has {np.shape(leaf)}.")
-        return jnp.where(keep, leaf, jnp.zeros_like(leaf))
+        return jnp.where(as_bools(keep), leaf, jnp.zeros_like(leaf))
 
     structure = jax.tree.structure(mask, is_leaf=lambda x: x is None)
     try:
@@ -276,3 +277,15 @@ def apply_mask(params: PyTree, mask: PyTree) -> PyTree:
         ) from None
     kept = structure.flatten_up_to(mask)
     return structure.unflatten([masked(keep, leaf) for keep, leaf in zip(kept, leaves, strict=True)])
+
+
+def as_bools(keep: Any) -> Any:
+    """An array of a mask, of 0 and 1 as bools; a ValueError where it holds something else."""
+    if jnp.issubdtype(jnp.result_type(keep), jnp.bool_):
+        return keep
+    if isinstance(keep, Tracer) or not bool(jnp.all((keep == 0) | (keep == 1))):
+        raise ValueError(
+            "mask must hold bools (or 0 and 1, outside of compiled functions): scores are no mask, "
+            "scores > threshold is one."
+        )
+    return keep != 0

@@ -13,6 +13,7 @@ group only where it belongs to no other unit, for every weight has one label:
 | token, position or segment | its row of the embedding table |
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,10 +23,10 @@ from flax import nnx
 from numpy.typing import NDArray
 
 from jaxlimit.core.trees import PyTree
-from jaxlimit.models.bert import SentenceEncoder
-from jaxlimit.models.convolutional import ConvolutionalNetwork
+from jaxlimit.models.bert import Attention, EncoderLayer, SentenceEncoder
+from jaxlimit.models.convolutional import ConvolutionalNetwork, convolve
 from jaxlimit.models.fully_connected import FullyConnected
-from jaxlimit.models.resnet import ResNet
+from jaxlimit.models.resnet import Block, Normalized, ResNet
 
 Labels = NDArray[np.int64]
 Labelled = tuple[nnx.Module, Labels, bool]
@@ -43,7 +44,8 @@ def unit_labels(model: nnx.Module, weights: PyTree) -> PyTree:
         Pytree of integers shaped like the weights, for `groups=`.
 
     Raises:
-        ValueError: another kind of network; weights that are no kernels or tables of it.
+        ValueError: another kind of network, also one with parts of their own kind, or with a part in two
+            places; weights that are no kernels or tables of it.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -53,7 +55,9 @@ def unit_labels(model: nnx.Module, weights: PyTree) -> PyTree:
         >>> labels["0"]["kernel"].tolist(), labels["1"]["kernel"].tolist()
         ([[0, 1, 2], [0, 1, 2]], [[0], [1], [2]])
     """
-    known = {id(_matrix(module)): (labels, made) for module, labels, made in _units(model)}
+    units = list(_units(model))
+    require_plain(model)
+    known = {id(_matrix(module)): (labels, made) for module, labels, made in units}
     found = {}
     for path, variable in nnx.iter_graph(model):
         if id(variable) in known:
@@ -75,11 +79,45 @@ def unit_labels(model: nnx.Module, weights: PyTree) -> PyTree:
 
 # The networks whose couplings are known.
 OURS = (FullyConnected, ConvolutionalNetwork, ResNet, SentenceEncoder)
+# What they are made of.
+LAYERS = (nnx.Linear, nnx.Conv, nnx.BatchNorm, nnx.LayerNorm, nnx.Embed)
+PARTS = (*OURS, Block, Normalized, EncoderLayer, Attention, nnx.Sequential, *LAYERS)
+CONTAINERS = (nnx.List, nnx.Dict)
 
 
 def is_plain(module: Any, *classes: type) -> bool:
     """Whether a module computes what one of these classes does: it has its `__call__`."""
     return any(isinstance(module, kind) and type(module).__call__ is kind.__call__ for kind in classes)
+
+
+def require_plain(model: nnx.Module) -> None:
+    """Raises ValueError where a part computes something else than its class says, or stands in two places."""
+    for first, second, *_ in nnx.find_duplicates(model):
+        raise ValueError(
+            f"{_named(first)} and {_named(second)} are one and the same: what stands in two places is not "
+            "known well enough to be taken apart."
+        )
+    for path, module in sorted(nnx.iter_graph(model), key=lambda item: len(item[0])):  # the whole first
+        if isinstance(module, nnx.Module) and not _is_known(module):
+            raise ValueError(
+                f"{_named(path)} is a {type(module).__name__} of its own kind, or with a function or a mask "
+                f"of its own, and is not known well enough: {', '.join(kind.__name__ for kind in PARTS)} are."
+            )
+
+
+def _is_known(module: nnx.Module) -> bool:
+    if type(module) in CONTAINERS:
+        return True
+    kind = next((kind for kind in PARTS if is_plain(module, kind)), None)
+    if kind is None or getattr(module, "mask", None) is not None:
+        return False
+    defaults = {name: x.default for name, x in inspect.signature(kind.__init__).parameters.items()}
+    functions = [name for name, x in defaults.items() if inspect.isroutine(x) and hasattr(module, name)]
+    return all(getattr(module, name) in (defaults[name], convolve) for name in functions)
+
+
+def _named(path: tuple) -> str:
+    return ".".join(map(str, path)) or "the network"
 
 
 class _Counter:

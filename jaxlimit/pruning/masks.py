@@ -5,19 +5,21 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
 from numpy.typing import NDArray
 
-from jaxlimit.core.trees import PyTree, named_arrays
-from jaxlimit.geometry.magnitude import apply_mask
+from jaxlimit.core.trees import PyTree, named_arrays, path_name
 
 if TYPE_CHECKING:  # flax takes .6 s to import
     from flax import nnx
 
     from jaxlimit.models.torch_layout import Entry
 
+# How the name of an array of an `nnx.State` ends, whose leaves are variables.
+VARIABLE = ".value"
 Rename = Mapping[str, str | tuple[str, Callable[[NDArray[Any]], NDArray[Any]]]]
 
 
@@ -80,7 +82,8 @@ def keep_zeros(mask: PyTree) -> optax.GradientTransformation:
 
     Args:
         mask: pytree of bools like the parameters, False where a weight is pruned, None for what is not
-            prunable; as `Pruned.mask`.
+            prunable; as `Pruned.mask`. Parameters may also be the `nnx.State` of such names, as those of
+            `nnx.Optimizer`.
 
     Returns:
         A transformation without a state.
@@ -99,30 +102,42 @@ def keep_zeros(mask: PyTree) -> optax.GradientTransformation:
         >>> optax.apply_updates(params, updates)
         {'b': Array([0.5], dtype=float32), 'w': Array([0. , 1.5], dtype=float32)}
     """
-    _bools(mask)
+    masks = _bools(mask)
 
     def init(params: PyTree) -> optax.EmptyState:
-        _require_zeros(params, mask)
+        _require_zeros(params, masks)
         return optax.EmptyState()
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
-        return apply_mask(updates, mask), state
+        return _masked(updates, masks), state
 
     return optax.GradientTransformation(init, update)
 
 
-def _require_zeros(params: PyTree, mask: PyTree) -> None:
+def _masked(tree: PyTree, masks: Mapping[str, NDArray[np.bool_]]) -> PyTree:
+    """Zero where a mask is False. Arrays are found by their names, so that the tree may be an `nnx.State`."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    named = [(path_name(path).removesuffix(VARIABLE), leaf) for path, leaf in leaves]
+    shapes = {name: np.shape(leaf) for name, leaf in named}
+    for name, keep in masks.items():
+        if shapes.get(name) != keep.shape:
+            raise ValueError(
+                f"mask has an array {name} of shape {keep.shape}, but what is trained has "
+                f"{f'one of shape {shapes[name]}' if name in shapes else 'none of that name'}: it must be a "
+                "mask of these parameters, as Pruned.mask."
+            )
+    kept = [
+        jnp.where(masks[name], leaf, jnp.zeros_like(leaf)) if name in masks else leaf for name, leaf in named
+    ]
+    return structure.unflatten(kept)
+
+
+def _require_zeros(params: PyTree, masks: Mapping[str, NDArray[np.bool_]]) -> None:
     leaves = jax.tree.leaves(params)
     if not leaves or any(isinstance(leaf, Tracer) for leaf in leaves):  # under jit no value is known
         return
-    apply_mask(params, mask)  # refuses what does not match
-    moved = jax.tree.map(
-        lambda keep, x: 0 if keep is None else int(np.sum(np.asarray(x)[~np.asarray(keep)] != 0)),
-        mask,
-        params,
-        is_leaf=lambda x: x is None,
-    )
-    if count := sum(jax.tree.leaves(moved)):
+    moved = jax.tree.map(lambda old, new: jnp.sum(old != new), params, _masked(params, masks))
+    if count := int(sum(jax.tree.leaves(moved))):
         raise ValueError(
             f"{count:,} weights that the mask prunes are not zero, and would stay as they are: start from "
             "the pruned network, Pruned.params or apply_mask(params, mask)."

@@ -6,9 +6,10 @@ What reads a constant unit reads a number, which goes into its bias:
 
     W^T h + b  =  W_kept^T h_kept + (b + W_gone^T v)
 
-A convolution that pads reads 0 beyond the border and v within, which no bias does. There all constant units
-but one go, and the one that stays carries them all: its reading weights become sum_j (v_j / v) W_j. Units
-that are gone may leave others without weights, so the passes are repeated until nothing changes.
+A convolution that pads reads 0 beyond the border and v within, and one that dilates its input 0 between the
+pixels, which no bias does. There all constant units but one go, and the one that stays carries them all: its
+reading weights become sum_j (v_j / v) W_j. Units that are gone may leave others without weights, so the
+passes are repeated until nothing changes.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from jaxlimit.core.trees import PyTree
 from jaxlimit.geometry.magnitude import apply_mask
 from jaxlimit.models.bert import Attention, SentenceEncoder
 from jaxlimit.models.convolutional import Convolution, ConvolutionalNetwork
-from jaxlimit.models.couplings import OURS, is_plain
+from jaxlimit.models.couplings import OURS, is_plain, require_plain
 from jaxlimit.models.fully_connected import FullyConnected
 from jaxlimit.models.functional import Predict, from_nnx
 from jaxlimit.models.resnet import ResNet
@@ -102,7 +103,7 @@ def shrink(model: nnx.Module, params: PyTree, mask: PyTree | None = None) -> Shr
     small = nnx.clone(model)
     nnx.update(small, nnx.restore_int_paths(params))
     links = list(_links(small))
-    _require_plain(links)
+    require_plain(small)
     while any(link.take_out() for link in links):
         pass
     _resize(small)
@@ -182,21 +183,6 @@ class _Link(NamedTuple):
         shape = (*shape[:-2], left.size // (shape[-1] * int(np.prod(shape[:-2]))), shape[-1])
         self.reader.kernel.set_value(jnp.asarray(left.reshape(shape), dtype))
         self.reader.in_features = shape[-2]
-
-
-def _require_plain(links: list[_Link]) -> None:
-    """Refuses layers that compute more than their kernel and bias say, and kernels in two places."""
-    makers = [layer for link in links for layer in link.makers]
-    readers = [link.reader for link in links]
-    for layer in (*makers, *readers):
-        if not is_plain(layer, nnx.Linear, nnx.Conv) or getattr(layer, "mask", None) is not None:
-            raise ValueError(
-                f"a {type(layer).__name__} of its own kind, or with a mask, is not known well enough to be "
-                "made smaller: nnx.Linear and nnx.Conv are."
-            )
-    for layers in (makers, readers):
-        if len({id(layer.kernel) for layer in layers}) < len(layers):
-            raise ValueError("a kernel that stands in two places cannot be made smaller in one of them.")
 
 
 def _links(model: nnx.Module) -> Iterator[_Link]:
@@ -296,12 +282,10 @@ def _host(variable: Any) -> NDArray[np.float64]:
 
 def _has_borders(layer: Any) -> bool:
     """Whether a convolution may read something else beyond the border than within."""
-    padding = getattr(layer, "padding", 0)
-    return (
-        isinstance(layer, nnx.Conv)
-        and padding != "VALID"
-        and (isinstance(padding, str) or bool(np.any(padding)))
-    )
+    if not isinstance(layer, nnx.Conv):
+        return False
+    pads = layer.padding != "VALID" and (isinstance(layer.padding, str) or bool(np.any(layer.padding)))
+    return pads or bool(np.any(np.asarray(layer.input_dilation) > 1))  # between pixels, as beyond the border
 
 
 def _size(params: PyTree) -> int:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxlimit.core.batches import batch_length, group_length
 from jaxlimit.core.sharding import example_sharding
-from jaxlimit.core.sums import ExampleSum
+from jaxlimit.core.sums import ExampleSum, NothingCounts
 from jaxlimit.core.trees import PyTree
 from jaxlimit.curvature.operator import Curvature
 
@@ -25,14 +25,20 @@ def window(curvature: Curvature, share: float, number: int) -> Curvature:
     Args:
         curvature: of all the data.
         share: in (0, 1]; with 1 the curvature is returned as it is.
-        number: which window; they follow each other through the data and begin anew at their end.
+        number: which window; they follow each other through the data and begin anew at their end. One in
+            which nothing counts is passed over.
     """
     if share == 1:
         return curvature
     groups = curvature.groups
-    part = _part(groups, share, number) if isinstance(groups, list) else _Strided(groups, share, number)
-    num_examples, total_weight = _counted(curvature, part)
-    return replace(curvature, groups=part, num_examples=num_examples, total_weight=total_weight)
+    for which in range(number, number + math.ceil(1 / share)):
+        part = _part(groups, share, which) if isinstance(groups, list) else _Strided(groups, share, which)
+        try:
+            num_examples, total_weight = _counted(curvature, part)
+        except NothingCounts:  # all of it is padding
+            continue
+        return replace(curvature, groups=part, num_examples=num_examples, total_weight=total_weight)
+    return curvature
 
 
 def _part(groups: list[PyTree], share: float, number: int) -> list[PyTree]:

@@ -24,6 +24,9 @@ from jaxlimit.spectrum import lanczos
 from jaxlimit.spectrum.probes import rademacher
 from jaxlimit.spectrum.rules import Rule, gauss
 
+# What a row of weights may sum to beside 1: float32 rounds so much in a sum of a million.
+SAME_MASS = 1e-3
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["nodes", "weights"], meta_fields=["dim"])
 @dataclass(frozen=True, eq=False, repr=False)
@@ -35,6 +38,10 @@ class SpectralMeasure(Displayed):
         weights: (probes, steps), each row sums to 1; rows of shorter rules end in nodes of weight 0.
         dim: order D of the matrix if the rows are random sign probes of its trace; None for a measure
             that is not a sample (a diagonal matrix: one row with weights 1/D).
+
+    Raises:
+        ValueError: nodes and weights of other shapes, nodes that are not finite, or weights that are negative
+            or do not sum to 1.
 
     Examples:
         >>> SpectralMeasure(nodes=[[1.0, 3.0]], weights=[[0.5, 0.5]]).integrate(lambda x: x**2)
@@ -48,12 +55,16 @@ class SpectralMeasure(Displayed):
     def __post_init__(self) -> None:
         nodes, weights = np.atleast_2d(self.nodes), np.atleast_2d(self.weights)
         if nodes.dtype != object:  # pytree transformations rebuild with placeholders
-            object.__setattr__(self, "nodes", nodes.astype(np.float64))
-            object.__setattr__(self, "weights", weights.astype(np.float64))
             if nodes.shape != weights.shape:
                 raise ValueError(
                     f"nodes and weights must have one shape, got {nodes.shape} and {weights.shape}."
                 )
+            if np.iscomplexobj(nodes) or not np.all(np.isfinite(nodes)):
+                raise ValueError("nodes must be real and finite: they are eigenvalues of a curvature.")
+            if not np.all(weights >= 0) or np.any(np.abs(weights.sum(axis=1) - 1) > SAME_MASS):
+                raise ValueError("weights must be at least 0, and each row of them must sum to 1.")
+            object.__setattr__(self, "nodes", nodes.astype(np.float64))
+            object.__setattr__(self, "weights", weights.astype(np.float64))
 
     def _view(self) -> View:
         rows, nodes = self.nodes.shape

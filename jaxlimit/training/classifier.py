@@ -22,7 +22,7 @@ from jaxlimit.core.checks import require_problem
 from jaxlimit.core.leaves import to_arrays
 from jaxlimit.core.programs import Program
 from jaxlimit.core.trees import PyTree
-from jaxlimit.geometry.magnitude import apply_mask
+from jaxlimit.geometry.magnitude import apply_mask, as_bools
 from jaxlimit.training.descent import Objective, Settings, minimise
 from jaxlimit.training.group_lasso import GroupLasso, group_lasso_of
 from jaxlimit.training.losses import Loss, cross_entropy
@@ -105,6 +105,7 @@ def train(
         2.0
     """
     require_problem("train(loss_fn, params, arrays, key, ...)", params, loss_fn=loss_fn)
+    mask = jax.tree.map(as_bools, mask)
 
     def objective(params: PyTree, state: PyTree, batch: PyTree, key: jax.Array) -> tuple[jax.Array, PyTree]:
         mask, lasso = state
@@ -179,7 +180,7 @@ def train_model(
         >>> model(inputs).argmax(-1).tolist()
         [0, 1, 2, 3]
     """
-    network = pure_classifier(model, augment)
+    network, mask = pure_classifier(model, augment), jax.tree.map(as_bools, mask)
     if jnp.any(jnp.asarray(to_arrays("labels", arrays[1])) < 0):
         raise ValueError("labels must be classes, 0 or more, got a negative one: leave such examples out.")
 

@@ -26,12 +26,14 @@ from jaxlimit.core.checks import (
 from jaxlimit.core.leaves import to_arrays
 from jaxlimit.core.programs import Program
 from jaxlimit.core.sharding import to_host
-from jaxlimit.core.storage import Checkpoint, ordered_sum
+from jaxlimit.core.storage import Checkpoint, about, ordered_sum
 from jaxlimit.core.trees import PyTree
 from jaxlimit.training.losses import l1_norm
 
 # objective(params, state, batch, key) -> (mean loss of the batch, state after it)
 Objective = Callable[[PyTree, PyTree, PyTree, jax.Array], tuple[jax.Array, PyTree]]
+# What devices may differ by in the loss of a batch, relative to it, where matrix products have ten bits.
+SAME_LOSS = 2e-3
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,10 @@ def minimise(
     require_floating("params", params)
     require_finite("params", params)
     carry = Program(partial(_start, settings))(params, state)
-    with Checkpoint(checkpoint, _identity(settings, carry, arrays, key, checkpoint, identity or {})) as store:
+    known = dict(identity or {})
+    if checkpoint is not None:
+        known |= _identity(objective, settings, carry, arrays, key)
+    with Checkpoint(checkpoint, known) as store:
         stored = store.load_tree("epoch", (np.array(0), carry))
         done, carry = (0, carry) if stored is None else (int(stored[0]), jax.tree.map(jnp.asarray, stored[1]))
         arrays = jax.tree.map(jnp.asarray, arrays)
@@ -229,20 +234,17 @@ def _epoch(
 
 
 def _identity(
+    objective: Objective,
     settings: Settings,
     start: _Carry,
     arrays: PyTree,
     key: jax.Array,
-    checkpoint: str | os.PathLike[str] | None,
-    more: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What tells one training from another; where there is a checkpoint, that takes a pass over all data.
+    """What tells one training from another, by a pass over all data and the loss of a first batch.
 
     Of a schedule the first rate and the sum of all. Devices round random weights and cosines differently: of
     these five and six digits.
     """
-    if checkpoint is None:
-        return {}
     num_examples, rates = count_examples(arrays), [settings.learning_rate]
     batch_size = min(settings.batch_size, num_examples)
     if callable(settings.learning_rate):
@@ -252,14 +254,16 @@ def _identity(
     sums = [ordered_sum(to_host(leaf).ravel()) for leaf in jax.tree.leaves((start.params, start.state))]
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(arrays)]
     examples = [np.sum(leaf.reshape(len(leaf), -1), axis=1, dtype=np.float64) for leaf in leaves]
+    batch = jax.tree.map(lambda x: jnp.asarray(x[:batch_size]), arrays)
+    loss = float(Program(objective)(start.params, start.state, batch, key)[0])
     return {
         **vars(settings),
+        "loss": about(loss, SAME_LOSS * abs(loss)) if math.isfinite(loss) else str(loss),
         "batch_size": batch_size,
         "learning_rate": np.asarray(rates, np.float64).tolist(),
         "start": float(f"{ordered_sum(sums):.5g}"),
         "arrays": [[*leaf.shape, ordered_sum(x)] for leaf, x in zip(leaves, examples, strict=True)],
         "key": np.asarray(jax.random.key_data(key)).ravel().tolist(),
-        **more,
     }
 
 
