@@ -21,14 +21,7 @@ from jaxlimit import models
 from jaxlimit.application import answers, ledger
 from jaxlimit.application.answering import Answering, attained_stage
 from jaxlimit.application.assessed_folder import pruned_table
-from jaxlimit.application.question import (
-    NO_ERROR,
-    NO_TEST_BATCHES,
-    Misclassified,
-    Question,
-    certifying_of,
-    default_error,
-)
+from jaxlimit.application.question import NO_ERROR, NO_TEST_BATCHES, Question, certifying_of, default_error
 from jaxlimit.core.interrupt import Interrupt
 from jaxlimit.core.terminal import Silent
 from jaxlimit.core.trees import partition
@@ -210,8 +203,6 @@ def test_a_test_example_without_a_class_is_refused_before_work_starts(problem, m
     for batches in (jaxlimit.batched((inputs, labels), 50), [(inputs, labels)]):
         with pytest.raises(ValueError, match="leave out examples without a label, or give error_fn"):
             assess(problem, test_batches=batches)
-    values = Misclassified(predict)(problem.params, (inputs, labels))
-    assert np.array_equal(np.isnan(values), labels == label)
 
 
 def test_a_spread_that_is_none_is_no_tolerance(problem):
@@ -237,6 +228,7 @@ def test_the_error_of_classification_is_taken_where_it_is_meant(problem):
     found = default_error(predict, problem.params, problem.test_batches)
     wrong = outputs_by_numpy(problem.params, inputs).argmax(-1) != labels
     assert np.array_equal(found(problem.params, problem.test), wrong)
+    assert found(problem.params, problem.test).dtype == bool  # a bound on it is certified exactly
     one_hot = jaxlimit.batched((inputs, np.eye(3, dtype=np.float32)[labels]), 50)
     assert default_error(predict, problem.params, one_hot) is None
     assert default_error(lambda params, batch: batch[0][:, 0], problem.params, problem.test_batches) is None

@@ -20,7 +20,6 @@ from jaxlimit.measuring.risks import Metric
 from jaxlimit.models.torch_state import torch_state_dict
 from jaxlimit.pruning.attained import MAX_PRODUCTS
 from jaxlimit.pruning.trust_region import DEFAULT, Settings
-from jaxlimit.training.losses import of_classes
 
 NO_TEST_BATCHES = "no test_batches were given, examples that have had no part in training or pruning."
 NO_ERROR = (
@@ -147,9 +146,8 @@ class Misclassified:
     predict_fn: Callable[[PyTree, PyTree], PyTree]
 
     def __call__(self, params: PyTree, batch: PyTree) -> jax.Array:
-        """0 or 1 for each example, NaN where its label is no class."""
-        outputs: Any = self.predict_fn(params, batch)
-        return of_classes(jnp.argmax(outputs, axis=-1) != batch[1], outputs, batch[1])
+        """A bool for each example."""
+        return jnp.argmax(self.predict_fn(params, batch), axis=-1) != batch[1]
 
 
 def default_error(

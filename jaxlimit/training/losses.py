@@ -48,10 +48,10 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
             f"got {labels.dtype} of shape {labels.shape}"
         )
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return of_classes(losses, logits, labels).mean()
+    return _of_classes(losses, logits, labels).mean()
 
 
-def of_classes(values: jax.Array, logits: jax.Array, labels: jax.Array) -> jax.Array:
+def _of_classes(values: jax.Array, logits: jax.Array, labels: jax.Array) -> jax.Array:
     """The values of a batch's examples, NaN where a label is no class."""
     known = (labels >= 0) & (labels < logits.shape[-1])
     return jnp.where(known, values, jnp.nan)
@@ -81,7 +81,7 @@ class ClassificationMetrics:
         """Loss and accuracy of a batch."""
         inputs, labels = batch
         logits = self.predict(params, inputs)
-        right = of_classes(logits.argmax(-1) == labels, logits, labels)
+        right = _of_classes(logits.argmax(-1) == labels, logits, labels)
         return {"loss": cross_entropy(logits, labels), "accuracy": right.mean()}
 
 
