@@ -72,7 +72,16 @@ def test_every_public_name_is_documented(site):
     # A name at the top level need not be there a second time under its module.
     top = set(jaxlimit.__all__)
     # Of pytrees, for the modules above.
-    helpers = {"flatten", "unflatten", "frozen", "thawed", "as_array", "named_arrays", "path_name"}
+    helpers = {
+        "flatten",
+        "unflatten",
+        "frozen",
+        "thawed",
+        "as_array",
+        "named_arrays",
+        "named_leaves",
+        "path_name",
+    }
     for module in (
         paper_code,
         operator,

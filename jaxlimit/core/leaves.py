@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import dtypes
+from jax.core import Tracer
 from numpy.typing import NDArray
 
 PyTree = Any
@@ -128,3 +129,15 @@ def _is_sparse(leaf: Any) -> bool:
     """Of JAX, whose parts would be cut as if they were examples, or of SciPy."""
     module = type(leaf).__module__
     return module.startswith(("jax.experimental.sparse", "scipy.sparse"))
+
+
+def as_bools(keep: Any) -> Any:
+    """An array of a mask, of 0 and 1 as bools; a ValueError where it holds something else."""
+    if jnp.issubdtype(jnp.result_type(keep), jnp.bool_):
+        return keep
+    if isinstance(keep, Tracer) or not bool(jnp.all((keep == 0) | (keep == 1))):
+        raise ValueError(
+            "mask must hold bools (or 0 and 1, outside of compiled functions): scores are no mask, "
+            "scores > threshold is one."
+        )
+    return keep != 0

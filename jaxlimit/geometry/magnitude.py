@@ -18,9 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from numpy.typing import ArrayLike, NDArray
 
+from jaxlimit.core.leaves import as_bools
 from jaxlimit.core.sharding import sharding_like, to_host
 from jaxlimit.core.trees import PyTree, flatten, unflatten
 from jaxlimit.geometry.groups import group_labels
@@ -277,15 +277,3 @@ def apply_mask(params: PyTree, mask: PyTree) -> PyTree:
         ) from None
     kept = structure.flatten_up_to(mask)
     return structure.unflatten([masked(keep, leaf) for keep, leaf in zip(kept, leaves, strict=True)])
-
-
-def as_bools(keep: Any) -> Any:
-    """An array of a mask, of 0 and 1 as bools; a ValueError where it holds something else."""
-    if jnp.issubdtype(jnp.result_type(keep), jnp.bool_):
-        return keep
-    if isinstance(keep, Tracer) or not bool(jnp.all((keep == 0) | (keep == 1))):
-        raise ValueError(
-            "mask must hold bools (or 0 and 1, outside of compiled functions): scores are no mask, "
-            "scores > threshold is one."
-        )
-    return keep != 0

@@ -19,10 +19,10 @@ import optax
 from flax import nnx, traverse_util
 
 from jaxlimit.core.checks import require_problem
-from jaxlimit.core.leaves import to_arrays
+from jaxlimit.core.leaves import as_bools, to_arrays
 from jaxlimit.core.programs import Program
 from jaxlimit.core.trees import PyTree
-from jaxlimit.geometry.magnitude import apply_mask, as_bools
+from jaxlimit.geometry.magnitude import apply_mask
 from jaxlimit.training.descent import Objective, Settings, minimise
 from jaxlimit.training.group_lasso import GroupLasso, group_lasso_of
 from jaxlimit.training.losses import Loss, cross_entropy
