@@ -78,6 +78,7 @@ def test_every_public_name_is_documented(site):
         "frozen",
         "thawed",
         "as_array",
+        "leaf_names",
         "named_arrays",
         "named_leaves",
         "path_name",

@@ -32,7 +32,7 @@ from jaxlimit.application.run_folder import CONFIG, FIGURES, REPORT
 from jaxlimit.application.spectra import load_spectrum
 from jaxlimit.core.storage import Purpose, about, claim, ordered_sum
 from jaxlimit.core.terminal import Monitor
-from jaxlimit.core.trees import Prunable, PyTree, flatten, named_leaves, partition, path_name
+from jaxlimit.core.trees import PyTree, flatten, leaf_names, named_leaves, partition
 from jaxlimit.core.writing import write_file
 from jaxlimit.geometry.groups import group_labels
 from jaxlimit.measuring.loss_statistics import LossStatistics
@@ -121,6 +121,7 @@ def _identity(question: Question, curvatures: Sequence[str], statistics: LossSta
     key = question.key
     data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     weights, rest = partition(question.params, question.prunable)
+    trainable = question.trainable
     numbers = ("tolerance", "attained_tolerance", "max_matvecs", "max_products")
     return {
         "dim": flatten(weights).size,
@@ -128,7 +129,7 @@ def _identity(question: Question, curvatures: Sequence[str], statistics: LossSta
         "others": _checksum(rest),
         "scores": None if question.scores is None else _checksum(question.scores),
         "groups": None if question.groups is None else _checksum(group_labels(weights, question.groups)),
-        "trainable": None if question.trainable is None else _names(question.params, question.trainable),
+        "trainable": None if trainable is None else leaf_names(partition(question.params, trainable)[0]),
         "statistics": _statistics(question),
         "num_examples": statistics.num_examples,
         "loss": about(statistics.mean, SAME * abs(statistics.mean)),
@@ -151,11 +152,6 @@ def _tested(certifying: Certifying, params: PyTree) -> dict[str, Any]:
         "test_data": data,
         "risk": about(float(np.mean(risks)), SAME + 2 / len(risks)),
     }
-
-
-def _names(params: PyTree, chosen: Prunable) -> list[str]:
-    paths = jax.tree_util.tree_leaves_with_path(partition(params, chosen)[0])
-    return [path_name(path) for path, _ in paths]
 
 
 def _statistics(question: Question) -> dict[str, float] | None:

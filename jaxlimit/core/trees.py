@@ -160,6 +160,11 @@ def named_arrays(tree: PyTree) -> dict[str, NDArray[Any]]:
     return {name: np.ascontiguousarray(to_host(leaf)).reshape(np.shape(leaf)) for name, leaf in leaves}
 
 
+def leaf_names(tree: PyTree) -> list[str]:
+    """The names of all leaves, in `jax.tree.leaves` order."""
+    return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
 def path_name(path: tuple) -> str:
     """The name of a leaf, such as layers.0.kernel; that of a tree which is one array is params."""
     return jax.tree_util.keystr(path, simple=True, separator=".") or "params"

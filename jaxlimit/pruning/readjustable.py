@@ -11,7 +11,7 @@ import numpy as np
 from jaxlimit.core.checks import require_problem
 from jaxlimit.core.sharding import place, sharding_like
 from jaxlimit.core.storage import Checkpoint, about, ordered_sum
-from jaxlimit.core.trees import Prunable, PyTree, combine, flatten, is_kernel, partition, path_name
+from jaxlimit.core.trees import Prunable, PyTree, combine, flatten, is_kernel, leaf_names, partition
 from jaxlimit.curvature.makers import gauss_newton
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.geometry.groups import group_labels
@@ -128,10 +128,6 @@ class Readjustable:
     def identity(self) -> dict[str, Any]:
         """What tells one network with its data from another, as JSON values."""
         flat, curvature = flatten(self.curvature.weights), self.curvature
-        moving, prunable = (
-            [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-            for tree in (curvature.weights, self.prunable(curvature.weights))
-        )
         order = None if self.scores is None else ordered_sum(flatten(self.scores))
         groups = {}
         if self.groups is not None:
@@ -140,8 +136,8 @@ class Readjustable:
             "dim": self.dim,
             "num_examples": curvature.num_examples,
             "loss": about(curvature.loss, SAME_LOSS * abs(curvature.loss) + 1e-6),
-            "moving": moving,
-            "prunable": prunable,
+            "moving": leaf_names(curvature.weights),
+            "prunable": leaf_names(self.prunable(curvature.weights)),
             "weights": ordered_sum(flat),
             "scores": order,
             "damping": about(self.start.damping, SAME_DAMPING * self.start.damping),
