@@ -79,6 +79,7 @@ def test_every_public_name_is_documented(site):
         "thawed",
         "as_array",
         "leaf_names",
+        "leaf_paths",
         "named_arrays",
         "named_leaves",
         "path_name",

@@ -22,7 +22,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 from jaxlimit.core.batches import grouped
 from jaxlimit.core.jaxprs import called
 from jaxlimit.core.sums import ExampleSum, mean_of_sum
-from jaxlimit.core.trees import Prunable, PyTree, combine, is_kernel, partition, path_name
+from jaxlimit.core.trees import Prunable, PyTree, combine, is_kernel, leaf_names, partition
 from jaxlimit.core.widening import CALLS
 
 # What only moves the entries of a kernel, or leaves some of them out.
@@ -93,7 +93,7 @@ def _mean_squares(
 ) -> PyTree:
     """What the kernels multiply in a batch: mean squares, a tree like the weights."""
     leaves, structure = jax.tree.flatten(weights)
-    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(weights)]
+    names = leaf_names(weights)
 
     def outputs(*leaves: jax.Array) -> PyTree:
         return predict_fn(combine(structure.unflatten(leaves), rest), batch)

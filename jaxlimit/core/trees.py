@@ -160,9 +160,14 @@ def named_arrays(tree: PyTree) -> dict[str, NDArray[Any]]:
     return {name: np.ascontiguousarray(to_host(leaf)).reshape(np.shape(leaf)) for name, leaf in leaves}
 
 
+def leaf_paths(tree: PyTree) -> list[tuple]:
+    """The paths of all leaves, in `jax.tree.leaves` order."""
+    return [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
 def leaf_names(tree: PyTree) -> list[str]:
-    """The names of all leaves, in `jax.tree.leaves` order."""
-    return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    """Their names."""
+    return [path_name(path) for path in leaf_paths(tree)]
 
 
 def path_name(path: tuple) -> str:

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from jaxlimit.core.display import Displayed, View
 from jaxlimit.core.sharding import explicit_sharding, sharding_like
 from jaxlimit.core.sums import ExampleSum, mean_of_sum
-from jaxlimit.core.trees import Prunable, PyTree, combine, partition, path_name
+from jaxlimit.core.trees import Prunable, PyTree, combine, leaf_paths, partition, path_name
 from jaxlimit.curvature.data_checks import require_precise, require_same_weight, require_single_precision
 from jaxlimit.curvature.dense_matrix import dense_matrix
 from jaxlimit.curvature.linearizing import linearize_groups, num_bytes
@@ -108,10 +108,9 @@ class Curvature(Displayed):
         """
         weights, rest = partition(self.params, prunable)
         require_single_precision(weights)
-        paths, known = (
-            {path for path, _ in jax.tree_util.tree_leaves_with_path(x)} for x in (weights, self.weights)
-        )
-        if not paths <= known:  # what lies between the others and the loss has not been looked at
+        if not {*leaf_paths(weights)} <= {
+            *leaf_paths(self.weights)
+        }:  # what lies between the others and the loss has not been looked at
             require_precise(self.product.loss, weights, rest, next(iter(self.groups)))
         return replace(self, weights=weights, rest=rest)
 

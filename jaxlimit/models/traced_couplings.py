@@ -23,7 +23,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from jaxlimit.core.checks import require_problem
-from jaxlimit.core.trees import Prunable, PyTree, is_kernel, partition
+from jaxlimit.core.trees import Prunable, PyTree, is_kernel, leaf_paths, partition
 from jaxlimit.models.labels import CONSTANT, FREE, MOVES, Labels, Value, along, filled, largest, moved
 
 # On every number by itself; where it keeps 0, a weight stays a weight.
@@ -93,7 +93,7 @@ def traced_labels(
     found = trace.groups(outputs)
     parts = jax.tree.unflatten(jax.tree.structure(params), [found[number] for number in numbers])
     weights, _ = partition(params, prunable)
-    chosen = {path for path, _ in jax.tree_util.tree_leaves_with_path(weights)}
+    chosen = {*leaf_paths(weights)}
     labels = jax.tree_util.tree_map_with_path(lambda path, x: x if path in chosen else None, parts)
     for path, leaf in jax.tree_util.tree_leaves_with_path(labels):
         if (leaf < 0).any():

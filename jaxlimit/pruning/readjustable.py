@@ -11,7 +11,16 @@ import numpy as np
 from jaxlimit.core.checks import require_problem
 from jaxlimit.core.sharding import place, sharding_like
 from jaxlimit.core.storage import Checkpoint, about, ordered_sum
-from jaxlimit.core.trees import Prunable, PyTree, combine, flatten, is_kernel, leaf_names, partition
+from jaxlimit.core.trees import (
+    Prunable,
+    PyTree,
+    combine,
+    flatten,
+    is_kernel,
+    leaf_names,
+    leaf_paths,
+    partition,
+)
 from jaxlimit.curvature.makers import gauss_newton
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.geometry.groups import group_labels
@@ -165,7 +174,7 @@ def readjustable(
     call = "prune or attained_limit(predict_fn, loss_fn, params, batches, ...)"
     require_problem(call, params, predict_fn=predict_fn, loss_fn=loss_fn)
     pruned, _ = partition(params, prunable)
-    paths, moving = _paths(pruned), movable(params, prunable, trainable)
+    paths, moving = {*leaf_paths(pruned)}, movable(params, prunable, trainable)
     anew = None if statistics_fn is None else statistics(statistics_fn, *partition(params, moving))
     curvature = gauss_newton(
         predict_fn,
@@ -185,9 +194,5 @@ def readjustable(
 def movable(params: PyTree, prunable: Prunable, trainable: Prunable | None) -> Callable[[tuple, Any], bool]:
     """Which parameters move: those that may be pruned, and those that are trainable, too."""
     chosen = [prunable] if trainable is None else [prunable, trainable]
-    paths = set().union(*(_paths(partition(params, some)[0]) for some in chosen))
+    paths = set().union(*(leaf_paths(partition(params, some)[0]) for some in chosen))
     return lambda path, _: path in paths
-
-
-def _paths(tree: PyTree) -> set[tuple]:
-    return {path for path, _ in jax.tree_util.tree_leaves_with_path(tree)}

@@ -28,7 +28,7 @@ from numpy.typing import ArrayLike, NDArray
 from jaxlimit.core.checks import require_instance, require_key, require_positive
 from jaxlimit.core.leaves import is_array
 from jaxlimit.core.memory import advice_on_memory
-from jaxlimit.core.trees import PyTree, combine, flatten
+from jaxlimit.core.trees import PyTree, combine, flatten, leaf_paths
 from jaxlimit.curvature.dense_matrix import unit_vectors
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.geometry.dimensions import fixed_point, width_dimension
@@ -253,7 +253,7 @@ def spectrum_parameters(params: PyTree) -> PyTree:
     def layer(path: tuple) -> str:
         return jax.tree_util.keystr(path[:-1])
 
-    named = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    named = leaf_paths(params)
     normalized = {layer(path) for path in named if jax.tree_util.keystr(path[-1:], simple=True) == "scale"}
 
     def in_spectrum(path: tuple, x: Any) -> bool:
