@@ -167,10 +167,12 @@ def test_weights_that_are_zero_can_go(problem):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sparsity": 0.0}, r"sparsity must lie in \(0, 1\], got 0.0"),
-        ({"sparsity": 1.1}, r"sparsity must lie in \(0, 1\], got 1.1"),
+        ({"sparsity": 0.0}, r"sparsity must be in \(0, 1\], got 0.0"),
+        ({"sparsity": 1.1}, r"sparsity must be in \(0, 1\], got 1.1"),
+        ({"max_matvecs": 0}, "max_matvecs must be an integer of at least 1"),
+        ({"accuracy": -1.0}, "accuracy must be between 0 and 1"),
         ({"sparsity": 0.001}, "removes none of 48 weights"),
-        ({"loss_tolerance": 0.0}, "loss_tolerance must be positive, got 0.0"),
+        ({"loss_tolerance": 0.0}, "loss_tolerance must be a positive finite number, got 0.0"),
     ],
 )
 def test_bad_arguments_are_named(problem, arguments, message):

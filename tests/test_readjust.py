@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jaxlimit
 from jaxlimit.limits.conjugate_directions import Directions
 from jaxlimit.limits.conjugate_gradients import readjusted_minimum
 
@@ -274,3 +275,35 @@ def test_a_product_that_is_not_finite_is_no_answer():
     mask = jnp.array([False, True])
     with pytest.raises(FloatingPointError):
         readjusted_minimum(lambda v: v * jnp.nan, jnp.array([1.0, 0.0]), mask, jnp.zeros(2), 0.1, 5)
+
+
+@pytest.mark.parametrize("basis_bytes", [0, 8 * 60 * 4])
+def test_what_survives_a_cut_survives_readjustment(basis_bytes):
+    """Where, in float32, a guess of x is worse than none. Oracle: the loss of the cut in float64."""
+    rng = np.random.default_rng(2)
+    inputs = np.float32(rng.normal(size=(90, 60)) * 10 ** rng.normal(size=60))
+    weights = np.float32(rng.normal(size=60))
+    matrix = inputs.astype(float).T @ inputs / 90
+    eps = 5e-4 * float(weights @ matrix @ weights)
+    order, losses = np.argsort(np.abs(weights)), []
+    for n in range(61):
+        removed = np.zeros(60)
+        removed[order[:n]] = weights[order[:n]]
+        losses.append(removed @ matrix @ removed / 2)
+    survives = max(n for n in range(61) if losses[n] <= eps) / 60
+    limit = jaxlimit.pruning_limit(
+        jaxlimit.gauss_newton(
+            lambda w, batch: batch[0] @ w,
+            lambda outputs, batch: jnp.mean((outputs[:, 0] - batch[1]) ** 2) / 2,
+            jnp.asarray(weights)[:, None],
+            jaxlimit.batched((inputs, np.float32(inputs.astype(float) @ weights)), 90),
+        ),
+        jax.random.key(0),
+        loss_tolerance=eps,
+        num_probes=2,
+        basis_bytes=basis_bytes,
+        which=["one_shot", "readjusted"],
+    )
+    assert survives > 0.2
+    assert limit.readjusted.upper >= limit.one_shot.lower
+    assert limit.readjusted.value >= survives - 1 / 60

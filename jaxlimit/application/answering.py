@@ -73,11 +73,14 @@ class NetworkFiles:
         save_torch_state(self.work.question.model, self.work.folder / self.torch_name, params)
         return {"torch": self.torch_name}
 
-    def load(self) -> tuple[PyTree, PyTree]:
-        """Parameters and mask. PyTorch's file is written where the model was not given before."""
+    def load(self, sparsity: float) -> tuple[PyTree, PyTree]:
+        """Parameters and mask, of the sparsity that the results say.
+
+        PyTorch's file is written where the model was not given before.
+        """
         folder, question = self.work.folder, self.work.question
         like = partition(question.params, question.prunable)[0]
-        params, mask = pruned_files.load_pruned(folder / self.name, question.params, like)
+        params, mask = pruned_files.load_pruned(folder / self.name, question.params, like, sparsity)
         if question.model is not None and not (folder / self.torch_name).exists():
             save_torch_state(question.model, folder / self.torch_name, params)
         return params, mask
@@ -159,7 +162,8 @@ def attained_stage(work: Answering) -> Stage[Found[tuple[Attained, float | None]
         return Found((attained, error), part)
 
     def load(document: Mapping[str, Any]) -> Found[tuple[Attained, float | None]]:
-        attained = Attained.from_json(document["attained"], *files.load())
+        stored = document["attained"]
+        attained = Attained.from_json(stored, *files.load(stored["sparsity"]))
         return Found((attained, document["attained_error"]), {})
 
     return Stage(
@@ -190,8 +194,8 @@ def certified_stage(work: Answering) -> Stage[Found[Certified]]:
     def load(document: Mapping[str, Any]) -> Found[Certified]:
         stored = document["certificate"]
         certificate = None if stored is None else Certificate.from_json(stored)
-        sparsity = pruned_files.stored_sparsity(work.folder / files.name, certificate)
-        network = None if sparsity is None else CertifiedNetwork(sparsity, *files.load())
+        sparsity = None if certificate is None else certificate.sparsity
+        network = None if sparsity is None else CertifiedNetwork(sparsity, *files.load(sparsity))
         return Found((certificate, network), {})
 
     def told(found: Found[Certified]) -> str:

@@ -45,14 +45,16 @@ def load_assessment(
     if params is None:
         return found
     like = partition(params, prunable)[0]
-    network, mask = pruned_files.load_pruned(folder / run_folder.PRUNED, params, like)
+    network, mask = pruned_files.load_pruned(
+        folder / run_folder.PRUNED, params, like, found.attained.sparsity
+    )
     pruned = replace(found.attained.pruned, params=network, mask=mask)
     found = replace(found, attained=replace(found.attained, pruned=pruned))
-    path = folder / run_folder.CERTIFIED
-    sparsity = pruned_files.stored_sparsity(path, found.certificate)
+    sparsity = None if found.certificate is None else found.certificate.sparsity
     if sparsity is None:
         return found
-    return replace(found, certified=CertifiedNetwork(sparsity, *pruned_files.load_pruned(path, params, like)))
+    certified = pruned_files.load_pruned(folder / run_folder.CERTIFIED, params, like, sparsity)
+    return replace(found, certified=CertifiedNetwork(sparsity, *certified))
 
 
 def _assessed(folder: Path) -> Assessment:

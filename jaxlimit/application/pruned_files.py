@@ -11,9 +11,8 @@ import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
 
-from jaxlimit.core.trees import PyTree, named_arrays, named_leaves, path_name
+from jaxlimit.core.trees import PyTree, flatten, named_arrays, named_leaves, path_name
 from jaxlimit.core.writing import DamagedFile, write_file
-from jaxlimit.measuring.certificates import Certificate
 from jaxlimit.models.torch_state import read_safetensors
 from jaxlimit.pruning.result import Pruned
 from jaxlimit.pruning.shrink import Shrunk, shrink
@@ -40,17 +39,18 @@ def require_names(arrays: Collection[str], masks: Collection[str]) -> None:
         )
 
 
-def load_pruned(path: Path, params: PyTree, mask_like: PyTree) -> tuple[PyTree, PyTree]:
+def load_pruned(path: Path, params: PyTree, mask_like: PyTree, sparsity: float) -> tuple[PyTree, PyTree]:
     """The parameters and the mask that `save_pruned` wrote, to the same bits.
 
     Args:
         path: the file.
         params: of the network that it came from.
         mask_like: pytree of the weights that may be pruned, None elsewhere.
+        sparsity: that the results give it.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or of another network.
+        ValueError: it is damaged, of another network, or of another sparsity.
     """
     found = read_safetensors(path)
     expected = {**_shapes(params, ""), **_shapes(mask_like, MASK)}
@@ -63,12 +63,16 @@ def load_pruned(path: Path, params: PyTree, mask_like: PyTree) -> tuple[PyTree, 
             f"{got.get(name, 'nothing')}, params and prunable {expected.get(name, 'nothing')}.",
             path,
         )
-    return _filled(params, found, ""), _filled(mask_like, found, MASK)
-
-
-def stored_sparsity(path: Path, certificate: Certificate | None) -> float | None:
-    """That of the certified network in a file; None where nothing is certified, and in folders of before."""
-    return certificate.sparsity if certificate is not None and path.exists() else None
+    network, mask = _filled(params, found, ""), _filled(mask_like, found, MASK)
+    kept = flatten(mask)
+    removed = np.sum(kept == 0)
+    if abs(removed - sparsity * kept.size) > 0.5:
+        raise DamagedFile(
+            f"{path} holds a network of sparsity {removed / kept.size:.4f}, where the results are about one "
+            f"of {sparsity:.4f}: it was put there later, or the results were changed.",
+            path,
+        )
+    return network, mask
 
 
 def _shapes(like: PyTree, suffix: str) -> dict[str, tuple[int, ...]]:

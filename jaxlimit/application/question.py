@@ -1,6 +1,6 @@
 """What is asked of a network: how sparse it may be, as predicted, attained and certified."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -11,12 +11,14 @@ import numpy as np
 from flax import nnx
 
 from jaxlimit.core.batches import batch_length
-from jaxlimit.core.checks import require_positive, require_range
+from jaxlimit.core.checks import require_instance, require_positive, require_problem, require_range
+from jaxlimit.core.leaves import to_arrays
+from jaxlimit.core.passes import in_memory, passes
 from jaxlimit.core.trees import Prunable, PyTree, is_kernel
 from jaxlimit.limits.arguments import check_arguments
 from jaxlimit.limits.estimate import LIMITS
 from jaxlimit.limits.pruning_limit import MAX_MATVECS
-from jaxlimit.measuring.risks import Metric
+from jaxlimit.measuring.risks import ExampleRisks, Metric
 from jaxlimit.models.torch_state import torch_state_dict
 from jaxlimit.pruning.attained import MAX_PRODUCTS
 from jaxlimit.pruning.trust_region import DEFAULT, Settings
@@ -54,8 +56,9 @@ class Certifying:
     confidence: float = 0.95
 
     def __post_init__(self) -> None:
+        pair = np.shape(self.bounds) == (2,) and self.bounds[0] < self.bounds[1]
+        require_range("error_bounds", self.bounds, pair, "two numbers, the second of them larger")
         lower, upper = self.bounds
-        require_range("error_bounds", self.bounds, lower < upper, "two numbers, the second of them larger")
         inside = self.bound is None or lower < self.bound < upper
         require_range("error_bound", self.bound, inside, f"between {lower:g} and {upper:g}")
         most = upper - lower
@@ -113,6 +116,7 @@ class Question:
         close = self.attained_tolerance
         require_range("attained_tolerance", close, 0 < close < 1, "between 0 and 1")
         require_range("max_products", self.max_products, self.max_products > 0, "positive")
+        require_instance("settings", self.settings, Settings, "jaxlimit.Settings(...)")
         if self.model is not None:
             torch_state_dict(self.model, self.params)
 
@@ -170,7 +174,8 @@ def default_error(
     is_row = isinstance(outputs, jax.ShapeDtypeStruct) and outputs.shape[:1] == (count,)
     if not is_row or len(outputs.shape) != 2 or outputs.shape[1] < 2:
         return None
-    for number, (_, labels) in enumerate(batches):
+    for number, (_, labels) in enumerate(passes(batches)):
+        labels = jnp.asarray(to_arrays("labels", labels))
         lowest, highest = int(jnp.min(labels)), int(jnp.max(labels))
         if lowest < 0 or highest >= outputs.shape[1]:
             raise ValueError(
@@ -191,19 +196,28 @@ def certifying_of(
     """What is to be certified with these data, or a sentence why nothing is.
 
     Raises:
-        ValueError: test data that are the data of `batches`; a number out of range; as `default_error`.
+        ValueError: test data that are the data of `batches`, or no batches; a number out of range; an
+            `error_fn` that gives the first of them no risks; as `default_error`.
     """
     if test_batches is None:
         return NO_TEST_BATCHES
     require_apart(batches, test_batches)
-    error_fn = error_fn or default_error(predict_fn, params, test_batches)
-    return NO_ERROR if error_fn is None else Certifying(test_batches, error_fn, **risk)
+    if error_fn is None:
+        error_fn = default_error(predict_fn, params, test_batches)
+        return NO_ERROR if error_fn is None else Certifying(test_batches, error_fn, **risk)
+    require_problem("assess(..., error_fn=error_fn)", params, error_fn=error_fn)
+    certifying = Certifying(test_batches, error_fn, **risk)
+    ExampleRisks(error_fn, [first_batch(test_batches)], certifying.bounds)(params)
+    return certifying
 
 
 def first_batch(batches: Iterable[PyTree]) -> PyTree:
-    """The first batch; a ValueError if there is none."""
-    for batch in islice(iter(batches), 1):
-        return batch
+    """The first batch, as arrays; a ValueError if there is none, or if these are no batches."""
+    again = passes(batches)
+    if isinstance(again, Sequence):
+        in_memory(again[:2])
+    for batch in islice(iter(again), 1):
+        return to_arrays("batch", batch)
     raise ValueError("batches hold no examples.")
 
 

@@ -25,9 +25,13 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.sparse.linalg import cg
 
+from jaxlimit.core.checks import require_count, require_positive, require_range
 from jaxlimit.core.trees import Prunable, PyTree, is_kernel, partition
 from jaxlimit.curvature.products import GaussNewtonProduct
 from jaxlimit.geometry.magnitude import num_removed
+
+# A residual of so much of the probe makes delta / D wrong by its square at most, .01.
+UNSOLVED = 0.1
 
 
 def width_dimension_of_params(
@@ -63,8 +67,13 @@ def width_dimension_of_params(
         accuracy: of the solves, as a share of the norm of a probe.
         max_matvecs: products for a solve at most.
 
+    Returns:
+        The share; NaN where rounding or `max_matvecs` ended a solve too early for it to be known to .01. In
+        float32 that is the case where lambda_max / a is beyond some 1e6.
+
     Raises:
-        ValueError: a sparsity or loss tolerance out of range, or that removes no weight; nothing prunable.
+        ValueError: a number out of range, or a sparsity that removes no weight; nothing prunable; probes that
+            are not like the weights.
 
     Examples:
         G = I and four weights of 1: at s = 1/2, R^2 = 2, so that a = eps and delta / D = eps / (1 + eps).
@@ -77,11 +86,12 @@ def width_dimension_of_params(
         >>> print(f"{delta:.4f}")
         0.5000
     """
-    if not 0 < sparsity <= 1:
-        raise ValueError(f"sparsity must lie in (0, 1], got {sparsity}.")
-    if not loss_tolerance > 0:
-        raise ValueError(f"loss_tolerance must be positive, got {loss_tolerance}.")
+    require_range("sparsity", sparsity, 0 < sparsity <= 1, "in (0, 1]")
+    require_positive("loss_tolerance", loss_tolerance)
+    require_range("accuracy", accuracy, 0 < accuracy < 1, "between 0 and 1")
+    require_count("max_matvecs", max_matvecs)
     weights, rest = partition(params, prunable)
+    _require_probes(probes, weights)
     squared_norm, dim = _squared_removed_norm(weights, sparsity)
     anything = squared_norm > 0
     ridge = 2 * loss_tolerance / jnp.where(anything, squared_norm, jnp.ones_like(squared_norm))
@@ -98,11 +108,30 @@ def width_dimension_of_params(
             "atol": jnp.zeros((), ridge.dtype),
         }
         solution, _ = cg(shifted, probe, **tolerances, maxiter=max_matvecs)
-        return ridge * sum(jax.tree.leaves(jax.tree.map(jnp.vdot, probe, solution)))
+        residual = jax.lax.stop_gradient(jax.tree.map(jnp.subtract, probe, shifted(solution)))
+        is_solved = _inner(residual, residual) <= UNSOLVED**2 * _inner(probe, probe)
+        # z^T x + r^T x falls short of z^T (G + a)^{-1} z by r^T (G + a)^{-1} r, at most ||r||^2 / a.
+        missing = jax.lax.stop_gradient(_inner(residual, solution))
+        return jnp.where(is_solved, ridge * (_inner(probe, solution) + missing), jnp.nan)
 
     delta = jnp.mean(jax.lax.map(quadratic_form, probes)) / dim
     # Weights that are 0 can go: every direction is flat.
     return jnp.where(anything, delta, jnp.ones_like(delta))
+
+
+def _require_probes(probes: PyTree, weights: PyTree) -> None:
+    shapes, like = (jax.tree.map(jnp.shape, tree) for tree in (probes, weights))
+    counts = {x.shape[0] if x.ndim else 0 for x in jax.tree.leaves(probes)}
+    expected = jax.tree.map(lambda x: (*counts, *x.shape), weights)
+    if len(counts) != 1 or 0 in counts or shapes != expected:
+        raise ValueError(
+            f"probes must be vectors like the weights, of shapes {like}, along a leading axis, as rademacher "
+            f"makes them; got {shapes}."
+        )
+
+
+def _inner(x: PyTree, y: PyTree) -> jax.Array:
+    return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, x, y)))  # pyright: ignore[reportReturnType]
 
 
 def _squared_removed_norm(weights: PyTree, sparsity: float) -> tuple[jax.Array, int]:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy.optimize import brentq
 
+from jaxlimit.core.checks import require_count, require_instance, require_positive, require_range
 from jaxlimit.spectrum.measure import SpectralMeasure
 
 # A cone's ridge of exp(60) times the width formula's makes the dimension D to rounding.
@@ -30,18 +31,25 @@ def effective_dimension(measure: SpectralMeasure, ridge: float) -> float:
         measure: spectral measure of H.
         ridge: a > 0, in units of the eigenvalues.
 
+    Raises:
+        ValueError: a ridge that is not positive.
+
     Examples:
         >>> effective_dimension(SpectralMeasure([[0.0, 1.0]], [[0.5, 0.5]]), ridge=1.0)
         0.75
     """
+    require_instance("measure", measure, SpectralMeasure, "spectral_measure")
+    require_range("ridge", ridge, ridge > 0, "positive")
     if math.isinf(ridge):
         return 1.0
+    ridge = float(ridge)
     return min(1.0, measure.integrate(lambda x: ridge / (ridge + np.abs(x)))[0])
 
 
 def width_ridge(radius: float, loss_tolerance: float) -> float:
     """A = 2 eps / R^2: the ridge of the Gaussian-width formula; infinite at radius 0."""
-    return 2 * loss_tolerance / radius**2 if radius > 0 else math.inf
+    radius, loss_tolerance = _checked(radius, loss_tolerance)
+    return 2 * loss_tolerance / radius / radius if radius > 0 else math.inf
 
 
 def cone_ridge(rank: Callable[[float], float], radius: float, loss_tolerance: float) -> float:
@@ -91,7 +99,6 @@ def width_dimension(measure: SpectralMeasure, radius: float, loss_tolerance: flo
 
     Source: Larsen et al. 2022 (arXiv 2107.05802); arXiv 2306.05857, its Gaussian width of an ellipsoid.
     """
-    _check(radius, loss_tolerance)
     return effective_dimension(measure, width_ridge(radius, loss_tolerance))
 
 
@@ -129,8 +136,7 @@ def cone_dimension(
     it is z = H (H + a)^{-1} (g - tau c), and in high dimension its constraint concentrates to the equation
     for a. Checked by Monte Carlo in the tests, where its error is at most 1 / D.
     """
-    _check(radius, loss_tolerance)
-    if radius == 0:
+    if _checked(radius, loss_tolerance)[0] == 0:
         return 1.0
 
     def rank(ridge: float) -> float:
@@ -196,15 +202,14 @@ def transition_halfwidth(dim: int, eta: float) -> float:
 
     Source: Amelunxen et al. 2014, approximate kinematic formula (theorem II).
     """
-    if dim < 1:
-        raise ValueError(f"dim must be at least 1, got {dim}.")
-    if not 0 < eta < 1:
-        raise ValueError(f"eta must lie strictly between 0 and 1, got {eta}.")
+    require_count("dim", dim)
+    require_range("eta", eta, 0 < eta < 1, "strictly between 0 and 1")
     return math.sqrt(8 * math.log(4 / eta) / dim)
 
 
-def _check(radius: float, loss_tolerance: float) -> None:
-    if not (math.isfinite(radius) and radius >= 0):
-        raise ValueError(f"radius must be finite and not negative, got {radius}.")
-    if not (math.isfinite(loss_tolerance) and loss_tolerance > 0):
-        raise ValueError(f"loss_tolerance must be a positive finite number, got {loss_tolerance}.")
+def _checked(radius: float, loss_tolerance: float) -> tuple[float, float]:
+    """Both in double precision; a ValueError where one is out of range."""
+    finite = np.ndim(radius) == 0 and math.isfinite(radius) and radius >= 0
+    require_range("radius", radius, finite, "finite and not negative")
+    require_positive("loss_tolerance", loss_tolerance)
+    return float(radius), float(loss_tolerance)

@@ -9,6 +9,7 @@ using products with H and masks only. Every iterate x gives an upper bound of th
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -116,8 +117,10 @@ def readjusted_minimum(
 ) -> tuple[float, float, PyTree]:
     """Whether readjusting the kept weights brings the quadratic loss down to eps.
 
-    Stops as soon as that is decided. The upper bound holds to rounding. The lower one extrapolates the
-    decrease of the last products, and is an estimate.
+    Stops as soon as that is decided. Where the first guess does not come down to eps, c as it is gets a try,
+    too: in single precision a guess may hold errors along stiff directions that are never got rid of. The
+    upper bound holds to rounding. The lower one extrapolates the decrease of the last products, and is an
+    estimate.
 
     Args:
         matvec: product with a positive semidefinite H.
@@ -138,13 +141,41 @@ def readjusted_minimum(
         NegativeCurvature: a curvature is more negative than that.
     """
     vector = jax.tree.map(jnp.subtract, removed, kept(mask, start))
-    if known is not None:
-        vector = known.without(vector)
+    search = partial(_search, matvec, mask, loss_tolerance, accuracy, rounding)
+    found = search(vector if known is None else known.without(vector), max_matvecs, known)
+    left = max_matvecs - found.num_matvecs
+    if found.upper > loss_tolerance and left > 0 and any(map(np.any, jax.tree.leaves(kept(mask, start)))):
+        again = search(removed, left, None, found.upper)
+        found = min(found, again, key=lambda x: x.upper)
+    return found.lower, found.upper, jax.tree.map(jnp.subtract, removed, found.vector)
+
+
+class _Found(NamedTuple):
+    """Bounds of the minimum, the vector c - x that gives the upper one, and what it took."""
+
+    lower: float
+    upper: float
+    vector: PyTree
+    num_matvecs: int
+
+
+def _search(
+    matvec: Callable[[PyTree], PyTree],
+    mask: PyTree,
+    loss_tolerance: float,
+    accuracy: float,
+    rounding: float,
+    vector: PyTree,
+    max_matvecs: int,
+    known: Directions | None,
+    below: float = np.inf,
+) -> _Found:
+    """Conjugate gradients from one vector, until it is decided; not begun where its loss is not `below`."""
     product = matvec(vector)
     first = max(_curvature(vector, product, inner(vector, vector), rounding), 0.0) / 2
     steps = iterates(matvec, product, mask, rounding=rounding, known=known)
     losses, found = [first], next(steps)
-    while len(losses) < max_matvecs and losses[-1] > loss_tolerance:
+    while len(losses) < max_matvecs and below > losses[-1] > loss_tolerance:
         loss = losses[-1]
         recent = losses[-WINDOW - 1] - loss if len(losses) > WINDOW else np.inf
         if not recent > max(DECISIVE * (loss - loss_tolerance), accuracy * loss_tolerance):
@@ -157,7 +188,7 @@ def readjusted_minimum(
     loss = losses[-1]
     recent = losses[-WINDOW - 1] - loss if len(losses) > WINDOW else loss
     lower = loss if found.squared == 0 else max(0.0, loss - recent / DECISIVE * 0.99)
-    return lower, loss, jax.tree.map(lambda c, v, x: c - v + x, removed, vector, found.step)
+    return _Found(lower, loss, jax.tree.map(jnp.subtract, vector, found.step), len(losses))
 
 
 @dataclass

@@ -17,7 +17,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jaxlimit.core.batches import batch_length, first_of
-from jaxlimit.core.checks import check_scalar, require_count, require_problem, require_weight_fn
+from jaxlimit.core.checks import (
+    check_scalar,
+    require_count,
+    require_positive,
+    require_problem,
+    require_weight_fn,
+)
 from jaxlimit.core.convolutions import quick_in_loops
 from jaxlimit.core.cuts import Sampled
 from jaxlimit.core.placement import placed
@@ -90,7 +96,8 @@ def finetuned_sweep(
         `keep` the networks, (sparsity, params) in rising sparsity, as `certify` takes them.
 
     Raises:
-        ValueError: as for `sparsity_sweep`; num_steps below 1; a loss that is not a scalar, or not a mean.
+        ValueError: as for `sparsity_sweep`; num_steps below 1; a learning rate that is not positive; a loss
+            that is not a scalar, or not a mean; eval_batches without metrics_fn.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -123,7 +130,7 @@ class FinetunedNetwork:
     Args: as for `finetuned_sweep`.
 
     Raises:
-        ValueError: what `hessian` refuses of params; num_steps below 1.
+        ValueError: what `hessian` refuses of params; as for `finetuned_sweep`.
     """
 
     def __init__(
@@ -145,6 +152,9 @@ class FinetunedNetwork:
         require_problem("finetuned_sweep(loss_fn, params, batches, sparsities)", params, **functions)
         require_weight_fn(weight_fn)
         require_count("num_steps", num_steps)
+        require_positive("learning_rate", learning_rate)
+        if eval_batches is not None and metrics_fn is None:
+            raise ValueError("eval_batches are for metrics_fn, and there is none: give both, or neither.")
         self._weights, self._rest = partition(params, prunable)
         self._order, self._ranks = removal_ranks(self._weights, scores, groups)
         cut = list(placed(loss_fn, batches, params))
@@ -182,6 +192,7 @@ class FinetunedNetwork:
         progress: Progress | None = None,
     ) -> Sweep:
         """As `finetuned_sweep`."""
+        require_count("chunk_size", chunk_size)
         grid, removed = removals(self._order, sparsities)
         size = 1 if jax.default_backend() == "cpu" else chunk_size
         parts: list[dict[str, NDArray[np.float64]]] = []

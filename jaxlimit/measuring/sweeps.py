@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jaxlimit.core.checks import require_problem, require_weight_fn
+from jaxlimit.core.checks import require_count, require_problem, require_range, require_weight_fn
 from jaxlimit.core.convolutions import quick_in_loops
 from jaxlimit.core.cuts import Sampled
 from jaxlimit.core.display import Displayed, View, few
@@ -64,8 +64,9 @@ class Sweep(Displayed):
         """Largest s of the grid at which the metric is at most `bound`; 0 if there is none.
 
         Raises:
-            ValueError: no such metric, or one that is not a number somewhere.
+            ValueError: no such metric, or one that is not a number somewhere; a bound that is no number.
         """
+        _require_bound(bound)
         require_known(self.metrics, metric, self.sparsities)
         within = self.sparsities[self.metrics[metric] <= bound]
         return float(within[-1]) if within.size else 0.0
@@ -74,8 +75,9 @@ class Sweep(Displayed):
         """Last s of the grid before the metric first exceeds `bound`; 0 if it does so from the start.
 
         Raises:
-            ValueError: no such metric, or one that is not a number somewhere.
+            ValueError: no such metric, or one that is not a number somewhere; a bound that is no number.
         """
+        _require_bound(bound)
         require_known(self.metrics, metric, self.sparsities)
         above = np.flatnonzero(self.metrics[metric] > bound)
         if above.size == 0:
@@ -93,6 +95,11 @@ class Sweep(Displayed):
         if len(shown) < len(rows):
             title += f", {len(shown)} of them shown"
         return View(title, ("sparsity", *self.metrics), shown)
+
+
+def _require_bound(bound: float) -> None:
+    is_number = np.ndim(bound) == 0 and hasattr(bound, "__float__") and not np.isnan(float(bound))
+    require_range("bound", bound, is_number, "a number")
 
 
 @takes_bar(partial(Shown, "sparsity sweep"))
@@ -191,6 +198,7 @@ class PrunedNetwork:
         progress: Callable[[int, int], None] | None = None,
     ) -> Sweep:
         """As `sparsity_sweep`."""
+        require_count("chunk_size", chunk_size)
         grid, counts = removals(self.order, sparsities)
         groups, parts = placed(self.metrics_fn, batches, self.params), []
         for chunk, used in chunks(counts, chunk_size):

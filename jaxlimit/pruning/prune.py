@@ -133,7 +133,7 @@ def prune(
     _require_one(sparsity, mask)
     if mask is not None and groups is not None:
         raise ValueError("prune takes groups with a sparsity: a mask says itself which weights go.")
-    require_range("max_products", max_products, max_products > 0, "must be positive")
+    require_range("max_products", max_products, max_products > 0, "positive")
     problem = readjustable(
         predict_fn,
         loss_fn,

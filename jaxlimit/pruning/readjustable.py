@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlimit.core.checks import require_problem
+from jaxlimit.core.checks import require_instance, require_problem
 from jaxlimit.core.sharding import place, sharding_like
 from jaxlimit.core.storage import Checkpoint, about, ordered_sum
 from jaxlimit.core.trees import (
@@ -173,6 +173,7 @@ def readjustable(
     """Checks the problem as `gauss_newton` does. Args: as for `prune`."""
     call = "prune or attained_limit(predict_fn, loss_fn, params, batches, ...)"
     require_problem(call, params, predict_fn=predict_fn, loss_fn=loss_fn)
+    require_instance("settings", settings, Settings, "jaxlimit.Settings(...)")
     pruned, _ = partition(params, prunable)
     paths, moving = {*leaf_paths(pruned)}, movable(params, prunable, trainable)
     anew = None if statistics_fn is None else statistics(statistics_fn, *partition(params, moving))

@@ -60,8 +60,8 @@ class Settings:
         require_count("step_products", self.step_products)
         for name in ("curvature_share", "gradient_share"):
             share = getattr(self, name)
-            require_range(name, share, 0 < share <= 1, "must lie in (0, 1]")
-        require_range("stage_share", self.stage_share, 0 < self.stage_share < 1, "must lie between 0 and 1")
+            require_range(name, share, 0 < share <= 1, "in (0, 1]")
+        require_range("stage_share", self.stage_share, 0 < self.stage_share < 1, "between 0 and 1")
         require_positive("damping", self.damping)
 
 

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxlimit.core.checks import require_floating
 from jaxlimit.core.memory import in_device_memory, in_host_memory
 from jaxlimit.core.programs import parts_of_one_processor
 from jaxlimit.core.trees import PyTree
@@ -96,8 +97,9 @@ def init(starts: PyTree) -> LanczosState:
         starts: P start vectors along a leading axis; they need not be normalised.
 
     Raises:
-        ValueError: a start vector that is zero or not finite.
+        ValueError: a start vector that is zero or not finite, or no vector of floating numbers.
     """
+    require_floating("start vectors", starts)
     starts = jax.tree.map(jnp.asarray, starts)
     current, lengths = _normalized(starts)
     host_lengths, num_runs = np.asarray(lengths), len(lengths)
@@ -285,7 +287,7 @@ def tridiagonalize(
         T_k, shorter than asked for if the Krylov space was exhausted.
 
     Raises:
-        ValueError: num_matvecs below 1, or a start vector that is zero or not finite.
+        ValueError: num_matvecs below 1; a start vector that is zero, not finite, or not of floating numbers.
         FloatingPointError: a product is not finite.
 
     Examples:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlimit.core.checks import require_instance, require_key
+from jaxlimit.core.checks import require_count, require_instance, require_key
 from jaxlimit.core.display import Displayed, View
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.spectrum import lanczos
@@ -40,8 +40,8 @@ class SpectralMeasure(Displayed):
             that is not a sample (a diagonal matrix: one row with weights 1/D).
 
     Raises:
-        ValueError: nodes and weights of other shapes, nodes that are not finite, or weights that are negative
-            or do not sum to 1.
+        ValueError: nodes and weights of other shapes, nodes that are not finite, weights that are negative
+            or do not sum to 1, or an order below 1.
 
     Examples:
         >>> SpectralMeasure(nodes=[[1.0, 3.0]], weights=[[0.5, 0.5]]).integrate(lambda x: x**2)
@@ -63,6 +63,8 @@ class SpectralMeasure(Displayed):
                 raise ValueError("nodes must be real and finite: they are eigenvalues of a curvature.")
             if not np.all(weights >= 0) or np.any(np.abs(weights.sum(axis=1) - 1) > SAME_MASS):
                 raise ValueError("weights must be at least 0, and each row of them must sum to 1.")
+            if self.dim is not None:
+                require_count("dim", self.dim)
             object.__setattr__(self, "nodes", nodes.astype(np.float64))
             object.__setattr__(self, "weights", weights.astype(np.float64))
 
