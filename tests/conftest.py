@@ -13,11 +13,12 @@ import jaxlib.version
 # Compiling takes longer than computing in almost every test. So XLA optimises little, unless XLA_FLAGS says
 # otherwise, and keeps what it compiled for later runs. The processes that tests start inherit both.
 LITTLE_OPTIMIZATION = {"xla_backend_optimization_level": "1", "xla_llvm_disable_expensive_passes": "true"}
-if jaxlib.version.__version_info__ < (0, 11):  # later ones do not know this option; without it, twice as long
-    LITTLE_OPTIMIZATION["xla_cpu_use_fusion_emitters"] = "false"
+if jaxlib.version.__version_info__ < (0, 11):  # Later versions do not know this option, and stop at it.
+    LITTLE_OPTIMIZATION["xla_cpu_use_fusion_emitters"] = "false"  # they compile for up to twice as long
 flags = os.environ.get("XLA_FLAGS", "")
-added = [f"--{name}={value}" for name, value in LITTLE_OPTIMIZATION.items() if name not in flags]
-os.environ["XLA_FLAGS"] = " ".join([*added, flags]).strip()
+if not any(name in flags for name in LITTLE_OPTIMIZATION):
+    added = [f"--{name}={value}" for name, value in LITTLE_OPTIMIZATION.items()]
+    os.environ["XLA_FLAGS"] = " ".join([*added, flags]).strip()
 CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -21,6 +21,7 @@ from jaxlimit import models
 from jaxlimit.application import answers, ledger
 from jaxlimit.application.answering import Answering, attained_stage
 from jaxlimit.application.assessed_folder import pruned_table
+from jaxlimit.application.pruned_files import save_pruned
 from jaxlimit.application.question import NO_ERROR, NO_TEST_BATCHES, Question, certifying_of, default_error
 from jaxlimit.core.interrupt import Interrupt
 from jaxlimit.core.terminal import Silent
@@ -497,3 +498,49 @@ def test_the_examples_of_the_page_run(code, tmp_path, monkeypatch, capsys):
     exec(compile(short, "assess.md", "exec"), {"__name__": "__main__"})
     assert re.search(r"(^|Recommended: )cut to .* as it is; .* with\s+readjustment;", capsys.readouterr().out)
     assert (tmp_path / "results" / "bare" / "report.html").exists() == ("out=" in code)
+
+
+def test_another_network_in_the_place_of_one_that_was_found_is_refused(problem, tmp_path):
+    """The mask of another one; and a network that has zeros of its own, more than its sparsity, is taken."""
+    params = {**problem.params, "first": problem.params["first"] * (np.abs(problem.params["first"]) > 0.02)}
+    asked = {"out": tmp_path, "test_batches": problem.test_batches, "error_rise": 0.9}
+    found = assess(SimpleNamespace(**{**vars(problem), "params": params}), **asked)
+    again = jaxlimit.load_assessment(tmp_path, params)
+    for name in ("params", "mask"):
+        for old, new in ((found.certified, again.certified), (found.attained.pruned, again.attained.pruned)):
+            assert jax.tree.all(jax.tree.map(np.array_equal, getattr(old, name), getattr(new, name)))
+    dense = jaxlimit.magnitude_mask({"first": params["first"], "second": params["second"]}, 0.1)
+    for name in ("pruned.safetensors", "certified.safetensors"):
+        file, kept = tmp_path / name, (tmp_path / name).read_bytes()
+        save_pruned(file, params, {**dense, "bias": None})
+        with pytest.raises(ValueError, match=rf"{name}.* holds a network of 41 weights, where"):
+            jaxlimit.load_assessment(tmp_path, params)
+        file.write_bytes(kept)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"error_fn": lambda params, batch: jnp.float32(0.5)}, "one number for each example"),
+        ({"error_fn": lambda params, batch: jnp.full(len(batch[1]), 2.0)}, r"outside the bounds \[0, 1\]"),
+        ({"error_fn": 3}, "error_fn must be a function, got an int"),
+        ({"error_bounds": None}, "error_bounds must be two numbers"),
+        ({"error_bounds": (0, 1, 2)}, "error_bounds must be two numbers"),
+        ({"settings": None}, "settings must be a Settings"),
+        ({"test_batches": (x for x in [1])}, "must be iterable more than once"),
+        ({"test_batches": (np.ones((4, 6), np.float32), np.ones(4, int))}, "the parts of one batch"),
+    ],
+)
+def test_what_cannot_be_certified_is_said_before_work_starts(problem, monkeypatch, asked, message):
+    monkeypatch.setattr(answers, "predicted", lambda *_: pytest.fail("work has started"))
+    with pytest.raises(ValueError, match=message):
+        assess(problem, **({"test_batches": problem.test_batches} | asked))
+
+
+def test_test_data_may_come_from_a_function(problem):
+    """Oracle: the same from a list."""
+    batches, again = list(problem.test_batches), []
+    for some in (batches, lambda: iter(batches)):
+        certifying = certifying_of(predict, problem.params, problem.batches, some, None)
+        again.append(type(certifying.error_fn))
+    assert again[0] is again[1]

@@ -186,3 +186,41 @@ def test_bad_arguments_are_named(problem, arguments, message):
             all_probes(params),
             **({"sparsity": 0.5, "loss_tolerance": 0.1} | arguments),
         )
+
+
+@pytest.mark.parametrize("eps", [1e-2, 1e-4, 1e-6, 1e-8])
+def test_a_solve_that_did_not_end_is_no_number(eps):
+    """The dense value of the same probes in float64, to .01, or NaN. lambda_max / a is 2e6 and more."""
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=60).astype(np.float32)
+    rotation = np.linalg.qr(rng.normal(size=(60, 60)))[0]
+    inputs = (rotation * 10 ** np.linspace(-4, 2, 60) * np.sqrt(60)).T.astype(np.float32)
+    probes = np.where(rng.random((8, 60, 1)) < 0.5, -1, 1).astype(np.float32)
+    matrix, ridge = inputs.astype(float).T @ inputs / 60, 2 * eps / np.sum(np.sort(np.abs(weights))[:30] ** 2)
+    solved = np.linalg.solve(matrix + ridge * np.eye(60), probes[..., 0].T.astype(float))
+    dense_value = ridge * np.mean(np.sum(probes[..., 0].T * solved, axis=0)) / 60
+
+    def found(**asked):
+        return differentiable.width_dimension_of_params(
+            lambda w, x: x @ w,
+            lambda outputs, x: jnp.mean(outputs**2) / 2,
+            jnp.asarray(weights)[:, None],
+            jnp.asarray(inputs),
+            jnp.asarray(probes),
+            sparsity=0.5,
+            loss_tolerance=eps,
+            **asked,
+        )
+
+    value = found()
+    assert np.isnan(value) or value == pytest.approx(dense_value, abs=0.01)
+    assert np.isnan(found(max_matvecs=10))
+
+
+def test_probes_are_like_the_weights(problem):
+    params, batch = problem
+    for probes in (jnp.ones((2, 3)), jax.tree.map(lambda x: x[:0], all_probes(params))):
+        with pytest.raises(ValueError, match="probes must be vectors like the weights"):
+            differentiable.width_dimension_of_params(
+                predict, cross_entropy, params, batch, probes, sparsity=0.5, loss_tolerance=0.1
+            )

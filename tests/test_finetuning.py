@@ -187,3 +187,25 @@ def test_networks_are_kept_and_can_be_certified(monkeypatch):
     )
     assert certificate.sparsities == (0.0, 0.5, 0.9)
     assert certificate.sparsity == 0.9
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [({"learning_rate": x}, "learning_rate must be a positive") for x in (0, -0.1, np.nan, np.inf, None)]
+    + [({"chunk_size": x}, "chunk_size must be an integer") for x in (0, -1, 2.5)]
+    + [({"eval_batches": [jnp.ones((1, 2))]}, "eval_batches are for metrics_fn")],
+)
+def test_numbers_that_make_no_sense_are_refused(asked, message):
+    def loss(w, x):
+        return jnp.mean((x @ w - 2.0) ** 2)
+
+    with pytest.raises(ValueError, match=message):
+        finetuned_sweep(loss, jnp.ones((2, 1)), [jnp.ones((1, 2))], [0.5], **asked)
+
+
+@pytest.mark.parametrize("bound", [np.nan, None, "0.1", np.ones(3)])
+def test_a_bound_is_a_number(bound):
+    sweep = jaxlimit.Sweep(np.array([0.0, 0.5, 0.9]), {"loss": np.array([0.1, 0.2, 1.0])})
+    for read in (sweep.largest_sparsity, sweep.first_crossing):
+        with pytest.raises(ValueError, match="bound must be a number"):
+            read("loss", bound)

@@ -519,3 +519,9 @@ def test_a_run_leaves_the_state_it_went_on_from_as_it_was():
         np.testing.assert_array_equal(np.asarray(ours), theirs)
     for ours, theirs in zip(*map(jax.tree.leaves, twice), strict=True):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+@pytest.mark.parametrize("dtype", [int, bool, complex])
+def test_a_start_is_of_floating_numbers(dtype):
+    with pytest.raises(ValueError, match="start vectors must be floating"):
+        tridiagonalize(lambda v: jnp.arange(1.0, 6.0) * v, jnp.ones(5, dtype), 5)

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from scipy.linalg import circulant, hessenberg
 from scipy.optimize import linprog
 
+from jaxlimit import geometry
 from jaxlimit.core.batches import batched
 from jaxlimit.curvature.makers import hessian
 from jaxlimit.spectrum.bracket import (
@@ -629,3 +630,35 @@ def test_no_probes_or_steps(numbers, least_squares):
     probes, steps = numbers
     with pytest.raises(ValueError, match=f"must be at least 1, got {probes} and {steps}"):
         spectral_measure(least_squares[0], jax.random.key(0), num_probes=probes, num_matvecs=steps)
+
+
+@pytest.mark.parametrize(
+    ("radius", "eps"),
+    [(np.float16(300), 1.0), (jnp.float32(1e20), 1e38), (np.float32(1e-25), 1e-50), (1e-200, 1.0), (0, 1)],
+)
+def test_the_width_does_not_depend_on_the_precision_of_its_numbers(radius, eps):
+    """Oracle: the formula with logarithms."""
+    measure = SpectralMeasure([[0.0, 1.0]], [[0.5, 0.5]])
+    log_ridge = np.log(2.0) + np.log(eps) - 2 * np.log(float(radius)) if radius else np.inf
+    expected = 0.5 + 0.5 / (1 + np.exp(-log_ridge))
+    assert geometry.width_dimension(measure, radius, eps) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, -1.0, np.inf, "1", None, np.ones(2)])
+def test_numbers_that_make_no_sense_are_refused(bad):
+    measure = SpectralMeasure([[0.0, 1.0]], [[0.5, 0.5]])
+    for ask in (
+        lambda: geometry.width_dimension(measure, bad, 1.0),
+        lambda: geometry.width_dimension(measure, 1.0, bad),
+        lambda: geometry.cone_dimension(measure, measure, bad, 1.0),
+        lambda: geometry.cone_ridge(lambda a: 1.0, 1.0, bad),
+        lambda: geometry.width_ridge(bad, 1.0),
+        lambda: geometry.transition_halfwidth(bad, 0.5),
+        lambda: geometry.transition_halfwidth(10, bad),
+        lambda: geometry.effective_dimension(measure, -1.0 if bad is np.inf else bad),
+        lambda: SpectralMeasure([[1.0]], [[1.0]], dim=0 if bad is None else bad),
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            ask()
+    with pytest.raises(ValueError, match="measure must be a SpectralMeasure"):
+        geometry.effective_dimension(np.ones(2), 1.0)

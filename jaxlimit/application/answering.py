@@ -12,7 +12,7 @@ from jaxlimit.application.ledger import Found, Performer, Stage
 from jaxlimit.application.question import Certifying, Question
 from jaxlimit.application.spectra import load_spectrum, save_spectrum
 from jaxlimit.core.terminal import Monitor
-from jaxlimit.core.trees import PyTree, flatten, partition
+from jaxlimit.core.trees import PyTree, flatten
 from jaxlimit.limits.dense_source import dense_fits
 from jaxlimit.limits.result import PruningLimit
 from jaxlimit.measuring.certificates import Certificate
@@ -73,14 +73,15 @@ class NetworkFiles:
         save_torch_state(self.work.question.model, self.work.folder / self.torch_name, params)
         return {"torch": self.torch_name}
 
-    def load(self, sparsity: float) -> tuple[PyTree, PyTree]:
-        """Parameters and mask, of the sparsity that the results say.
+    def load(self, num_kept: int | None) -> tuple[PyTree, PyTree]:
+        """Parameters and mask. PyTorch's file is written where the model was not given before.
 
-        PyTorch's file is written where the model was not given before.
+        Args:
+            num_kept: as for `load_pruned`.
         """
         folder, question = self.work.folder, self.work.question
-        like = partition(question.params, question.prunable)[0]
-        params, mask = pruned_files.load_pruned(folder / self.name, question.params, like, sparsity)
+        path, like = folder / self.name, question.weights
+        params, mask = pruned_files.load_pruned(path, question.params, like, num_kept)
         if question.model is not None and not (folder / self.torch_name).exists():
             save_torch_state(question.model, folder / self.torch_name, params)
         return params, mask
@@ -117,7 +118,7 @@ def limit_stage(work: Answering, name: str) -> Stage[Found[PruningLimit]]:
         spectrum = load_spectrum(run_folder.spectrum_path(work.folder, name))
         return Found(PruningLimit.from_json(document["limits"][name], spectrum.measure), {})
 
-    dim = flatten(partition(question.params, question.prunable)[0]).size
+    dim = flatten(question.weights).size
     return Stage(
         f"limit_{name}",
         f"limit, {name.replace('_', '-')}",
@@ -163,7 +164,8 @@ def attained_stage(work: Answering) -> Stage[Found[tuple[Attained, float | None]
 
     def load(document: Mapping[str, Any]) -> Found[tuple[Attained, float | None]]:
         stored = document["attained"]
-        attained = Attained.from_json(stored, *files.load(stored["sparsity"]))
+        num_kept = pruned_files.expected_kept(stored["sparsity"], question.weights)
+        attained = Attained.from_json(stored, *files.load(num_kept))
         return Found((attained, document["attained_error"]), {})
 
     return Stage(
@@ -189,13 +191,15 @@ def certified_stage(work: Answering) -> Stage[Found[Certified]]:
         if work.kept and network is not None:
             files.save(network.params, network.mask)
             part["certified_file"] = files.name
+            part["certified_kept"] = pruned_files.count_kept(network.mask)
         return Found((certificate, network), part)
 
     def load(document: Mapping[str, Any]) -> Found[Certified]:
         stored = document["certificate"]
         certificate = None if stored is None else Certificate.from_json(stored)
-        sparsity = None if certificate is None else certificate.sparsity
-        network = None if sparsity is None else CertifiedNetwork(sparsity, *files.load(sparsity))
+        network = None
+        if certificate is not None and certificate.sparsity is not None:
+            network = CertifiedNetwork(certificate.sparsity, *files.load(document.get("certified_kept")))
         return Found((certificate, network), {})
 
     def told(found: Found[Certified]) -> str:

@@ -91,7 +91,7 @@ def assess_into(
         ValueError: the folder is of another assessment or something else, or a file in it is damaged; two
             arrays that would have one name in a file.
     """
-    weights, _ = partition(question.params, question.prunable)
+    weights = question.weights
     require_names(named_leaves(question.params), named_leaves(weights))
     held = claim(folder, ASSESSMENT, _identity(question, curvatures, statistics))
     try:

@@ -45,15 +45,15 @@ def load_assessment(
     if params is None:
         return found
     like = partition(params, prunable)[0]
-    network, mask = pruned_files.load_pruned(
-        folder / run_folder.PRUNED, params, like, found.attained.sparsity
-    )
+    num_kept = pruned_files.expected_kept(found.attained.sparsity, like)
+    network, mask = pruned_files.load_pruned(folder / run_folder.PRUNED, params, like, num_kept)
     pruned = replace(found.attained.pruned, params=network, mask=mask)
     found = replace(found, attained=replace(found.attained, pruned=pruned))
     sparsity = None if found.certificate is None else found.certificate.sparsity
     if sparsity is None:
         return found
-    certified = pruned_files.load_pruned(folder / run_folder.CERTIFIED, params, like, sparsity)
+    num_kept = read_json(folder / run_folder.LIMIT).get("certified_kept")
+    certified = pruned_files.load_pruned(folder / run_folder.CERTIFIED, params, like, num_kept)
     return replace(found, certified=CertifiedNetwork(sparsity, *certified))
 
 

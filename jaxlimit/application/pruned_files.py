@@ -39,18 +39,18 @@ def require_names(arrays: Collection[str], masks: Collection[str]) -> None:
         )
 
 
-def load_pruned(path: Path, params: PyTree, mask_like: PyTree, sparsity: float) -> tuple[PyTree, PyTree]:
+def load_pruned(path: Path, params: PyTree, mask_like: PyTree, num_kept: int | None) -> tuple[PyTree, PyTree]:
     """The parameters and the mask that `save_pruned` wrote, to the same bits.
 
     Args:
         path: the file.
         params: of the network that it came from.
         mask_like: pytree of the weights that may be pruned, None elsewhere.
-        sparsity: that the results give it.
+        num_kept: weights that the mask keeps, as the results say; None in results of before.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, of another network, or of another sparsity.
+        ValueError: it is damaged, of another network, or keeps another number of weights.
     """
     found = read_safetensors(path)
     expected = {**_shapes(params, ""), **_shapes(mask_like, MASK)}
@@ -64,15 +64,24 @@ def load_pruned(path: Path, params: PyTree, mask_like: PyTree, sparsity: float) 
             path,
         )
     network, mask = _filled(params, found, ""), _filled(mask_like, found, MASK)
-    kept = flatten(mask)
-    removed = np.sum(kept == 0)
-    if abs(removed - sparsity * kept.size) > 0.5:
+    if num_kept is not None and count_kept(mask) != num_kept:
         raise DamagedFile(
-            f"{path} holds a network of sparsity {removed / kept.size:.4f}, where the results are about one "
-            f"of {sparsity:.4f}: it was put there later, or the results were changed.",
+            f"{path} holds a network of {count_kept(mask):,} weights, where the results are about one of "
+            f"{num_kept:,}: it was put there later, or the results were changed.",
             path,
         )
     return network, mask
+
+
+def count_kept(mask: PyTree) -> int:
+    """Weights that a mask keeps."""
+    return int(np.count_nonzero(flatten(mask)))
+
+
+def expected_kept(sparsity: float, mask_like: PyTree) -> int:
+    """Weights that are kept at a sparsity."""
+    dim = flatten(mask_like).size
+    return dim - round(sparsity * dim)
 
 
 def _shapes(like: PyTree, suffix: str) -> dict[str, tuple[int, ...]]:

@@ -1,6 +1,6 @@
 """What is asked of a network: how sparse it may be, as predicted, attained and certified."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -14,7 +14,7 @@ from jaxlimit.core.batches import batch_length
 from jaxlimit.core.checks import require_instance, require_positive, require_problem, require_range
 from jaxlimit.core.leaves import to_arrays
 from jaxlimit.core.passes import in_memory, passes
-from jaxlimit.core.trees import Prunable, PyTree, is_kernel
+from jaxlimit.core.trees import Prunable, PyTree, is_kernel, partition
 from jaxlimit.limits.arguments import check_arguments
 from jaxlimit.limits.estimate import LIMITS
 from jaxlimit.limits.pruning_limit import MAX_MATVECS
@@ -126,6 +126,11 @@ class Question:
         return MeanLoss(self.predict_fn, self.loss_fn)
 
     @property
+    def weights(self) -> PyTree:
+        """Those that may be pruned, None elsewhere."""
+        return partition(self.params, self.prunable)[0]
+
+    @property
     def selection(self) -> dict[str, Any]:
         """What may be pruned, and how batches count, as keywords."""
         return {"prunable": self.prunable, "weight_fn": self.weight_fn}
@@ -213,9 +218,7 @@ def certifying_of(
 
 def first_batch(batches: Iterable[PyTree]) -> PyTree:
     """The first batch, as arrays; a ValueError if there is none, or if these are no batches."""
-    again = passes(batches)
-    if isinstance(again, Sequence):
-        in_memory(again[:2])
+    again = in_memory(batches) if isinstance(batches, list | tuple) else passes(batches)
     for batch in islice(iter(again), 1):
         return to_arrays("batch", batch)
     raise ValueError("batches hold no examples.")

@@ -55,8 +55,18 @@ def require_positive(name: str, value: Any) -> None:
         ...
         ValueError: loss_tolerance must be a positive finite number, got much.
     """
-    is_number = np.ndim(value) == 0 and hasattr(value, "__float__")
-    require_range(name, value, is_number and 0 < float(value) < math.inf, "a positive finite number")
+    positive = is_number(value) and 0 < float(value) < math.inf
+    require_range(name, value, positive, "a positive finite number")
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a single real number, of any library.
+
+    Examples:
+        >>> [is_number(x) for x in (1, np.float32(0.5), jnp.ones(()), None, "1", np.ones(2), 1j)]
+        [True, True, True, False, False, False, False]
+    """
+    return np.ndim(value) == 0 and hasattr(value, "__float__") and not np.iscomplexobj(value)
 
 
 def require_floating(name: str, tree: Any) -> None:

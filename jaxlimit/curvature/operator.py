@@ -108,9 +108,9 @@ class Curvature(Displayed):
         """
         weights, rest = partition(self.params, prunable)
         require_single_precision(weights)
-        if not {*leaf_paths(weights)} <= {
-            *leaf_paths(self.weights)
-        }:  # what lies between the others and the loss has not been looked at
+        known = {*leaf_paths(self.weights)}
+        if not known.issuperset(leaf_paths(weights)):
+            # What lies between the others and the loss has not been looked at.
             require_precise(self.product.loss, weights, rest, next(iter(self.groups)))
         return replace(self, weights=weights, rest=rest)
 

@@ -140,11 +140,12 @@ def readjusted_minimum(
         FloatingPointError: a product is not finite.
         NegativeCurvature: a curvature is more negative than that.
     """
-    vector = jax.tree.map(jnp.subtract, removed, kept(mask, start))
+    guess = kept(mask, start)
+    vector = jax.tree.map(jnp.subtract, removed, guess)
     search = partial(_search, matvec, mask, loss_tolerance, accuracy, rounding)
     found = search(vector if known is None else known.without(vector), max_matvecs, known)
     left = max_matvecs - found.num_matvecs
-    if found.upper > loss_tolerance and left > 0 and any(map(np.any, jax.tree.leaves(kept(mask, start)))):
+    if found.upper > loss_tolerance and left > 0 and inner(guess, guess) > 0:
         again = search(removed, left, None, found.upper)
         found = min(found, again, key=lambda x: x.upper)
     return found.lower, found.upper, jax.tree.map(jnp.subtract, removed, found.vector)

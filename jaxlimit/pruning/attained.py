@@ -116,7 +116,7 @@ def attained_limit(
         The sparsity, the network, and all that were tried.
 
     Raises:
-        ValueError: as for `prune`; a tolerance that is not positive.
+        ValueError: as for `prune`; a number out of range.
 
     Examples:
         >>> import jax.numpy as jnp
