@@ -112,7 +112,8 @@ def width_dimension_of_params(
         is_solved = _inner(residual, residual) <= UNSOLVED**2 * _inner(probe, probe)
         # z^T x + r^T x falls short of z^T (G + a)^{-1} z by r^T (G + a)^{-1} r, at most ||r||^2 / a.
         missing = jax.lax.stop_gradient(_inner(residual, solution))
-        return jnp.where(is_solved, ridge * (_inner(probe, solution) + missing), jnp.nan)
+        found = ridge * (_inner(probe, solution) + missing)
+        return jnp.where(is_solved, found, jnp.full_like(found, jnp.nan))
 
     delta = jnp.mean(jax.lax.map(quadratic_form, probes)) / dim
     # Weights that are 0 can go: every direction is flat.
