@@ -170,7 +170,7 @@ def classify(params, x):
 
 
 @pytest.mark.parametrize(
-    "label", [-1, -100, 2, *(pytest.param(x, marks=pytest.mark.slow) for x in (-2, 100))]
+    "label", [-1, -100, 2, *(pytest.param(x, marks=pytest.mark.nightly) for x in (-2, 100))]
 )
 def test_labels_that_are_no_class_are_refused(label):
     labels = (np.arange(11) % 2).astype(np.int8)

@@ -342,10 +342,10 @@ def test_a_network_of_ours_is_also_written_for_pytorch(problem, tmp_path, monkey
         stage(models.FullyConnected([6, 4, 3], rngs=nnx.Rngs(0)))
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("limits", "cut", "finished")]
+NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly) for name in ("limits", "cut", "finished")]
 
 
-@pytest.mark.parametrize("when", ["third network", "attained", *SLOW])
+@pytest.mark.parametrize("when", ["third network", "attained", *NIGHTLY])
 def test_a_kill_at_any_moment_loses_nothing(problem, folder, tmp_path, monkeypatch, when):
     """As if the process had died in the search, or when a stage's own files were there but not entered."""
     out, kept = tmp_path / "out", []
@@ -482,10 +482,10 @@ def test_a_folder_of_something_else_is_refused(problem, tmp_path):
 @pytest.mark.parametrize(
     "code",
     [
-        pytest.param(EXAMPLES[0], marks=pytest.mark.slow, id="bare"),
+        pytest.param(EXAMPLES[0], marks=pytest.mark.nightly, id="bare"),
         pytest.param(EXAMPLES[1], id="nnx"),
-        pytest.param(EXAMPLES[2], marks=pytest.mark.slow, id="linen"),
-        pytest.param(EXAMPLES[3], marks=pytest.mark.slow, id="equinox"),
+        pytest.param(EXAMPLES[2], marks=pytest.mark.nightly, id="linen"),
+        pytest.param(EXAMPLES[3], marks=pytest.mark.nightly, id="equinox"),
     ],
 )
 def test_the_examples_of_the_page_run(code, tmp_path, monkeypatch, capsys):

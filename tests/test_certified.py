@@ -26,7 +26,7 @@ from jaxlimit.spectrum.measure import SpectralMeasure
 from jaxlimit.spectrum.probes import rademacher
 
 DIM = 320
-seeds = pytest.mark.parametrize("seeds", [(0,), pytest.param((1, 2, 3), marks=pytest.mark.slow)])
+seeds = pytest.mark.parametrize("seeds", [(0,), pytest.param((1, 2, 3), marks=pytest.mark.nightly)])
 
 
 def spectrum(name, rng):

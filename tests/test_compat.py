@@ -157,7 +157,7 @@ def test_prediction_from_its_weights(tmp_path):
     assert other.value != found.value
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.cifar10
 @pytest.mark.skipif("JAXLIMIT_DATA" not in os.environ, reason="needs CIFAR-10 under $JAXLIMIT_DATA")
 def test_product_of_its_convolutional_network(tmp_path, x64):

@@ -131,7 +131,7 @@ USES = {
         *((use, Normalized) for use in USES.values()),
         (USES["hessian"], Convolutional),
         *(
-            pytest.param(USES[name], Convolutional, marks=pytest.mark.slow)
+            pytest.param(USES[name], Convolutional, marks=pytest.mark.nightly)
             for name in ("gauss_newton", "measurements", "training")
         ),
     ],
@@ -361,7 +361,7 @@ uses = [hessian_is, gauss_newton_is, statistics_are, sweep_is, finetuned_is, tra
             way,
             id=f"{use.__name__}-{way.__name__}",
             # Every way with one use, and every use in one way; all pairs are slow tests.
-            marks=[] if use is hessian_is or way is bound_method else [pytest.mark.slow],
+            marks=[] if use is hessian_is or way is bound_method else [pytest.mark.nightly],
         )
         for use in uses
         for way in WAYS

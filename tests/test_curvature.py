@@ -121,7 +121,7 @@ in_float32 = pytest.mark.parametrize("dtype", ["float32"], indirect=True)
 in_float64 = pytest.mark.parametrize("dtype", ["float64"], indirect=True)
 kinds = pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
 slowly_both = pytest.mark.parametrize(
-    "kind", ["hessian", pytest.param("gauss_newton", marks=pytest.mark.slow)]
+    "kind", ["hessian", pytest.param("gauss_newton", marks=pytest.mark.nightly)]
 )
 
 

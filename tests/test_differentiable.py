@@ -62,7 +62,7 @@ def all_probes(params):
 
 
 @pytest.mark.parametrize(
-    ("sparsity", "eps"), [(0.3, 1e-3), pytest.param(0.8, 1e-2, marks=pytest.mark.slow), (1.0, 0.1)]
+    ("sparsity", "eps"), [(0.3, 1e-3), pytest.param(0.8, 1e-2, marks=pytest.mark.nightly), (1.0, 0.1)]
 )
 def test_value_and_gradient_are_those_of_the_dense_matrix(problem, sparsity, eps):
     params, batch = problem

@@ -110,7 +110,7 @@ def truth_of_matrix(matrix, weights, gradient, eps) -> dict[str, float]:
     }
 
 
-seeds = pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+seeds = pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.nightly)])
 
 
 @functools.cache
@@ -316,7 +316,7 @@ def test_all_zero_weights_are_refused():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"num_probes": 2}, pytest.param({"num_probes": None, "max_matvecs": 290}, marks=pytest.mark.slow)],
+    [{"num_probes": 2}, pytest.param({"num_probes": None, "max_matvecs": 290}, marks=pytest.mark.nightly)],
 )
 def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, arguments):
     # Indefinite in name (hessian), so that width, cone and one_shot come from Lanczos.
@@ -396,8 +396,8 @@ def test_a_checkpoint_of_other_data_or_another_order_is_refused(tmp_path):
     [
         ("hessian", 2),
         ("gauss_newton", None),
-        pytest.param("hessian", None, marks=pytest.mark.slow),
-        pytest.param("gauss_newton", 2, marks=pytest.mark.slow),
+        pytest.param("hessian", None, marks=pytest.mark.nightly),
+        pytest.param("gauss_newton", 2, marks=pytest.mark.nightly),
     ],
 )
 def test_without_width_and_cone_the_spectrum_is_only_glanced_at(kind, num_probes, monkeypatch):
@@ -474,7 +474,7 @@ def test_few_products_leave_one_shot_an_interval(seed, kind):
 
 
 @pytest.mark.parametrize(
-    "max_matvecs", [64, 256, *(pytest.param(x, marks=pytest.mark.slow) for x in (128, 512))]
+    "max_matvecs", [64, 256, *(pytest.param(x, marks=pytest.mark.nightly) for x in (128, 512))]
 )
 def test_few_products_leave_readjusted_an_interval_which_more_of_them_close(max_matvecs, tmp_path):
     solve = functools.partial(
@@ -569,7 +569,7 @@ def test_curve_and_sensitivity_agree_with_the_limits():
         limit.sensitivity([0.0])
 
 
-@pytest.mark.parametrize("every", [120, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [120, pytest.param(40, marks=pytest.mark.nightly)])
 def test_no_look_at_the_cone_is_shallower_than_the_one_before(every, monkeypatch):
     """The products that are left may not do for another one, which then would make the limit worse."""
     H = curvature_of(trained("small-0"), "hessian")

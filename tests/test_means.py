@@ -127,7 +127,7 @@ WEIGHTED = {
 weighted_cuts = pytest.mark.parametrize(
     ("kind", "cut"),
     [
-        pytest.param(kind, cut, marks=[] if cut == "batched" or kind == "tokens" else [pytest.mark.slow])
+        pytest.param(kind, cut, marks=[] if cut == "batched" or kind == "tokens" else [pytest.mark.nightly])
         for kind in WEIGHTED
         for cut in CUTS
     ],
@@ -153,7 +153,7 @@ def test_a_weight_makes_it_the_mean_of_all(kind, cut):
 
 
 @pytest.mark.parametrize(
-    "kind", ["tokens", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("padding", "classes"))]
+    "kind", ["tokens", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("padding", "classes"))]
 )
 def test_a_weight_in_products_that_are_linearised_anew_and_in_gauss_newton(kind):
     loss, arrays, weight_fn = WEIGHTED[kind]

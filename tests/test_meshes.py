@@ -26,7 +26,7 @@ from jaxlimit.core.sharding import ExampleSharding
 @pytest.mark.parametrize(
     ("wanted", "count"),
     [
-        pytest.param("kernels divided|over", 6, marks=pytest.mark.slow),
+        pytest.param("kernels divided|over", 6, marks=pytest.mark.nightly),
         pytest.param("", 27, marks=pytest.mark.nightly),
     ],
 )

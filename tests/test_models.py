@@ -44,7 +44,7 @@ class Everything(nnx.Module):
 
 @pytest.mark.parametrize(
     ("size", "padding", "strides"),
-    [(5, 0, 1), (3, 1, 1), (3, 1, 2), (1, 0, 2), pytest.param(11, 1, 4, marks=pytest.mark.slow)],
+    [(5, 0, 1), (3, 1, 1), (3, 1, 2), (1, 0, 2), pytest.param(11, 1, 4, marks=pytest.mark.nightly)],
 )
 def test_convolution_is_that_of_xla(size, padding, strides):
     """Values, gradients, and the derivative of the gradient."""
@@ -95,7 +95,7 @@ COUNTS = {
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if name in ("resnet101", "resnet152") else [])
+        pytest.param(name, marks=[pytest.mark.nightly] if name in ("resnet101", "resnet152") else [])
         for name in COUNTS
     ],
 )

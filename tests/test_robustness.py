@@ -104,8 +104,8 @@ def test_weights_almost_all_zero(num_probes):
     [
         (True, 0),
         (False, 40 * 300 * 4),
-        pytest.param(True, 40 * 300 * 4, marks=pytest.mark.slow),
-        pytest.param(False, 0, marks=pytest.mark.slow),
+        pytest.param(True, 40 * 300 * 4, marks=pytest.mark.nightly),
+        pytest.param(False, 0, marks=pytest.mark.nightly),
     ],
 )
 def test_a_basis_that_does_not_fit_is_said_and_the_limits_are_the_same(basis_bytes, hessian):

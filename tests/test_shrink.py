@@ -65,15 +65,13 @@ def random_units(model, weights, share, rng):
     return jax.tree.map(lambda x: ~gone[x], labels)
 
 
-LONG = ("resnet", "encoder", "convolutions")  # to compile, operation by operation
+LONG = ("resnet", "encoder", "convolutions", "vgg16")  # to compile, operation by operation
 SMALL = ("encoder", 0.9)  # soon compiled, for little is left
 
 
 def marks(name, share):
     """When a test of it runs."""
-    if name == "vgg16":
-        return [pytest.mark.nightly]
-    return [pytest.mark.slow] if (share > 0.5 or name in LONG) and (name, share) != SMALL else []
+    return [pytest.mark.nightly] if (share > 0.5 or name in LONG) and (name, share) != SMALL else []
 
 
 UNITS = [
@@ -106,7 +104,8 @@ def test_outputs_stay_where_units_go(name, share):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=[pytest.mark.slow] if x in LONG else []) for x in NETWORKS if x != "vgg16"]
+    "name",
+    [pytest.param(name, marks=marks(name, 0)) for name in NETWORKS if name != "vgg16"],
 )
 def test_outputs_stay_where_nothing_or_everything_goes(name):
     model, inputs = made(name, 2)

@@ -57,12 +57,9 @@ OPTIONS = {
     "tolerances": [],
     "training": ["--at", "0"],
 }
-# They train in other ways, which compile for longer, are several limits, or are run by another test, too.
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-SLOW = ("crossing", "gems", "order", "scaling", "tolerances", "training")
-# The longest. What `regularizer` trains with is tested in `test_differentiable.py`.
-NIGHTLY = ("gradual", "orders", "regularizer")
-MARKS = dict.fromkeys(SLOW, pytest.mark.slow) | dict.fromkeys(NIGHTLY, pytest.mark.nightly)
+# The others train in other ways, which compile for longer, are several limits, or are run by another test.
+BY_DAY = ("distance", "lambda", "rows")
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +88,10 @@ def test_the_example_in_a_help_is_what_was_run_and_took_as_long(name, example):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [pytest.param(name, options, marks=MARKS.get(name, ()), id=name) for name, options in OPTIONS.items()],
+    [
+        pytest.param(name, options, marks=[] if name in BY_DAY else [pytest.mark.nightly], id=name)
+        for name, options in OPTIONS.items()
+    ],
 )
 def test_an_experiment_writes_results_table_and_figures(name, options, tmp_path, capsys):
     args = ["experiment", name, "tiny", *SMALL, *options, "--out", str(tmp_path / name)]
@@ -112,7 +112,7 @@ def test_an_experiment_writes_results_table_and_figures(name, options, tmp_path,
     assert table in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_factor_of_one_is_the_trained_network(tmp_path):
     folder = tmp_path / "scaling"
     args = ["experiment", "scaling", "tiny", *SMALL, "--factors", "1", "2", "--out", str(folder)]
@@ -123,14 +123,14 @@ def test_a_factor_of_one_is_the_trained_network(tmp_path):
     assert f"| held times 2 | - | {held[1]:.3f} |" in (folder / "table.md").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_limit_that_was_not_computed_is_not_predicted(tmp_path):
     args = ["experiment", "training", "tiny", *SMALL, "--max-matvecs", "16", "--at", "0"]
     assert main([*args, "--out", str(tmp_path / "training")]) == 0
     assert "one_shot - of 2," in (tmp_path / "training" / "table.md").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_scores_that_are_all_off_have_no_limit(tmp_path, monkeypatch):
     """The accuracy is measured all the same."""
     monkeypatch.setattr(gems, "recipe_l2", lambda density: 1e3)
@@ -231,7 +231,7 @@ def multiplied(params, factors):
     return unflatten_dict({path: x * factors[names.index(path[:-1])][path[-1]] for path, x in flat.items()})
 
 
-@pytest.mark.parametrize("kind", [pytest.param("network", marks=pytest.mark.slow), "convolutional"])
+@pytest.mark.parametrize("kind", [pytest.param("network", marks=pytest.mark.nightly), "convolutional"])
 def test_scaling_keeps_the_function_and_with_a_temperature_the_limits(kind, request):
     """c^T H c and lambda R^2 stay as they are when all weights grow alike and the function is kept."""
     predict, params, batches = request.getfixturevalue(kind)
@@ -360,7 +360,7 @@ def test_the_distance_of_two_samples_is_that_of_simulated_ones():
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_order_has_scores():
     """Of the random start; magnitudes that are looked at anew have no scores."""
     task = Study("tiny", num_examples=200).task()

@@ -218,7 +218,7 @@ def test_batch_norm_and_features_from_safetensors(tmp_path):
 
 @pytest.mark.parametrize(
     ("depth", "counts", "expansion"),
-    [(18, (2, 2, 2, 2), 1), pytest.param(50, (3, 4, 6, 3), 4, marks=pytest.mark.slow)],
+    [(18, (2, 2, 2, 2), 1), pytest.param(50, (3, 4, 6, 3), 4, marks=pytest.mark.nightly)],
 )
 def test_resnets(tmp_path, depth, counts, expansion):
     path, state = tmp_path / "net.npz", random_state(resnet_shapes(counts, 2, expansion))
@@ -246,7 +246,9 @@ WIDE = {
 }
 
 
-@pytest.mark.parametrize("name", [*NETWORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in WIDE)])
+@pytest.mark.parametrize(
+    "name", [*NETWORKS, *(pytest.param(name, marks=pytest.mark.nightly) for name in WIDE)]
+)
 def test_what_is_written_is_read_to_the_bit(tmp_path, name):
     """Of pruned parameters, and of running statistics that are not those of the start."""
     make, rng = (NETWORKS | WIDE)[name], np.random.default_rng(0)
