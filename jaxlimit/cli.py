@@ -257,8 +257,10 @@ def _writing_to(folder: Path) -> Iterator[None]:
     except OSError as error:
         named = [Path(name).absolute() for name in (error.filename, error.filename2) if name]
         there = folder.absolute()
-        inside = any(path.is_relative_to(there) or there.is_relative_to(path) for path in named)
-        if error.errno not in ELSEWHERE or (named and not inside):
+        above = any(there.is_relative_to(path) for path in named)  # which cannot be made, as in /proc
+        inside = above or any(path.is_relative_to(there) for path in named)
+        elsewhere = error.errno in ELSEWHERE or (error.errno == errno.ENOENT and above)
+        if not elsewhere or (named and not inside):
             raise
         raise OSError(f"{folder} cannot be written to ({error.strerror}): name another --out.") from error
 

@@ -314,6 +314,18 @@ def test_ctrl_c_ends_an_experiment_while_it_trains(tmp_path):
     assert f"jaxlimit experiment training digits --out {tmp_path / 'run'}" in stderr
 
 
+def test_what_is_wrong_with_a_folder_is_said_of_the_right_file(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    document = json.loads((folder / "limit.json").read_text())
+    (folder / "limit.json").write_text(json.dumps({**document, "attained": None}))
+    with pytest.raises(ValueError, match=r"limit\.json is damaged, or of another version"):
+        jaxlimit.load_assessment(folder)
+    (folder / "curves.csv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"curves\.csv is missing"):
+        jaxlimit.load_assessment(folder)
+
+
 def test_every_finished_stage_is_loaded(finished, tmp_path, capsys):
     """As if Ctrl-C had come just before the report."""
     folder = tmp_path / "run"
@@ -643,6 +655,13 @@ def test_where_nothing_can_be_written_another_folder_is_advised(error, args, tmp
     assert main([*args, "--out", str(tmp_path / "run")]) == 2
     told = capsys.readouterr().err
     assert f"error: {tmp_path / 'run'} cannot be written to ({error.strerror}): name another --out." in told
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which none can be made")
+def test_where_no_folder_can_be_made_another_is_advised(capsys):
+    assert main([*RUN, "--out", "/proc/jaxlimit"]) == 2
+    told = capsys.readouterr().err
+    assert "error: /proc/jaxlimit cannot be written to (No such file or directory): name another" in told
 
 
 def test_a_file_that_has_nothing_to_do_with_the_folder_is_named(tmp_path, monkeypatch, capsys):

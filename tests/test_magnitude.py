@@ -190,6 +190,14 @@ def test_weights_that_are_not_finite(bad):
         removed_norm({"a": np.array([1.0, bad]), "b": np.array([bad])}, 0.5)
 
 
+@pytest.mark.parametrize("masked", ["weights", "scores", "sparsity"])
+def test_masked_arrays_are_refused(masked):
+    arrays = {"weights": np.ones(3), "scores": np.ones(3), "sparsity": np.array([0.2, 0.5])}
+    arrays[masked] = np.ma.array(arrays[masked], mask=arrays[masked] < 0.5)
+    with pytest.raises(ValueError, match="is masked, and its mask would be lost"):
+        removed_norm(**arrays)
+
+
 # Applying masks.
 
 

@@ -143,6 +143,14 @@ def test_widths_are_those_of_the_units_that_are_left():
     assert multiplications(small.predict, small.params, inputs[:1]) == 8 * 6 + 6 * 6 + 6 * 3
 
 
+def test_of_the_branches_of_a_condition_one_is_done():
+    weights, x = jnp.ones((3, 4)), jnp.ones((2, 3))
+    found = multiplications(
+        lambda w, x: jax.lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: (x @ w) @ w.T @ w), weights, x
+    )
+    assert found == 3 * 24
+
+
 def test_one_channel_carries_all_constants_into_a_convolution_that_pads():
     model, inputs = made("padded", 4)
     predict, params = models.from_nnx(model)

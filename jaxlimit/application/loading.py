@@ -1,8 +1,10 @@
 """An assessment, read back from the folder that `assess` or `jaxlimit run` left."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from jaxlimit.application import pruned_files, run_folder
 from jaxlimit.application.answering import NO_NETWORK
@@ -32,12 +34,13 @@ def load_assessment(
         ValueError: the work is not finished, a file is damaged, or params are of another network.
     """
     folder = Path(folder)
-    if (folder / run_folder.CURVES).exists():  # of a run
+    config = read_json(folder / run_folder.CONFIG, alone=False)
+    if "preset" in config:  # of a run
         record = run_folder.read_record(folder)
-        with content_of(folder / run_folder.LIMIT):
+        with content_of(folder / run_folder.LIMIT, ValueError):
             found = assessment_of(record.document, record.columns)
     else:
-        found = _assessed(folder)
+        found = _assessed(folder, config)
     with content_of(folder / run_folder.LIMIT):
         spectra = {name: load_spectrum(run_folder.spectrum_path(folder, name)) for name in found.predicted}
         limits = {name: replace(x, measure=spectra[name].measure) for name, x in found.predicted.items()}
@@ -57,14 +60,14 @@ def load_assessment(
     return replace(found, certified=CertifiedNetwork(sparsity, *certified))
 
 
-def _assessed(folder: Path) -> Assessment:
+def _assessed(folder: Path, config: Mapping[str, Any]) -> Assessment:
     """What `assess` has found there."""
-    config = read_json(folder / run_folder.CONFIG, alone=False)
     document = read_json(folder / run_folder.LIMIT)
     if not document.get("finished"):
         raise ValueError(f"the work in {folder} is not finished: the same call, or command, goes on with it.")
-    with content_of(folder / run_folder.LIMIT):
+    with content_of(folder / run_folder.CONFIG):
         certifying = config["certifying"]
+    with content_of(folder / run_folder.LIMIT, ValueError):
         reason = certifying if isinstance(certifying, str) else NO_NETWORK
         told = "" if document["certificate"] else reason
         return Assessment.from_json({**document, "predicted": document["limits"], "not_certified": told})

@@ -48,7 +48,8 @@ def primitives(jaxpr: Jaxpr) -> frozenset[str]:
 def multiplications(function: Callable[..., Any], *args: Any) -> int:
     """Multiplications of a function in matrix products and convolutions, as it is traced; none is done.
 
-    What a scan does counts once for each of its turns, what other loops do once.
+    What a scan does counts once for each of its turns, what other loops do once. Of the branches of a
+    condition the one with most multiplications counts.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -71,7 +72,8 @@ def _multiplications(jaxpr: Jaxpr) -> int:
             total += outputs * math.prod(shapes[1]) // channels
         else:
             turns = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-            total += turns * sum(_multiplications(inner) for inner in called(eqn))
+            counts = [_multiplications(inner) for inner in called(eqn)]
+            total += turns * (max(counts) if eqn.primitive.name == "cond" else sum(counts))
     return total
 
 

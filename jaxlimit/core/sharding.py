@@ -197,9 +197,18 @@ def place(array: ArrayLike, sharding: NamedSharding | None) -> jax.Array:
 
 
 def to_host(array: Any) -> NDArray[Any]:
-    """The whole array on the host of every process; a ValueError where there are no numbers yet."""
+    """The whole array on the host of every process.
+
+    Raises:
+        ValueError: it has no numbers yet, or is a masked array of NumPy.
+    """
     if isinstance(array, Tracer):
         raise ValueError(f"an array of shape {array.shape} has no numbers yet: {UNTRACED}")
+    if isinstance(array, np.ma.MaskedArray):
+        raise ValueError(
+            f"an array of shape {array.shape} is masked, and its mask would be lost: pass filled values "
+            "(numpy.ma.filled)."
+        )
     if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)

@@ -167,13 +167,13 @@ def num_removed(dim: int, sparsity: ArrayLike) -> NDArray[np.int64]:
     .29 * 100 = 28.999999999999996 would remove 28 weights, and the float32 of .9 eight of ten.
 
     Raises:
-        ValueError: a sparsity outside [0, 1], or no number.
+        ValueError: a sparsity outside [0, 1], no number, or a masked array.
 
     Examples:
         >>> int(num_removed(100, 0.29)), int(num_removed(10, np.float32(0.9)))
         (29, 9)
     """
-    given = np.asarray(sparsity)
+    given = to_host(sparsity)
     if not (jnp.issubdtype(given.dtype, np.floating) or given.dtype.kind in "iu"):
         raise ValueError(f"sparsity must be numbers in [0, 1], got {sparsity!r:.80}.")
     sparsity = given.astype(np.float64)
