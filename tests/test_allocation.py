@@ -167,7 +167,7 @@ def test_bad_input(x64):
     curvature = hessian(loss, jnp.zeros((2, 1)) + 0.1, [jnp.ones((3, 2))])
     with pytest.raises(ValueError, match=r"mean curvature of .* is -0.995"):
         layer_costs(curvature, jax.random.key(0))
-    with pytest.raises(ValueError, match="num_probes must be at least 2"):
+    with pytest.raises(ValueError, match="num_probes must be an integer of at least 2"):
         layer_costs(curvature, jax.random.key(0), num_probes=1)
     with pytest.raises(ValueError, match="sparsity must lie"):
         uniform_mask(layers(0), 1.5)

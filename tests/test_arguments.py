@@ -4,6 +4,8 @@ Oracle: numbers that are counted by hand.
 """
 
 import functools
+import inspect
+import math
 
 import jax
 import jax.numpy as jnp
@@ -293,6 +295,97 @@ def test_a_table_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "curves.csv").write_bytes(b"sparsity,\xff\n0,1\n")
     with pytest.raises(ValueError, match=r"curves\.csv is damaged, no table of text"):
         read_columns(tmp_path / "curves.csv")
+
+
+NUMBERS = {
+    jaxlimit.batched: {"arrays": (X, Y), "batch_size": 4},
+    jaxlimit.hessian: {"loss_fn": loss, "params": PARAMS, "batches": BATCHES},
+    jaxlimit.gauss_newton: {
+        "predict_fn": predict,
+        "loss_fn": output_loss,
+        "params": PARAMS,
+        "batches": BATCHES,
+    },
+    jaxlimit.pruning_limit: {"curvature": None, "key": KEY, "loss_tolerance": 0.1},
+    jaxlimit.layer_limits: {"curvature": None, "key": KEY, "loss_tolerance": 0.1},
+    jaxlimit.spectral_measure: {"curvature": None, "key": KEY, "num_probes": 1, "num_matvecs": 3},
+    jaxlimit.tridiagonalize: {"matvec": lambda v: v, "start": PARAMS, "num_matvecs": 3},
+    jaxlimit.reference_limit: {"curvature": None, "key": KEY, "loss_tolerance": 0.1, "num_matvecs": 3},
+    jaxlimit.sparsity_sweep: {
+        "metrics_fn": metrics,
+        "params": PARAMS,
+        "batches": BATCHES,
+        "sparsities": [0.5],
+    },
+    jaxlimit.finetuned_sweep: {
+        "loss_fn": loss,
+        "params": PARAMS,
+        "batches": BATCHES,
+        "sparsities": [0.5],
+        "num_steps": 2,
+        "learning_rate": 0.1,
+    },
+    jaxlimit.prune: {
+        "predict_fn": predict,
+        "loss_fn": output_loss,
+        "params": PARAMS,
+        "batches": BATCHES,
+        "sparsity": 0.5,
+    },
+    jaxlimit.attained_limit: {
+        "predict_fn": predict,
+        "loss_fn": output_loss,
+        "params": PARAMS,
+        "batches": BATCHES,
+        "loss_tolerance": 0.1,
+    },
+    jaxlimit.certify: {"metric_fn": metrics, "networks": [(0.5, PARAMS)], "batches": BATCHES, "bound": 0.9},
+    jaxlimit.magnitude_mask: {"weights": PARAMS, "sparsity": 0.5},
+    jaxlimit.nm_mask: {"weights": PARAMS, "n": 1, "m": 3},
+    jaxlimit.Settings: {},
+    jaxlimit.assess: {
+        "predict_fn": predict,
+        "loss_fn": output_loss,
+        "params": PARAMS,
+        "batches": BATCHES,
+        "key": KEY,
+        "test_batches": batched((X + 1, Y), 4),
+        "error_fn": lambda outputs, batch: jnp.ones(len(batch[0])),
+        "loss_tolerance": 0.1,
+    },
+}
+# Booleans are looked at as Python does.
+REAL = {"int", "float", "int | None", "float | None"}
+ARE_NUMBERS = [
+    (call, name)
+    for call in NUMBERS
+    for name, parameter in inspect.signature(call).parameters.items()
+    if getattr(parameter.annotation, "__name__", str(parameter.annotation)) in REAL
+]
+
+
+@pytest.mark.parametrize(("call", "name"), ARE_NUMBERS, ids=lambda x: x if isinstance(x, str) else x.__name__)
+def test_what_is_no_number_is_refused_by_name(call, name, curvature):
+    """Every argument that is annotated as a number, also of functions that are added to `NUMBERS` later."""
+    given = NUMBERS[call]
+    given = {**given, "curvature": curvature} if "curvature" in given else given
+    nothing = [] if "None" in str(inspect.signature(call).parameters[name].annotation) else [None]
+    for value in ["x", "3", math.nan, -1.5, 1j, np.ones(2), [1], object(), *nothing]:
+        with pytest.raises(ValueError, match=name):
+            call(**{**given, name: value})
+
+
+def test_functions_whose_numbers_are_looked_at_are_all_there():
+    """Those of the top level that take numbers."""
+    public = [getattr(jaxlimit, name) for name in jaxlimit.__all__]
+    functions = [x for x in public if inspect.isfunction(x)]
+    numbers = {
+        x.__name__
+        for x in functions
+        for parameter in inspect.signature(x).parameters.values()
+        if getattr(parameter.annotation, "__name__", str(parameter.annotation)) in REAL
+    }
+    assert numbers <= {call.__name__ for call in NUMBERS}
 
 
 EVERY_CALL = {

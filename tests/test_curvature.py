@@ -520,7 +520,7 @@ def test_linearised_batches_stay_within_their_budget(kind, mlp):
     assert curvature_of(kind, mlp, linear_bytes=kept - 1).linear is None
     stream = Stream(mlp.arrays, [5, 5, 5, 2])
     assert curvature_of(kind, mlp, batches=stream).linear is None
-    with pytest.raises(ValueError, match="linear_bytes must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="linear_bytes must be an integer of at least 0, got -1"):
         curvature_of(kind, mlp, linear_bytes=-1)
 
 

@@ -172,10 +172,10 @@ def test_a_folder_with_other_options_or_other_files_is_refused(finished, tmp_pat
         (["crossing", "--num-examples", "2000"], "num_examples must be at most 1438, got 2000"),
         (["distance", "--seeds", "1"], "seeds must be at least 2, got 1"),
         (["gems", "--sparsities", "1"], "sparsities must be one or more numbers from 0 to below 1"),
-        (["gradual", "--rounds", "0"], "rounds must be at least 1, got 0"),
+        (["gradual", "--rounds", "0"], "rounds must be an integer of at least 1, got 0"),
         (["gradual", "--learning-rate", "0"], "learning_rate must be positive and finite, got 0.0"),
         (["lambda", "--lambdas", "-1"], "lambdas must be one or more finite numbers of at least 0"),
-        (["rows", "--num-rows", "3"], "num_rows must be at least 20, got 3"),
+        (["rows", "--num-rows", "3"], "num_rows must be an integer of at least 20, got 3"),
         (
             ["scaling", "--factors", "0"],
             "factors must be one or more positive numbers other than 1, got [0.0]",

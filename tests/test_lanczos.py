@@ -354,7 +354,7 @@ def test_truncation_of_an_exhausted_run():
     assert run.truncate(3).breakdown
     shorter = run.truncate(2)
     assert (shorter.residual_norm, shorter.breakdown) == (0.25, False)
-    with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_steps must be an integer of at least 1, got 0"):
         run.truncate(0)
 
 
@@ -479,7 +479,7 @@ def test_unusable_starts_are_refused(bad):
 
 @pytest.mark.parametrize("steps", [0, -1])
 def test_no_steps_are_refused(steps):
-    with pytest.raises(ValueError, match=f"num_matvecs must be at least 1, got {steps}"):
+    with pytest.raises(ValueError, match=f"num_matvecs must be an integer of at least 1, got {steps}"):
         tridiagonalize(lambda v: v, jnp.ones(3), steps)
 
 

@@ -21,7 +21,7 @@ from jaxlimit.application.question import (
     Question,
     certifying_of,
 )
-from jaxlimit.core.checks import require_key, require_problem, require_weight_fn
+from jaxlimit.core.checks import require_key, require_positive, require_problem, require_weight_fn
 from jaxlimit.core.interrupt import Interrupt
 from jaxlimit.core.terminal import Monitor, Silent, make_monitor
 from jaxlimit.core.trees import Prunable, PyTree, is_kernel
@@ -138,6 +138,8 @@ def assess(
     if out is not None:
         require_extra()
     statistics = None
+    if loss_tolerance is not None:
+        require_positive("loss_tolerance", loss_tolerance)
     if loss_tolerance is None or out is not None:
         statistics = loss_statistics(MeanLoss(predict_fn, loss_fn), params, batches, weight_fn=weight_fn)
     question = Question(

@@ -1,5 +1,6 @@
 """What is asked of a network: how sparse it may be, as predicted, attained and certified."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -11,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jaxlimit.core.batches import batch_length
-from jaxlimit.core.checks import require_instance, require_positive, require_problem, require_range
+from jaxlimit.core.checks import as_real, require_instance, require_positive, require_problem, require_range
 from jaxlimit.core.leaves import to_arrays
 from jaxlimit.core.passes import in_memory, passes
 from jaxlimit.core.trees import Prunable, PyTree, is_kernel, partition
@@ -56,14 +57,17 @@ class Certifying:
     confidence: float = 0.95
 
     def __post_init__(self) -> None:
-        pair = np.shape(self.bounds) == (2,) and self.bounds[0] < self.bounds[1]
+        ends = [as_real(x) for x in self.bounds] if np.shape(self.bounds) == (2,) else [math.nan] * 2
+        pair = -math.inf < ends[0] < ends[1] < math.inf
         require_range("error_bounds", self.bounds, pair, "two numbers, the second of them larger")
         lower, upper = self.bounds
-        inside = self.bound is None or lower < self.bound < upper
+        inside = self.bound is None or lower < as_real(self.bound) < upper
         require_range("error_bound", self.bound, inside, f"between {lower:g} and {upper:g}")
         most = upper - lower
-        require_range("error_rise", self.rise, 0 < self.rise < most, f"between 0 and {most:g}")
-        require_range("confidence", self.confidence, 0 < self.confidence < 1, "between 0 and 1, as .95")
+        require_range("error_rise", self.rise, 0 < as_real(self.rise) < most, f"between 0 and {most:g}")
+        require_range(
+            "confidence", self.confidence, 0 < as_real(self.confidence) < 1, "between 0 and 1, as .95"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,8 +118,8 @@ class Question:
         require_positive("loss_tolerance", self.loss_tolerance)
         check_arguments(self.loss_tolerance, self.tolerance, self.max_matvecs, None, LIMITS, None)
         close = self.attained_tolerance
-        require_range("attained_tolerance", close, 0 < close < 1, "between 0 and 1")
-        require_range("max_products", self.max_products, self.max_products > 0, "positive")
+        require_range("attained_tolerance", close, 0 < as_real(close) < 1, "between 0 and 1")
+        require_range("max_products", self.max_products, as_real(self.max_products) > 0, "positive")
         require_instance("settings", self.settings, Settings, "jaxlimit.Settings(...)")
         if self.model is not None:
             torch_state_dict(self.model, self.params)

@@ -23,7 +23,7 @@ from flax import nnx
 
 from jaxlimit.baselines.masks import keep_all, keep_largest, kept_counts, size
 from jaxlimit.baselines.network import SparseNetwork, bare, kernels, subfolder, with_params
-from jaxlimit.core.checks import require_count, require_range
+from jaxlimit.core.checks import as_real, require_count, require_range
 from jaxlimit.core.trees import PyTree, combine, partition
 from jaxlimit.training.classifier import PureClassifier, pure_classifier
 from jaxlimit.training.descent import Settings, minimise
@@ -64,7 +64,7 @@ class RareGems:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "drop_every"):
             require_count(name, getattr(self, name))
-        require_range("momentum", self.momentum, 0 <= self.momentum < 1, "at least 0 and below 1")
+        require_range("momentum", self.momentum, 0 <= as_real(self.momentum) < 1, "at least 0 and below 1")
         positive = 0 < self.learning_rate < math.inf
         require_range("learning_rate", self.learning_rate, positive, "finite and above 0")
         allowed = self.l2 is None or 0 <= self.l2 < math.inf

@@ -20,7 +20,7 @@ from flax import nnx
 
 from jaxlimit.baselines.masks import keep_all, keep_largest, kept_counts, size
 from jaxlimit.baselines.network import SparseNetwork, kernels, subfolder
-from jaxlimit.core.checks import require_count, require_range
+from jaxlimit.core.checks import as_real, require_count, require_range
 from jaxlimit.core.trees import PyTree, partition
 from jaxlimit.training.classifier import pure_classifier
 from jaxlimit.training.descent import Settings, minimise
@@ -74,9 +74,9 @@ class GReg:
         require_count("stabilise_epochs + 1", self.stabilise_epochs + 1)
         for name in ("height", "choose_height", "learning_rate"):
             value = getattr(self, name)
-            require_range(name, value, 0 < value < math.inf, "positive and finite")
-        require_range("momentum", self.momentum, 0 <= self.momentum < 1, "at least 0 and below 1")
-        require_range("kept", self.kept, math.isfinite(self.kept), "finite")
+            require_range(name, value, 0 < as_real(value) < math.inf, "positive and finite")
+        require_range("momentum", self.momentum, 0 <= as_real(self.momentum) < 1, "at least 0 and below 1")
+        require_range("kept", self.kept, math.isfinite(as_real(self.kept)), "finite")
 
 
 class Growth(NamedTuple):

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from jaxlimit.baselines.masks import count, size
 from jaxlimit.baselines.network import kernels
 from jaxlimit.baselines.ratios import forward_order
-from jaxlimit.core.checks import require_range
+from jaxlimit.core.checks import as_real, require_range
 from jaxlimit.core.trees import PyTree, path_name
 from jaxlimit.geometry.magnitude import magnitude_mask, magnitude_order
 
@@ -79,7 +79,7 @@ def share_scores(
             f"reserved has {', '.join(unknown)}, which are no kernels: these are {', '.join(names)}."
         )
     for name, share in reserved.items():
-        require_range(f"reserved of {name}", share, 0 <= share <= 1, "a share from 0 to 1")
+        require_range(f"reserved of {name}", share, 0 <= as_real(share) <= 1, "a share from 0 to 1")
     rankings = jax.tree.leaves(weights if scores is None else scores)
     magnitude_order(weights, scores)  # refuses what does not match
     found = [

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import least_squares
 
-from jaxlimit.core.checks import require_range
+from jaxlimit.core.checks import as_real, require_range
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def fit_pruned_error(densities: ArrayLike, errors: ArrayLike, dense: float) -> P
     require_range("densities", density.tolist(), inside, "above 0 and at most 1")
     positive = bool(np.all(np.isfinite(error) & (error > 0)))
     require_range("errors", error.tolist(), positive, "positive and finite")
-    require_range("dense", dense, 0 < dense < np.inf, "positive and finite")
+    require_range("dense", dense, 0 < as_real(dense) < np.inf, "positive and finite")
 
     def law(logarithms: NDArray[np.float64]) -> PrunedError:
         rise, exponent, transition = np.exp(logarithms)

@@ -21,7 +21,7 @@ from flax import nnx, traverse_util
 
 from jaxlimit.baselines.masks import keep_largest, kept_counts, random_mask, size
 from jaxlimit.baselines.network import SparseNetwork, kernels, subfolder
-from jaxlimit.core.checks import require_range
+from jaxlimit.core.checks import as_real, require_range
 from jaxlimit.core.trees import PyTree
 from jaxlimit.training.recipe import Folder, Recipe, TrainingOptions
 
@@ -53,7 +53,8 @@ class SmartRatio:
     recipe: Recipe = Recipe(batch_size=64)  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
-        require_range("dense_density", self.dense_density, 0 <= self.dense_density <= 1, "from 0 to 1")
+        density = as_real(self.dense_density)
+        require_range("dense_density", self.dense_density, 0 <= density <= 1, "from 0 to 1")
         require_range("fixed", self.fixed, self.fixed in ("dense", "last"), "dense or last")
 
 

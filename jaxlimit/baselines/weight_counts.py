@@ -6,7 +6,7 @@ and know nothing of the loss tolerance: what they are worth is measured in docs/
 
 import numpy as np
 
-from jaxlimit.core.checks import require_range
+from jaxlimit.core.checks import as_real, require_range
 from jaxlimit.core.trees import PyTree, flatten
 
 
@@ -27,7 +27,7 @@ def near_zero_share(weights: PyTree, threshold: float, *, relative: bool = False
         >>> near_zero_share(np.array([0.0, 0.0005, -0.02, 10.0]), 0.01, relative=True)
         0.75
     """
-    require_range("threshold", threshold, threshold > 0, "positive")
+    require_range("threshold", threshold, as_real(threshold) > 0, "positive")
     magnitudes = _magnitudes(weights)
     scale = float(np.max(magnitudes)) if relative else 1.0
     return float(np.mean(magnitudes < threshold * scale))
@@ -78,8 +78,9 @@ def pq_sparsity(weights: PyTree, p: float = 0.5, q: float = 1.0, *, slack: float
         >>> round(pq_sparsity(np.array([1.0, 1.0, 0.0, 0.0]), 1.0, 2.0), 6)
         0.5
     """
-    require_range("p and q", (p, q), 0 < p <= 1 <= q and p < q, "0 < p <= 1 <= q with p < q")
-    require_range("slack", slack, slack >= 0, "at least 0")
+    ordered = 0 < as_real(p) <= 1 <= as_real(q) and p < q
+    require_range("p and q", (p, q), ordered, "0 < p <= 1 <= q with p < q")
+    require_range("slack", slack, as_real(slack) >= 0, "at least 0")
     magnitudes = _magnitudes(weights)
     scaled = magnitudes / np.max(magnitudes)  # the index does not depend on the scale; powers stay finite
     norms = [np.mean(scaled**power) ** (1 / power) for power in (p, q)]

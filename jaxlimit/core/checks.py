@@ -20,8 +20,8 @@ NOT_FINITE_CAUSES = (
 )
 
 
-def require_count(name: str, value: Any) -> None:
-    """Raises ValueError unless the value is an integer of at least 1.
+def require_count(name: str, value: Any, least: int = 1) -> None:
+    """Raises ValueError unless the value is an integer that is large enough.
 
     Examples:
         >>> require_count("epochs", 0)
@@ -29,8 +29,8 @@ def require_count(name: str, value: Any) -> None:
         ...
         ValueError: epochs must be an integer of at least 1, got 0.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
 
 
 def require_range(name: str, value: Any, holds: bool, allowed: str) -> None:
@@ -55,18 +55,25 @@ def require_positive(name: str, value: Any) -> None:
         ...
         ValueError: loss_tolerance must be a positive finite number, got much.
     """
-    positive = is_number(value) and 0 < float(value) < math.inf
-    require_range(name, value, positive, "a positive finite number")
+    require_range(name, value, 0 < as_real(value) < math.inf, "a positive finite number")
 
 
-def is_number(value: Any) -> bool:
-    """Whether it is a single real number, of any library.
+def as_real(value: Any) -> float:
+    """The value, where it is a single real number of any library; else NaN, which lies in no range.
 
     Examples:
-        >>> [is_number(x) for x in (1, np.float32(0.5), jnp.ones(()), None, "1", np.ones(2), 1j)]
-        [True, True, True, False, False, False, False]
+        >>> [as_real(x) for x in (1, np.float32(0.5), jnp.ones(()), 10**400)]
+        [1.0, 0.5, 1.0, inf]
+        >>> [as_real(x) for x in (None, "1", True, 1j, np.ones(1))]
+        [nan, nan, nan, nan, nan]
     """
-    return np.ndim(value) == 0 and hasattr(value, "__float__") and not np.iscomplexobj(value)
+    single = hasattr(value, "__float__") and np.ndim(value) == 0
+    if not single or np.iscomplexobj(value) or isinstance(value, (bool, np.bool_)):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:  # an integer
+        return math.inf if value > 0 else -math.inf
 
 
 def require_floating(name: str, tree: Any) -> None:

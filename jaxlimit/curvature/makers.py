@@ -7,7 +7,7 @@ from functools import partial
 import jax
 
 from jaxlimit.core.batches import Batches, grouped
-from jaxlimit.core.checks import require_problem, require_weight_fn
+from jaxlimit.core.checks import require_count, require_problem, require_weight_fn
 from jaxlimit.core.memory import device_memory
 from jaxlimit.core.placement import placed_batches, placed_groups
 from jaxlimit.core.trees import Prunable, PyTree, is_kernel, partition
@@ -122,8 +122,7 @@ def _curvature(
 ) -> Curvature:
     if linear_bytes is None:
         linear_bytes = device_memory() // 4
-    if linear_bytes < 0:
-        raise ValueError(f"linear_bytes must be at least 0, got {linear_bytes}.")
+    require_count("linear_bytes", linear_bytes, 0)
     require_weight_fn(product.weight_fn)
     weights, rest = partition(params, prunable)
     require_single_precision(weights)

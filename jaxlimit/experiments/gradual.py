@@ -14,6 +14,7 @@ from jaxlimit import baselines, plots
 from jaxlimit.application.options import shown
 from jaxlimit.application.presets import build_network
 from jaxlimit.baselines.network import SparseNetwork, subfolder
+from jaxlimit.core.checks import require_count
 from jaxlimit.core.trees import PyTree, combine, flatten, partition
 from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.methods import settings_of
@@ -44,8 +45,7 @@ def plan(
         learning_rate: of the recipe's training. Its .1 is made for networks with batch norm.
     """
     task = study.task()
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}.")
+    require_count("rounds", rounds)
     changes = {} if learning_rate is None else {"learning_rate": learning_rate}
     # Refuses what is out of range.
     settings_of("imp", task.preset, len(task.train[1]), study.epochs, learning_rate)

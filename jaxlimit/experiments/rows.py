@@ -7,6 +7,7 @@ from scipy.stats import spearmanr
 from tyro.conf import arg
 
 from jaxlimit import plots
+from jaxlimit.core.checks import require_count
 from jaxlimit.core.trees import flatten
 from jaxlimit.experiments.experiment import Experiment
 from jaxlimit.experiments.study import Study
@@ -24,8 +25,7 @@ def plan(study: Annotated[Study, arg(name="")] = Study(), *, num_rows: int = 500
         num_rows: how many weights are looked at, evenly spaced in order of magnitude.
     """
     task = study.task()
-    if num_rows < 20:
-        raise ValueError(f"num_rows must be at least 20, got {num_rows}.")
+    require_count("num_rows", num_rows, 20)
     variants = {f"{l1:g}": {"l1": l1, "num_rows": num_rows} for l1 in sorted({0.0, task.preset.recipe.l1})}
     return study.experiment("rows", task, variants, _run, table, figure)
 

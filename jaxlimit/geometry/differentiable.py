@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.sparse.linalg import cg
 
-from jaxlimit.core.checks import require_count, require_positive, require_range
+from jaxlimit.core.checks import as_real, require_count, require_positive, require_range
 from jaxlimit.core.trees import Prunable, PyTree, is_kernel, partition
 from jaxlimit.curvature.products import GaussNewtonProduct
 from jaxlimit.geometry.magnitude import num_removed
@@ -86,9 +86,9 @@ def width_dimension_of_params(
         >>> print(f"{delta:.4f}")
         0.5000
     """
-    require_range("sparsity", sparsity, 0 < sparsity <= 1, "in (0, 1]")
+    require_range("sparsity", sparsity, 0 < as_real(sparsity) <= 1, "in (0, 1]")
     require_positive("loss_tolerance", loss_tolerance)
-    require_range("accuracy", accuracy, 0 < accuracy < 1, "between 0 and 1")
+    require_range("accuracy", accuracy, 0 < as_real(accuracy) < 1, "between 0 and 1")
     require_count("max_matvecs", max_matvecs)
     weights, rest = partition(params, prunable)
     _require_probes(probes, weights)

@@ -17,13 +17,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy.optimize import brentq
 
-from jaxlimit.core.checks import (
-    is_number,
-    require_count,
-    require_instance,
-    require_positive,
-    require_range,
-)
+from jaxlimit.core.checks import as_real, require_count, require_instance, require_positive, require_range
 from jaxlimit.spectrum.measure import SpectralMeasure
 
 # A cone's ridge of exp(60) times the width formula's makes the dimension D to rounding.
@@ -45,7 +39,7 @@ def effective_dimension(measure: SpectralMeasure, ridge: float) -> float:
         0.75
     """
     require_instance("measure", measure, SpectralMeasure, "spectral_measure")
-    require_range("ridge", ridge, is_number(ridge) and ridge > 0, "positive")
+    require_range("ridge", ridge, as_real(ridge) > 0, "positive")
     if math.isinf(ridge):
         return 1.0
     ridge = float(ridge)
@@ -209,13 +203,12 @@ def transition_halfwidth(dim: int, eta: float) -> float:
     Source: Amelunxen et al. 2014, approximate kinematic formula (theorem II).
     """
     require_count("dim", dim)
-    require_range("eta", eta, is_number(eta) and 0 < eta < 1, "strictly between 0 and 1")
+    require_range("eta", eta, 0 < as_real(eta) < 1, "strictly between 0 and 1")
     return math.sqrt(8 * math.log(4 / eta) / dim)
 
 
 def _checked(radius: float, loss_tolerance: float) -> tuple[float, float]:
     """Both in double precision; a ValueError where one is out of range."""
-    finite = is_number(radius) and 0 <= float(radius) < math.inf
-    require_range("radius", radius, finite, "finite and not negative")
+    require_range("radius", radius, 0 <= as_real(radius) < math.inf, "finite and not negative")
     require_positive("loss_tolerance", loss_tolerance)
     return float(radius), float(loss_tolerance)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from jaxlimit.core.checks import require_range
 from jaxlimit.core.leaves import as_bools
 from jaxlimit.core.sharding import sharding_like, to_host
 from jaxlimit.core.trees import PyTree, flatten, unflatten
@@ -240,6 +241,7 @@ def magnitude_mask(
         >>> magnitude_mask(np.array([1.0, -1.0, 1.0, 2.0]), 0.5, groups=np.array([0, 1, 1, 0]))
         Array([ True, False, False,  True], dtype=bool)
     """
+    require_range("sparsity", sparsity, np.ndim(sparsity) == 0, "one number in [0, 1]")
     order = magnitude_order(weights, scores, groups)
     return order.mask(order.within(int(num_removed(order.dim, sparsity))))
 

@@ -30,7 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlimit.core.checks import require_instance, require_key
+from jaxlimit.core.checks import require_count, require_instance, require_key
 from jaxlimit.core.trees import PyTree
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.geometry.magnitude import magnitude_mask, magnitude_order
@@ -91,8 +91,7 @@ def layer_costs(curvature: Curvature, key: jax.Array, *, num_probes: int = 16) -
     """
     require_instance("curvature", curvature, Curvature, "gauss_newton or hessian")
     key = require_key("key", key)
-    if num_probes < 2:
-        raise ValueError(f"num_probes must be at least 2, for a standard error; got {num_probes}.")
+    require_count("num_probes", num_probes, 2)  # for a standard error
     weights = curvature.weights
     samples = []
     for probe in jax.random.split(key, num_probes):

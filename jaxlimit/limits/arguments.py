@@ -2,9 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
-import numpy as np
-
-from jaxlimit.core.checks import require_positive
+from jaxlimit.core.checks import as_real, require_count, require_positive, require_range
 from jaxlimit.core.memory import require_host_memory
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.limits.dense_source import DENSE_DIM, dense_fits
@@ -24,19 +22,16 @@ def check_arguments(
     host_bytes: int = 0,
 ) -> None:
     """A ValueError for the first one that is out of range, naming it."""
-    for name, value in (("loss_tolerance", loss_tolerance), ("tolerance", tolerance)):
-        require_positive(name, value)
-    memory = {"basis_bytes": basis_bytes, "host_bytes": host_bytes}
-    for name, value in {"max_matvecs": max_matvecs, "num_probes": num_probes, **memory}.items():
-        if value is not None and not isinstance(value, (int, np.integer)):
-            raise ValueError(f"{name} must be an integer, got {value!r}.")
-    if max_matvecs < LEAST_MATVECS:
-        raise ValueError(f"max_matvecs must be at least {LEAST_MATVECS}, got {max_matvecs}.")
-    if num_probes is not None and not 1 <= num_probes <= max_matvecs:
-        raise ValueError(f"num_probes must lie between 1 and max_matvecs = {max_matvecs}, got {num_probes}.")
-    for name, value in memory.items():
-        if value is not None and value < 0:
-            raise ValueError(f"{name} must be at least 0, got {value}.")
+    require_positive("loss_tolerance", loss_tolerance)
+    require_range("tolerance", tolerance, 0 < as_real(tolerance) < 1, "between 0 and 1")
+    require_count("max_matvecs", max_matvecs, LEAST_MATVECS)
+    if num_probes is not None:
+        require_count("num_probes", num_probes)
+        most = f"at most max_matvecs = {max_matvecs}"
+        require_range("num_probes", num_probes, num_probes <= max_matvecs, most)
+    if basis_bytes is not None:
+        require_count("basis_bytes", basis_bytes, 0)
+    require_count("host_bytes", host_bytes, 0)
     if host_bytes:
         require_host_memory("host_bytes")
     listed = isinstance(which, Collection) and not isinstance(which, str)

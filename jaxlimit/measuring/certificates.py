@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlimit.core.checks import require_problem, require_range
+from jaxlimit.core.checks import as_real, require_problem, require_range
 from jaxlimit.core.display import Displayed, View
 from jaxlimit.core.trees import PyTree
 from jaxlimit.measuring.p_values import METHODS
@@ -267,7 +267,7 @@ def _checked(networks: Iterable[Any]) -> Iterator[tuple[float, PyTree]]:
                 f"a {type(network).__name__}: call {CALL}."
             )
         sparsity = _number("a sparsity", network[0])
-        require_range("a sparsity", sparsity, 0 <= sparsity <= 1, "between 0 and 1")
+        require_range("a sparsity", sparsity, 0 <= as_real(sparsity) <= 1, "between 0 and 1")
         if before is not None and sparsity <= before:
             raise ValueError(
                 f"networks must stand in rising sparsity, but {sparsity:g} comes after {before:g}. Sort "
@@ -290,9 +290,7 @@ def _ends(bounds: Any) -> tuple[float, float]:
 
 
 def _number(name: str, value: Any) -> float:
-    is_number = (
-        np.ndim(value) == 0 and hasattr(value, "__float__") and not isinstance(value, (bool, np.bool_))
-    )
-    if not is_number or not np.isfinite(float(value)):
+    found = as_real(value)
+    if not np.isfinite(found):
         raise ValueError(f"{name} must be a finite number, got {value!r}.")
-    return float(value)
+    return found

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from jaxlimit.core.checks import is_number, require_count, require_problem, require_range, require_weight_fn
+from jaxlimit.core.checks import as_real, require_count, require_problem, require_range, require_weight_fn
 from jaxlimit.core.convolutions import quick_in_loops
 from jaxlimit.core.cuts import Sampled
 from jaxlimit.core.display import Displayed, View, few
@@ -98,7 +98,7 @@ class Sweep(Displayed):
 
 
 def _require_bound(bound: float) -> None:
-    require_range("bound", bound, is_number(bound) and not np.isnan(float(bound)), "a number")
+    require_range("bound", bound, not np.isnan(as_real(bound)), "a number")
 
 
 @takes_bar(partial(Shown, "sparsity sweep"))

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlimit.core.checks import require_count, require_positive, require_range
+from jaxlimit.core.checks import as_real, require_count, require_positive, require_range
 from jaxlimit.core.memory import advice_on_memory
 from jaxlimit.core.storage import Checkpoint
 from jaxlimit.core.terminal import takes_bar
@@ -129,9 +129,9 @@ def attained_limit(
         (0.75, [0.25, 0.5, 0.75, 1.0])
     """
     require_positive("loss_tolerance", loss_tolerance)
-    require_range("tolerance", tolerance, 0 < tolerance < 1, "between 0 and 1")
+    require_range("tolerance", tolerance, 0 < as_real(tolerance) < 1, "between 0 and 1")
     require_count("max_steps", max_steps)
-    require_range("max_products", max_products, max_products > 0, "positive")
+    require_range("max_products", max_products, as_real(max_products) > 0, "positive")
     problem = readjustable(
         predict_fn,
         loss_fn,

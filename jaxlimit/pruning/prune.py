@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxlimit.core.checks import require_range
+from jaxlimit.core.checks import as_real, require_range
 from jaxlimit.core.memory import advice_on_memory
 from jaxlimit.core.storage import Checkpoint, ordered_sum
 from jaxlimit.core.terminal import takes_bar
@@ -133,7 +133,7 @@ def prune(
     _require_one(sparsity, mask)
     if mask is not None and groups is not None:
         raise ValueError("prune takes groups with a sparsity: a mask says itself which weights go.")
-    require_range("max_products", max_products, max_products > 0, "positive")
+    require_range("max_products", max_products, as_real(max_products) > 0, "positive")
     problem = readjustable(
         predict_fn,
         loss_fn,

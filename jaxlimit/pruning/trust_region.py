@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlimit.core.checks import require_count, require_positive, require_range
+from jaxlimit.core.checks import as_real, require_count, require_positive, require_range
 from jaxlimit.core.trees import PyTree
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.limits.conjugate_gradients import Iterate, add_scaled, inner, iterates, kept
@@ -60,8 +60,8 @@ class Settings:
         require_count("step_products", self.step_products)
         for name in ("curvature_share", "gradient_share"):
             share = getattr(self, name)
-            require_range(name, share, 0 < share <= 1, "in (0, 1]")
-        require_range("stage_share", self.stage_share, 0 < self.stage_share < 1, "between 0 and 1")
+            require_range(name, share, 0 < as_real(share) <= 1, "in (0, 1]")
+        require_range("stage_share", self.stage_share, 0 < as_real(self.stage_share) < 1, "between 0 and 1")
         require_positive("damping", self.damping)
 
 

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlimit.core.checks import require_floating
+from jaxlimit.core.checks import require_count, require_floating
 from jaxlimit.core.memory import in_device_memory, in_host_memory
 from jaxlimit.core.programs import parts_of_one_processor
 from jaxlimit.core.trees import PyTree
@@ -295,8 +295,7 @@ def tridiagonalize(
         >>> T.num_steps, T.diagonal.round(5).tolist(), T.off_diagonal.round(5).tolist()
         (2, [2.0, 2.0], [1.0])
     """
-    if num_matvecs < 1:
-        raise ValueError(f"num_matvecs must be at least 1, got {num_matvecs}.")
+    require_count("num_matvecs", num_matvecs)
 
     def matmat(vectors: PyTree) -> PyTree:
         product = matvec(jax.tree.map(lambda x: x[0], vectors))

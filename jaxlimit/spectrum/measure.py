@@ -148,10 +148,8 @@ def spectral_measure(
     """
     require_instance("curvature", curvature, Curvature, "hessian or gauss_newton")
     key = require_key("key", key)
-    if num_probes < 1 or num_matvecs < 1:
-        raise ValueError(
-            f"num_probes and num_matvecs must be at least 1, got {num_probes} and {num_matvecs}."
-        )
+    require_count("num_probes", num_probes)
+    require_count("num_matvecs", num_matvecs)
     starts = rademacher(key, curvature.weights, num_probes)
     max_basis = None if reorthogonalize else 0
     state = lanczos.run(curvature.matmat, lanczos.init(starts), num_matvecs, max_basis)

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxlimit.core.checks import require_count
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -50,8 +52,7 @@ class Tridiagonal:
         Raises:
             ValueError: num_steps below 1.
         """
-        if num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
+        require_count("num_steps", num_steps)
         if num_steps >= self.num_steps:
             return self
         return replace(

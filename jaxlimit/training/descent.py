@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from jaxlimit.core.checks import (
+    as_real,
     named_leaves,
     require_count,
     require_finite,
@@ -62,13 +63,14 @@ class Settings:
     def __post_init__(self) -> None:
         require_count("epochs", self.epochs)
         require_count("batch_size", self.batch_size)
-        require_range("momentum", self.momentum, 0 <= self.momentum < 1, "at least 0 and below 1")
+        require_range("momentum", self.momentum, 0 <= as_real(self.momentum) < 1, "at least 0 and below 1")
         for name in ("l1", "weight_decay"):
             value = getattr(self, name)
-            require_range(name, value, 0 <= value < math.inf, "finite and at least 0")
+            require_range(name, value, 0 <= as_real(value) < math.inf, "finite and at least 0")
         if not callable(self.learning_rate):
             allowed = "finite and above 0, or an optax schedule over updates"
-            require_range("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, allowed)
+            rate = as_real(self.learning_rate)
+            require_range("learning_rate", self.learning_rate, 0 < rate < math.inf, allowed)
 
     @property
     def numbers(self) -> dict[str, float]:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlimit.core.checks import require_range
+from jaxlimit.core.checks import as_real, require_range
 from jaxlimit.core.trees import PyTree, flatten, partition
 from jaxlimit.geometry.groups import group_labels
 
@@ -60,7 +60,7 @@ def group_lasso_of(params: PyTree, strength: float, groups: Any) -> GroupLasso |
         >>> round(float(term(jnp.array([[3.0, 1.0], [4.0, 0.0]]))), 4)  # .1 sqrt(2) (5 + 1)
         0.8485
     """
-    require_range("group_lasso", strength, 0 <= strength < math.inf, "finite and at least 0")
+    require_range("group_lasso", strength, 0 <= as_real(strength) < math.inf, "finite and at least 0")
     if strength == 0:
         return None
     if groups is None:

@@ -11,7 +11,7 @@ import jax
 import optax
 from flax import nnx
 
-from jaxlimit.core.checks import require_range
+from jaxlimit.core.checks import as_real, require_range
 from jaxlimit.core.trees import PyTree
 from jaxlimit.training.classifier import train_model
 from jaxlimit.training.schedule import SCHEDULES, Schedule, learning_rate_schedule, steps_per_epoch
@@ -82,13 +82,13 @@ class Recipe:
         shares = len(self.milestones) > 0 and all(0 <= share <= 1 for share in self.milestones)
         allowed = "one or more shares of the epochs, from 0 to 1"
         require_range("milestones", self.milestones, shares, allowed)
-        require_range("momentum", self.momentum, 0 <= self.momentum < 1, "at least 0 and below 1")
+        require_range("momentum", self.momentum, 0 <= as_real(self.momentum) < 1, "at least 0 and below 1")
         for name in ("learning_rate", "factor"):
             value = getattr(self, name)
-            require_range(name, value, 0 < value < math.inf, "positive and finite")
+            require_range(name, value, 0 < as_real(value) < math.inf, "positive and finite")
         for name in ("weight_decay", "l1"):
             value = getattr(self, name)
-            require_range(name, value, 0 <= value < math.inf, "finite and at least 0")
+            require_range(name, value, 0 <= as_real(value) < math.inf, "finite and at least 0")
 
     def updates(self, num_examples: int) -> int:
         """Number of updates in all epochs."""
