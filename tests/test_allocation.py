@@ -173,3 +173,17 @@ def test_bad_input(x64):
         uniform_mask(layers(0), 1.5)
     with pytest.raises(ValueError, match="sparsity must lie"):
         allocated_mask(layers(0), random_costs(0), -0.1)
+
+
+def test_arrays_without_entries_have_no_cost_and_no_share():
+    weights = {"e": np.zeros((0, 3), np.float32), "w": np.arange(1.0, 5, dtype=np.float32).reshape(4, 1)}
+
+    def loss(params, x):
+        return jnp.mean((x @ params["w"]) ** 2) + 0 * jnp.sum(params["e"])
+
+    curvature = hessian(loss, weights, [jnp.ones((3, 4))])
+    costs = layer_costs(curvature, jax.random.key(0))
+    assert costs.curvature["e"] == 0
+    for mask in (uniform_mask(weights, 0.5), allocated_mask(weights, costs, 0.5)):
+        assert mask["e"].shape == (0, 3)
+        assert mask["w"].ravel().tolist() == [False, False, True, True]

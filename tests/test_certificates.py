@@ -538,3 +538,15 @@ def test_the_worked_numbers_of_the_documentation():
         found = method.upper_bound(risks, bound, 0.05)
         assert shown == pytest.approx(found if bound < 0.5 else 2 * found - 1, rel=0.01)
         assert float(needed.replace(",", "")) == pytest.approx(method.needed(risks, bound, 0.05), rel=0.02)
+
+
+@pytest.mark.parametrize(("num_examples", "errors"), [(38, 21), (76, 42), (1000, 20)])
+def test_whole_numbers_of_errors_are_whole(num_examples, errors):
+    """38 (21 / 38) is 21.000000000000004."""
+    bound = errors / num_examples + 0.2
+    found = hoeffding_bentkus(errors / num_examples, num_examples, bound)
+    share = errors / num_examples
+    divergence = share * np.log(share / bound) + (1 - share) * np.log((1 - share) / (1 - bound))
+    tail = np.e * stats.binom.cdf(errors, num_examples, bound)
+    assert tail < np.exp(-num_examples * divergence)  # so that it is the tail that is looked at
+    assert found == pytest.approx(tail, rel=1e-9)

@@ -62,6 +62,27 @@ def test_half_precision_is_summed_in_float32(half):
     assert sweep.metrics["loss"][0] == pytest.approx(float(jnp.asarray(3e4, half)), rel=1e-5)
 
 
+def test_removed_weights_of_half_precision_stay_zero_while_others_are_tuned():
+    """Adam's 1e-8 is 0 in float16, where a removed weight's step would be 0 / 0."""
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((64, 8)).astype(np.float32)
+    y = x @ rng.standard_normal((8, 1)).astype(np.float32)
+    start = rng.standard_normal((8, 1)).astype(np.float32)
+
+    def tuned(dtype):
+        batches = jaxlimit.batched((x.astype(dtype), y.astype(dtype)), 32)
+        return finetuned_sweep(
+            lambda w, b: jnp.mean((b[0] @ w - b[1]) ** 2),
+            jnp.asarray(start, dtype),
+            batches,
+            [0.25, 0.5],
+            num_steps=30,
+            learning_rate=0.1,
+        ).metrics["loss"]
+
+    np.testing.assert_allclose(tuned(np.float16), tuned(np.float32), rtol=0.05)
+
+
 @pytest.mark.parametrize("seconds", [1e-9, 0.002])
 def test_bits_do_not_depend_on_where_the_passes_are_cut(seconds, monkeypatch):
     arguments = *typed(np.float32), GRID

@@ -236,7 +236,7 @@ def twenty_weights():
         ({"max_matvecs": 1e4}, "max_matvecs must be an integer of at least 16, got 10000.0"),
         ({"num_probes": 2.0}, "num_probes must be an integer of at least 1, got 2.0"),
         ({"basis_bytes": 1e9}, "basis_bytes must be an integer of at least 0, got 1000000000.0"),
-        ({"num_probes": 3001}, "num_probes must be at most max_matvecs = 3000, got 3001"),
+        ({"num_probes": 20, "max_matvecs": 16}, "num_probes must be at most max_matvecs = 16, got 20"),
         ({"which": ["widht"]}, r"which must name limits among one_shot, .*, got \['widht'\]"),
         ({"which": "width"}, "which must name limits among"),
         ({"which": []}, "which must name limits among"),
@@ -597,3 +597,20 @@ def test_no_look_at_the_cone_is_shallower_than_the_one_before(every, monkeypatch
         assert looked == sorted(looked)
         errors.append(abs(found.value - truth) / found.spread)
     assert max(errors) < 3
+
+
+@pytest.mark.parametrize("max_matvecs", [17, 31, 32])
+def test_the_dense_matrix_is_within_the_budget(max_matvecs):
+    """Of 17 weights it takes two blocks of 16 products."""
+    found = jaxlimit.pruning_limit(
+        quadratic_network(17), jax.random.key(0), loss_tolerance=0.1, max_matvecs=max_matvecs
+    )
+    assert found.num_matvecs <= max_matvecs
+    assert (found.method == "dense eigendecomposition") == (max_matvecs == 32)
+
+
+def test_what_is_done_with_json_changes_no_limit(twenty_weights):
+    found = jaxlimit.pruning_limit(twenty_weights, jax.random.key(0), loss_tolerance=0.1)
+    value = found.width.value
+    found.to_json()["width"]["value"] = -7
+    assert found.width.value == value

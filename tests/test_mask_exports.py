@@ -223,3 +223,13 @@ def test_the_page_runs(tmp_path, monkeypatch):
     np.testing.assert_array_equal(written["linear.0.weight"] != 0, masks["linear.0.weight"])
     exec(compile(optimizer, "export.md", "exec"), made)
     made["optimizer"].init(made["params"])
+
+
+def test_what_is_not_finite_elsewhere_is_no_fault_of_the_mask(network):
+    _, mask, start = network
+    jaxlimit.keep_zeros(mask).init({**start, "bias": np.full_like(start["bias"], np.nan)})
+    gone = ~np.asarray(mask["first"])
+    odd = np.array(start["first"])
+    odd[tuple(np.argwhere(gone)[0])] = np.nan
+    with pytest.raises(ValueError, match="1 weights that the mask prunes are not zero"):
+        jaxlimit.keep_zeros(mask).init({**start, "first": odd})

@@ -172,3 +172,16 @@ def test_wanda_takes_other_layouts_and_uses_a_shared_kernel_twice():
 def test_wanda_refuses_what_is_no_product_with_inputs(predict, message):
     with pytest.raises(ValueError, match=message):
         wanda_scores(predict, jnp.ones((2, 2)), batched(jnp.ones((3, 2)), 3))
+
+
+def test_squares_of_inputs_in_half_precision_are_summed_in_float32():
+    """900 from each of 128 examples is beyond float16."""
+    inputs, weights = np.full((128, 3), 30, np.float16), np.array([[1.0], [-2.0], [0.5]], np.float16)
+    scores = wanda_scores(lambda w, x: x @ w, jnp.asarray(weights), batched(inputs, 128))
+    np.testing.assert_allclose(scores, 30 * np.abs(weights.astype(np.float64)), rtol=1e-3)
+
+
+def test_complex_inputs_have_no_squares_to_sum():
+    batches = batched(np.full((4, 3), 1j, np.complex64), 4)
+    with pytest.raises(ValueError, match="takes real inputs, but complex ones meet params"):
+        wanda_scores(lambda w, x: jnp.abs(x @ w), jnp.ones((3, 1)), batches)

@@ -652,3 +652,100 @@ def test_tolerances_that_cannot_be_meant_are_refused(network, keywords):
     params, arrays = network
     with pytest.raises(ValueError, match="tolerance"):
         attained_limit(predict, cross_entropy, params, batched(arrays, 30), **keywords)
+
+
+@pytest.mark.parametrize(("num_batches", "share"), [(10, 0.6), (10, 0.3), (19, 0.1), (7, 0.25)])
+def test_every_batch_is_in_a_window(num_batches, share):
+    inputs = np.arange(num_batches, dtype=np.float32)[:, None]
+    curvature = jaxlimit.gauss_newton(linear, squared_error, np.ones((1, 1)), batched((inputs, inputs), 1))
+    windows = [window(curvature, share, number).groups[0][0] for number in range(math.ceil(1 / share) + 1)]
+    assert len({x.shape for x in windows}) == 1
+    assert np.unique(np.concatenate([np.ravel(x) for x in windows])).tolist() == list(range(num_batches))
+
+
+def test_batches_of_several_sizes_take_turns():
+    """Padded texts come in a few lengths, each too seldom for a share of its own."""
+    data = [(np.full((n, 1), n, np.float32), np.zeros((n, 1), np.float32)) for n in (40, 41, 42, 3)]
+    curvature = jaxlimit.gauss_newton(linear, squared_error, np.ones((1, 1), np.float32), data)
+    seen = {float(np.max(window(curvature, 0.1, number).groups[0][0])) for number in range(6)}
+    assert seen == {40, 41, 42}  # three examples do not stand for all
+
+
+def test_a_network_whose_loss_is_nan_is_not_attained():
+    """Of all weights removed, the direction w / |w| is 0 / 0."""
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((32, 4)).astype(np.float32)
+    weights = np.array([[1.0], [0.1], [0.2], [0.3]], np.float32)
+
+    def predict(w, batch):
+        return batch[0] @ (w / jnp.linalg.norm(w))
+
+    data = batched((inputs, np.asarray(predict(weights, (inputs,)))), 32)
+    found = attained_limit(predict, squared_error, weights, data, loss_tolerance=9.0)
+    assert found.sparsity == 0.75
+    assert np.isfinite(found.pruned.loss)
+
+
+@pytest.mark.parametrize("kind", [jnp.bfloat16, np.float16])
+def test_a_tolerance_of_few_bits_is_the_number_that_it_is(kind):
+    """The sum with the loss was rounded to its bits: to a step of 1/128 near 1 in bfloat16."""
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((40, 1)).astype(np.float32)
+    inputs = rng.standard_normal((200, 40)).astype(np.float32)
+    data = batched((inputs, inputs @ weights + 1.5 * rng.standard_normal((200, 1)).astype(np.float32)), 200)
+    limit = partial(attained_limit, linear, squared_error, weights, data, unpruned=False)
+    coarse = limit(loss_tolerance=kind(0.01))
+    assert coarse.pruned.loss <= coarse.dense_loss + float(kind(0.01))
+    assert coarse.sparsity == limit(loss_tolerance=float(kind(0.01))).sparsity
+
+
+@pytest.mark.parametrize("call", ["prune", "attained_limit"])
+def test_a_loss_that_differs_in_curvature_alone_is_another_problem(tmp_path, call):
+    """A term that is 0 at the trained network, as of distillation."""
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((6, 2)).astype(np.float32)
+    inputs = rng.standard_normal((64, 6)).astype(np.float32)
+    dense = inputs @ weights
+    data = batched((inputs, dense + 0.5 * rng.standard_normal(dense.shape).astype(np.float32), dense), 64)
+
+    def run(share):
+        def loss(outputs, batch):
+            return squared_error(outputs, batch[:2]) + share * jnp.mean((outputs - batch[2]) ** 2)
+
+        question = {"sparsity": 0.6} if call == "prune" else {"loss_tolerance": 0.5}
+        return getattr(jaxlimit, call)(linear, loss, weights, data, checkpoint=tmp_path / "work", **question)
+
+    run(0.0)
+    with pytest.raises(ValueError, match="another problem"):
+        run(100.0)
+
+
+def test_a_loss_that_is_infinite_on_other_data_than_the_last_step_s_is_told():
+    inputs, targets = np.ones((8192, 3), np.float32), np.zeros((8192, 1), np.float32)
+    inputs[4096:, 0], inputs[:4096, 1:], targets[:4096] = (
+        0,
+        0,
+        1,
+    )  # the first half reads the first weight only
+    data = [(inputs[:4096], targets[:4096]), (inputs[4096:], targets[4096:])]
+
+    def loss(outputs, batch):
+        return jnp.mean(jnp.where(batch[1] > 0, -jnp.log(jnp.abs(outputs)), outputs**2))
+
+    weights = np.array([[0.1], [0.5], [0.6]], np.float32)
+    settings = Settings(gradient_share=0.5, curvature_share=0.5)
+    found = prune(linear, loss, weights, data, 1 / 3, settings=settings)
+    assert found.loss == np.inf
+    assert found.code is Ending.NOT_FINITE
+    assert "the loss is inf" in found.status
+
+
+def test_what_has_no_effect_is_refused(regression):
+    weights, arrays = regression
+    data, call = batched(arrays, 60), partial(prune, linear, squared_error)
+    with pytest.raises(ValueError, match="takes scores and groups with a sparsity"):
+        call(weights, data, mask=np.abs(weights) > 0.1, scores=weights)
+    with pytest.raises(ValueError, match="trainable chooses nothing that can move"):
+        call(weights, data, 0.5, trainable=lambda path, _: "bias" in str(path))
+    with pytest.raises(ValueError, match="max_products must be a positive finite number, got inf"):
+        call(weights, data, 0.5, max_products=math.inf)

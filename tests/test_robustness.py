@@ -134,7 +134,7 @@ def test_a_basis_that_does_not_fit_is_said_and_the_limits_are_the_same(basis_byt
 @pytest.mark.parametrize("name", ["basis_bytes", "host_bytes"])
 def test_memory_that_cannot_be_meant_is_refused(name):
     curvature = quadratic(np.ones(300), np.eye(300), np.ones(300))
-    with pytest.raises(ValueError, match=f"{name} must be at least 0, got -1"):
+    with pytest.raises(ValueError, match=f"{name} must be an integer of at least 0, got -1"):
         jaxlimit.pruning_limit(curvature, jax.random.key(0), loss_tolerance=0.1, **{name: -1})
 
 

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxlimit import apply_mask, batched, hessian, magnitude_mask, models, pruning_limit, shrink
+from jaxlimit.baselines.network import bare
 from jaxlimit.core.jaxprs import multiplications
 from jaxlimit.core.trees import flatten, partition
 from jaxlimit.geometry.magnitude import magnitude_order
@@ -317,3 +318,20 @@ def test_a_network_pruned_by_units_is_smaller():
     order = magnitude_order(curvature.weights, groups=labels)
     small = shrink(model, params, order.mask(4))
     assert sum(small.model.widths[1:-1]) == 12
+
+
+@pytest.mark.parametrize("biases", [True, False])
+def test_batch_norm_without_scale_or_bias(biases):
+    """The networks of the baselines."""
+    model = models.CNet(rngs=nnx.Rngs(0))
+    model.norms[0].mean.set_value(model.norms[0].mean.get_value() - 0.3)  # so that units have a constant
+    model = bare(model, biases=biases)
+    predict, params = models.from_nnx(model)
+    kernel = params["convolutions"]["0"]["kernel"]
+    params["convolutions"]["0"]["kernel"] = kernel.at[..., :2].set(0)
+    small = shrink(model, params)
+    inputs = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+    assert small.num_params < small.dense_num_params
+    np.testing.assert_allclose(
+        small.predict(small.params, inputs), predict(params, inputs), rtol=1e-4, atol=1e-4
+    )

@@ -45,9 +45,9 @@ def test_the_pq_index_is_the_formula():
         (lambda: near_zero_share(np.ones(3), 0), "threshold must be positive"),
         (lambda: pq_sparsity(np.ones(3), 2.0, 1.0), "p and q must be"),
         (lambda: pq_sparsity(np.ones(3), slack=-1), "slack must be at least 0"),
-        (lambda: effective_number(np.zeros(3)), "no weights but zeros"),
+        (lambda: effective_number(np.zeros(3)), "nothing is left to count"),
         (lambda: effective_number(np.array([1.0, np.nan])), "not finite"),
-        (lambda: effective_number({}), "no weights but zeros"),
+        (lambda: effective_number({}), "nothing is left to count"),
         (lambda: fit_pruned_error([0.5, 0.1], [0.1, 0.2], 0.1), "at least 3"),
         (lambda: fit_pruned_error([0.5, 0.1, 0], [0.1, 0.2, 0.3], 0.1), "densities must be above 0"),
         (lambda: fit_pruned_error([0.5, 0.1, 0.2], [0.1, 0, 0.3], 0.1), "errors must be positive"),
@@ -91,3 +91,9 @@ def test_a_law_of_a_small_exponent_stays_within_floats():
     np.testing.assert_allclose(law.error([1.0, 0.0]), [0.02, 0.8])
     assert law.sparsity(0.1) == 1.0
     assert replace(law, transition=0.1).sparsity(0.1) == 0.0
+
+
+def test_zeros_are_near_zero():
+    assert near_zero_share(np.zeros(3), 0.01) == 1
+    with pytest.raises(ValueError, match="nothing is left to count"):
+        near_zero_share(np.zeros(3), 0.01, relative=True)

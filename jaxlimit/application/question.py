@@ -119,7 +119,7 @@ class Question:
         check_arguments(self.loss_tolerance, self.tolerance, self.max_matvecs, None, LIMITS, None)
         close = self.attained_tolerance
         require_range("attained_tolerance", close, 0 < as_real(close) < 1, "between 0 and 1")
-        require_range("max_products", self.max_products, as_real(self.max_products) > 0, "positive")
+        require_positive("max_products", self.max_products)
         require_instance("settings", self.settings, Settings, "jaxlimit.Settings(...)")
         if self.model is not None:
             torch_state_dict(self.model, self.params)

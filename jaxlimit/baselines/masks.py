@@ -41,7 +41,7 @@ def count(mask: PyTree) -> int:
 
 
 def boolean(flat: Any, weights: PyTree) -> PyTree:
-    """A vector of booleans, in the order of `magnitude.flatten`, as a mask of these weights."""
+    """A vector of booleans, in the order of `flatten`, as a mask of these weights."""
     return unflatten(flat, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, bool), weights))
 
 

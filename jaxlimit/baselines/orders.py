@@ -6,6 +6,7 @@ Taylor's score. All scores are pytrees like the prunable weights, float64 on the
 smallest go first.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -15,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from jaxlimit.core.batches import Batches, batched, grouped
+from jaxlimit.core.batches import Batches, batched, examples_like, grouped
 from jaxlimit.core.checks import require_count, require_instance, require_key
 from jaxlimit.core.sums import ExampleSum, mean_of_sum
 from jaxlimit.core.trees import Prunable, PyTree, combine, flatten, is_kernel, partition
+from jaxlimit.curvature.data_checks import require_single_precision
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.spectrum.probes import rademacher
 
@@ -134,7 +136,7 @@ def gauss_newton_diagonal(
         in the outputs.
 
     Raises:
-        ValueError: no batches, nothing prunable.
+        ValueError: no batches, nothing prunable, weights in half precision.
 
     Examples:
         >>> def predict(w, x): return x @ w
@@ -144,17 +146,19 @@ def gauss_newton_diagonal(
         [[5.0], [2.0]]
     """
     weights, rest = partition(params, prunable)
+    require_single_precision(weights)
     diagonal = partial(_batch_diagonal, predict_fn, loss_fn)
     if isinstance(batches, Batches):
-        batches = batched(batches.arrays, _affordable(predict_fn, params, weights, batches))
+        batches = batched(batches.arrays, _affordable(predict_fn, weights, rest, batches))
     total, weight = ExampleSum(diagonal)(grouped(batches), weights, rest)
     return jax.tree.map(_wide, mean_of_sum(total, weight))
 
 
-def _affordable(predict_fn: Callable[..., PyTree], params: PyTree, weights: PyTree, batches: Batches) -> int:
+def _affordable(predict_fn: Callable[..., PyTree], weights: PyTree, rest: PyTree, batches: Batches) -> int:
     """Examples whose Jacobians take `JACOBIAN_SIZE` numbers."""
-    one = jax.tree.map(lambda x: x[:1], batches.arrays)
-    num_outputs = sum(np.size(x) for x in jax.tree.leaves(jax.eval_shape(predict_fn, params, one)))
+    one = examples_like(batches.arrays, 1)
+    made = jax.eval_shape(lambda weights, batch: predict_fn(combine(weights, rest), batch), weights, one)
+    num_outputs = sum(math.prod(x.shape) for x in jax.tree.leaves(made))
     fitting = JACOBIAN_SIZE // (num_outputs * flatten(weights).size)
     return max(1, min(batches.batch_size, fitting))
 

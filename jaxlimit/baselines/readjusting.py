@@ -11,7 +11,7 @@ from jaxlimit.baselines.l1_pruning import LOMP
 from jaxlimit.baselines.masks import count, kept_counts, size
 from jaxlimit.baselines.network import SparseNetwork, kernels, subfolder, with_params
 from jaxlimit.core.batches import batched
-from jaxlimit.core.checks import as_real, require_range
+from jaxlimit.core.checks import require_positive
 from jaxlimit.models import from_nnx
 from jaxlimit.pruning.prune import prune
 from jaxlimit.training.losses import cross_entropy
@@ -34,7 +34,7 @@ class Readjusting:
     max_products: float = 100.0
 
     def __post_init__(self) -> None:
-        require_range("max_products", self.max_products, as_real(self.max_products) > 0, "positive")
+        require_positive("max_products", self.max_products)
 
 
 def readjusted_pruning(

@@ -174,14 +174,24 @@ class _Walk:
         """What a kernel multiplies in one product: the sum of squares for each entry, and of how many."""
         side = 0 if moved[0] is not None else 1
         one: Any = moved[side]
-        squares = jnp.square(args[1 - side])
+        inputs = args[1 - side]
+        if np.iscomplexobj(inputs):
+            raise ValueError(
+                f"wanda_scores takes real inputs, but complex ones meet {self._names[one.number]}: give "
+                "another order."
+            )
+        # Squares are large, and sums of them long: too much for half precision.
+        wide = jnp.promote_types(inputs.dtype, jnp.float32)
+        squares = jnp.square(inputs.astype(wide))
+        params = {**eqn.params, "preferred_element_type": None}
 
         def summed(w: jax.Array) -> jax.Array:
-            pair = (one.move(w), squares) if side == 0 else (squares, one.move(w))
-            return eqn.primitive.bind(*pair, **eqn.params).sum()
+            kernel = one.move(w).astype(wide)
+            pair = (kernel, squares) if side == 0 else (squares, kernel)
+            return eqn.primitive.bind(*pair, **params).sum()
 
         count = math.prod(eqn.outvars[0].aval.shape) // _num_outputs(eqn, side, args[side].shape)  # pyright: ignore[reportAttributeAccessIssue]
-        self.uses[one.number].append((jax.grad(summed)(self._kernels[one.number]), count))
+        self.uses[one.number].append((jax.grad(summed)(self._kernels[one.number].astype(wide)), count))
 
 
 def _alone(jaxpr: Jaxpr, eqn: JaxprEqn, args: list[Any]) -> Sequence[Any]:

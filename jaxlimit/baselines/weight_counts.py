@@ -19,7 +19,8 @@ def near_zero_share(weights: PyTree, threshold: float, *, relative: bool = False
         relative: whether it is in units of the largest magnitude instead.
 
     Raises:
-        ValueError: a threshold that is not positive; weights that are empty or not finite.
+        ValueError: a threshold that is not positive; weights that are empty, not finite, or, where it is
+            relative, all 0.
 
     Examples:
         >>> near_zero_share(np.array([0.0, 0.0005, -0.02, 10.0]), 0.001)
@@ -28,7 +29,7 @@ def near_zero_share(weights: PyTree, threshold: float, *, relative: bool = False
         0.75
     """
     require_range("threshold", threshold, as_real(threshold) > 0, "positive")
-    magnitudes = _magnitudes(weights)
+    magnitudes = _magnitudes(weights) if relative else _finite(weights)
     scale = float(np.max(magnitudes)) if relative else 1.0
     return float(np.mean(magnitudes < threshold * scale))
 
@@ -94,9 +95,17 @@ LARGEST_ROUND = 0.9
 
 def _magnitudes(weights: PyTree) -> np.ndarray:
     """(D,) |w|, float64; a ValueError where there are none, not all are finite, or all are 0."""
-    magnitudes = np.abs(flatten(weights).astype(np.float64))
+    magnitudes = _finite(weights)
     if not np.any(magnitudes):
         raise ValueError("there are no weights but zeros: nothing is left to count.")
+    return magnitudes
+
+
+def _finite(weights: PyTree) -> np.ndarray:
+    """(D,) |w|, float64; a ValueError where there are none, or not all are finite."""
+    magnitudes = np.abs(flatten(weights))
+    if not magnitudes.size:
+        raise ValueError("there are no weights: nothing is left to count.")
     if not np.all(np.isfinite(magnitudes)):
         raise ValueError(f"{int(np.sum(~np.isfinite(magnitudes)))} weights are not finite (NaN or infinity).")
     return magnitudes

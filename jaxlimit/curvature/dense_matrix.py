@@ -11,13 +11,25 @@ from jaxlimit.core.sharding import to_host
 from jaxlimit.core.trees import PyTree
 from jaxlimit.curvature.rounding import require_symmetric
 
+BLOCK_SIZE = 16
+
+
+def num_dense_products(dim: int) -> int:
+    """Products that `dense_matrix` takes: D, up to a whole number of blocks.
+
+    Examples:
+        >>> [num_dense_products(dim) for dim in (5, 16, 17)]
+        [5, 16, 32]
+    """
+    return dim if dim < BLOCK_SIZE else math.ceil(dim / BLOCK_SIZE) * BLOCK_SIZE
+
 
 def dense_matrix(
-    matmat: Callable[[PyTree], PyTree], like: PyTree, block_size: int = 16
+    matmat: Callable[[PyTree], PyTree], like: PyTree, block_size: int = BLOCK_SIZE
 ) -> NDArray[np.float64]:
     """The symmetric matrix behind products, symmetrised, in the order of the flattened weights.
 
-    Cost: D products in blocks of `block_size`; memory 8 D^2 bytes on the host.
+    Cost: `num_dense_products(D)` products, in blocks of `block_size`; memory 8 D^2 bytes on the host.
 
     Raises:
         FloatingPointError: a product is not finite.

@@ -3,7 +3,7 @@
 An experiment is a module of this folder, named as its command (with _ at the end where the name is a word of
 Python), that has a function `plan`. The arguments of `plan` are the options on the command line, and its
 docstring is the help; it checks the options, and returns an `Experiment`. To add an experiment, write such a
-module: `EXPERIMENTS` finds it.
+module, which `EXPERIMENTS` finds, and its example into `EXAMPLES` of options.py.
 """
 
 import importlib

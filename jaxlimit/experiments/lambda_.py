@@ -55,7 +55,7 @@ def plan(
     chosen = [m * task.preset.recipe.l1 for m in MULTIPLES] if lambdas is None else sorted({*lambdas})
     if not chosen or not all(0 <= value < float("inf") for value in chosen):
         raise ValueError(f"lambdas must be one or more finite numbers of at least 0, got {list(chosen)}.")
-    variants = {f"{value:g}": value for value in chosen}
+    variants = {f"{value:.9g}": value for value in chosen}
     return study.experiment("lambda", task, variants, _run, table, figure)
 
 

@@ -144,12 +144,13 @@ def unresolved(results: Any) -> str:
     parts = [
         part for limit in left for part in limit.values() if isinstance(part, Mapping) and "spread" in part
     ]
-    spread = max(part["spread"] for part in parts)
-    width = max(part["upper"] - part["lower"] for part in parts)
-    return (
-        f"\nUnder-resolved, or without a product left: {len(left)} of {len(found)}. The limits there moved "
-        f"by up to {spread:.3f} of late;\ntheir proven intervals are up to {width:.3f} wide.\n"
-    )
+    told = f"\nUnder-resolved, or without a product left: {len(left)} of {len(found)}."
+    if parts:
+        spread = max(part["spread"] for part in parts)
+        width = max(part["upper"] - part["lower"] for part in parts)
+        told += f" The limits there moved by up to {spread:.3f} of late;\ntheir"
+        told += f" proven intervals are up to {width:.3f} wide."
+    return f"{told}\n"
 
 
 def is_less(first: float, second: float) -> bool | None:

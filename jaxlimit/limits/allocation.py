@@ -131,7 +131,7 @@ def allocated_mask(weights: PyTree, costs: LayerCosts, sparsity: float) -> PyTre
         >>> mask["a"].tolist(), mask["b"].tolist()
         ([False, False, True], [True, True])
     """
-    return magnitude_mask(costs.scores(weights), sparsity)
+    return magnitude_mask(weights, sparsity, scores=costs.scores(weights))
 
 
 def uniform_mask(weights: PyTree, sparsity: float) -> PyTree:
@@ -151,14 +151,18 @@ def uniform_mask(weights: PyTree, sparsity: float) -> PyTree:
         >>> uniform_mask({"a": np.array([1.0, 2.0]), "b": np.array([10.0, 20.0])}, 0.5)
         {'a': Array([False,  True], dtype=bool), 'b': Array([False,  True], dtype=bool)}
     """
-    shares = jax.tree.map(
-        lambda w: ((magnitude_order(w).rank + 0.5) / np.size(w)).reshape(np.shape(w)), weights
-    )
-    return magnitude_mask(shares, sparsity)
+
+    def shares_of(w: jax.Array) -> np.ndarray:
+        ranks = magnitude_order(w).rank if np.size(w) else np.zeros(0)
+        return ((ranks + 0.5) / max(np.size(w), 1)).reshape(np.shape(w))
+
+    shares = jax.tree.map(shares_of, weights)
+    return magnitude_mask(weights, sparsity, scores=shares)
 
 
 def _mean_product(sign: jax.Array, product: jax.Array) -> float:
-    return float(np.mean(np.asarray(sign, np.float64) * np.asarray(product, np.float64)))
+    products = np.asarray(sign, np.float64) * np.asarray(product, np.float64)
+    return float(np.mean(products)) if products.size else 0.0
 
 
 def _slope(gradient: jax.Array, weight: jax.Array) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 
-from jaxlimit.curvature.dense_matrix import dense_matrix
+from jaxlimit.curvature.dense_matrix import dense_matrix, num_dense_products
 from jaxlimit.limits.budget import Budget
 from jaxlimit.limits.cone import Look, look_at
 from jaxlimit.limits.eigensystem import Eigensystem, eigensystem
@@ -134,7 +134,7 @@ class DenseSource:
 
 def dense_fits(dim: int, num_products: float = np.inf) -> bool:
     """Whether the matrix of D weights is decomposed in seconds and can be had with so many products."""
-    return dim <= min(DENSE_DIM, num_products)
+    return dim <= DENSE_DIM and num_dense_products(dim) <= num_products
 
 
 def dense_is_cheaper(dim: int, which: Sequence[str], tolerance: float, semidefinite: bool) -> bool:

@@ -87,7 +87,7 @@ class Behind(NamedTuple):
     Attributes:
         problem: the question.
         bracket: of the spectral measure.
-        removed: of the spectral measure seen from c, by the number of removed weights.
+        removed: of the spectral measure seen from c, by the number of removals: weights or groups.
     """
 
     problem: Problem
@@ -199,7 +199,7 @@ class PruningLimit(Displayed):
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the arrays, as JSON values."""
-        limits = {name: vars(estimate) for name, estimate in self.estimates().items()}
+        limits = {name: dict(vars(estimate)) for name, estimate in self.estimates().items()}
         # JSON has no number that is not finite.
         rises = {name: rise if np.isfinite(rise) else None for name, rise in self.rises.items()}
         numbers = {name: getattr(self, name) for name in (*_NUMBERS, "transition_halfwidth")}

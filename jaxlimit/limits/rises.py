@@ -2,10 +2,8 @@
 
 from collections.abc import Mapping
 
-import jax
-import jax.numpy as jnp
-
 from jaxlimit.curvature.operator import Curvature
+from jaxlimit.limits.conjugate_gradients import kept
 from jaxlimit.limits.estimate import Estimate
 from jaxlimit.limits.problem import Problem
 
@@ -33,6 +31,5 @@ def true_rises(
 
 
 def _rise(curvature: Curvature, problem: Problem, num_removed: int) -> float:
-    kept = problem.order.mask(num_removed)
-    pruned = jax.tree.map(lambda keep, w: jnp.where(keep, w, 0), kept, curvature.weights)
-    return curvature.mean_loss(pruned) - curvature.loss
+    mask = problem.order.mask(num_removed)
+    return curvature.mean_loss(kept(mask, curvature.weights)) - curvature.loss

@@ -43,8 +43,12 @@ def start(
     loss = loss_fn.shape(combine(weights, rest), first_of(groups[0]))
     best_loss = jnp.full(counts.shape, jnp.inf, jnp.promote_types(loss.dtype, jnp.float32))
     adam = optax.adam(0.0)
-    optimizer = optax.tree_map_params(adam, lambda _, w: zeros_beside(w), adam.init(current), current)
-    return State(current, optimizer, current, best_loss, _no_batch(current, best_loss))
+    sums = _no_batch(current, best_loss)
+    # Moments are those of the sums: squares of small gradients, and Adam's 1e-8, are 0 in float16.
+    optimizer = optax.tree_map_params(
+        adam, lambda x, w: zeros_beside(w, x.dtype), adam.init(sums.gradient), current
+    )
+    return State(current, optimizer, current, best_loss, sums)
 
 
 def _no_batch(current: PyTree, loss: jax.Array) -> _Pass:
@@ -122,11 +126,10 @@ def _step(optimizer: optax.GradientTransformation, ranks: PyTree, counts: jax.Ar
     def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(of_chunk(better, new), new, old)
 
-    def masked(gradient: jax.Array, rank: jax.Array, weights: jax.Array) -> jax.Array:
-        mean = jnp.where(rank < of_chunk(counts, gradient), 0, gradient / state.sums.weight)
-        return mean.astype(weights.dtype)
+    def masked(gradient: jax.Array, rank: jax.Array) -> jax.Array:
+        return jnp.where(rank < of_chunk(counts, gradient), 0, gradient / state.sums.weight)
 
-    gradient = jax.tree.map(masked, state.sums.gradient, ranks, state.current)
+    gradient = jax.tree.map(masked, state.sums.gradient, ranks)
     updates, moments = optimizer.update(gradient, state.optimizer)
     return State(
         optax.apply_updates(state.current, updates),

@@ -91,7 +91,9 @@ def hoeffding_bentkus(mean: float, num_examples: int, bound: float) -> float:
     """
     below = min(mean, bound)
     divergence = rel_entr(below, bound) + rel_entr(1 - below, 1 - bound)
-    bentkus = math.e * bdtr(min(math.ceil(num_examples * mean), num_examples), num_examples, bound)
+    total = num_examples * mean
+    errors = math.ceil(total * (1 - 4 * np.finfo(float).eps))  # whole numbers are whole but for rounding
+    bentkus = math.e * bdtr(min(errors, num_examples), num_examples, bound)
     return float(min(1.0, math.exp(-num_examples * divergence), bentkus))
 
 

@@ -131,7 +131,7 @@ def attained_limit(
     require_positive("loss_tolerance", loss_tolerance)
     require_range("tolerance", tolerance, 0 < as_real(tolerance) < 1, "between 0 and 1")
     require_count("max_steps", max_steps)
-    require_range("max_products", max_products, as_real(max_products) > 0, "positive")
+    require_positive("max_products", max_products)
     problem = readjustable(
         predict_fn,
         loss_fn,
@@ -145,7 +145,7 @@ def attained_limit(
         statistics_fn=statistics_fn,
         settings=settings,
     )
-    goal = problem.curvature.loss + loss_tolerance
+    goal = problem.curvature.loss + float(loss_tolerance)
     identity = {
         **problem.identity(),
         "loss_tolerance": float(loss_tolerance),
@@ -224,7 +224,7 @@ def _next(problem: Readjustable, state: _State, target: int, goal: float, max_st
     else:
         point, num_steps = state.point, int(state.num_steps)
     trusted = True
-    if num_steps or point.loss > goal:
+    if num_steps or not point.loss <= goal:  # a loss may be NaN
         damping = point.damping
         point, num_steps = problem.step(point, mask), num_steps + 1
         trusted = point.damping <= damping
@@ -235,16 +235,16 @@ def _next(problem: Readjustable, state: _State, target: int, goal: float, max_st
     # step that was cut short because the model was wrong says nothing of those after it.
     left = max_steps - num_steps
     hopeless = left == 0 or (trusted and not loss - goal <= point.fall * left)
-    if loss > goal and not hopeless:
+    if not loss <= goal and not hopeless:
         return state._replace(point=point, num_removed=target, num_steps=num_steps)
     tried = np.concatenate([state.tried, [[target / problem.dim, loss]]])
     done = state._replace(point=point, num_removed=target, num_steps=0, tried=tried)
-    if loss > goal:
+    if not loss <= goal:
         return done._replace(failed=target, failed_from=int(state.best_removed))
     done = done._replace(best=point, best_removed=target)
     if target < state.failed:
         return done
-    beyond = [round(s * problem.dim) for s, loss in tried if loss > goal and s * problem.dim > target]
+    beyond = [round(s * problem.dim) for s, loss in tried if not loss <= goal and s * problem.dim > target]
     return done._replace(failed=min(beyond, default=problem.dim + 1), failed_from=-1)
 
 

@@ -116,8 +116,7 @@ def keep_zeros(mask: PyTree) -> optax.GradientTransformation:
 
 def _masked(tree: PyTree, masks: Mapping[str, NDArray[np.bool_]]) -> PyTree:
     """Zero where a mask is False. Arrays are found by their names, so that the tree may be an `nnx.State`."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    named = [(path_name(path).removesuffix(VARIABLE), leaf) for path, leaf in leaves]
+    named = _named(tree)
     shapes = {name: np.shape(leaf) for name, leaf in named}
     for name, keep in masks.items():
         if shapes.get(name) != keep.shape:
@@ -129,15 +128,21 @@ def _masked(tree: PyTree, masks: Mapping[str, NDArray[np.bool_]]) -> PyTree:
     kept = [
         jnp.where(masks[name], leaf, jnp.zeros_like(leaf)) if name in masks else leaf for name, leaf in named
     ]
-    return structure.unflatten(kept)
+    return jax.tree.structure(tree).unflatten(kept)
+
+
+def _named(tree: PyTree) -> list[tuple[str, Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(path_name(path).removesuffix(VARIABLE), leaf) for path, leaf in leaves]
 
 
 def _require_zeros(params: PyTree, masks: Mapping[str, NDArray[np.bool_]]) -> None:
     leaves = jax.tree.leaves(params)
     if not leaves or any(isinstance(leaf, Tracer) for leaf in leaves):  # under jit no value is known
         return
-    moved = jax.tree.map(lambda old, new: jnp.sum(old != new), params, _masked(params, masks))
-    if count := int(sum(jax.tree.leaves(moved))):
+    _masked(params, masks)  # refuses a mask of other parameters
+    gone = [jnp.where(masks[name], 0, leaf) for name, leaf in _named(params) if name in masks]
+    if count := sum(int(jnp.count_nonzero(x)) for x in gone):
         raise ValueError(
             f"{count:,} weights that the mask prunes are not zero, and would stay as they are: start from "
             "the pruned network, Pruned.params or apply_mask(params, mask)."

@@ -3,12 +3,13 @@
 import math
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxlimit.core.checks import as_real, require_range
+from jaxlimit.core.checks import require_positive
 from jaxlimit.core.memory import advice_on_memory
 from jaxlimit.core.storage import Checkpoint, ordered_sum
 from jaxlimit.core.terminal import takes_bar
@@ -131,9 +132,11 @@ def prune(
     2017) without its schedule.
     """
     _require_one(sparsity, mask)
-    if mask is not None and groups is not None:
-        raise ValueError("prune takes groups with a sparsity: a mask says itself which weights go.")
-    require_range("max_products", max_products, as_real(max_products) > 0, "positive")
+    if mask is not None and (scores is not None or groups is not None):
+        raise ValueError(
+            "prune takes scores and groups with a sparsity: a mask says itself which weights go."
+        )
+    require_positive("max_products", max_products)
     problem = readjustable(
         predict_fn,
         loss_fn,
@@ -249,18 +252,18 @@ def _averaged(average: _Average | None, point: Point) -> _Average | None:
 
 
 def _result(problem: Readjustable, state: _State) -> Pruned:
-    if not np.isfinite(state.point.loss):
-        code = Ending.NOT_FINITE
-        status = f"not finite: the loss is {float(state.point.loss)}. Prune less, or look for overflow in it."
-    elif state.settled:
-        code, status = Ending.SETTLED, "settled: a further step lowers the loss by less than a thousandth."
-    else:
-        code = Ending.OUT_OF_PRODUCTS
-        status = (
-            f"out of products: the last step still lowered the loss by {float(state.point.fall):.2g}. Raise "
-            "max_products, and the same checkpoint goes on."
-        )
     point = state.point
     if state.average is not None and state.average.number:
         point = point._replace(weights=state.average.weights)
-    return network(problem, point, state.mask, code, status)
+    done = Ending.SETTLED, "settled: a further step lowers the loss by less than a thousandth."
+    left = (
+        Ending.OUT_OF_PRODUCTS,
+        f"out of products: the last step still lowered the loss by {float(state.point.fall):.2g}. Raise "
+        "max_products, and the same checkpoint goes on.",
+    )
+    found = network(problem, point, state.mask, *(done if state.settled else left))
+    loss = state.point.loss if np.isfinite(found.loss) else found.loss  # of a part of the data, and of all
+    if np.isfinite(loss):
+        return found
+    told = f"not finite: the loss is {float(loss)}. Prune less, or look for overflow in it."
+    return replace(found, code=Ending.NOT_FINITE, status=told)

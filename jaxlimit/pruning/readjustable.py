@@ -149,7 +149,7 @@ class Readjustable:
             "prunable": leaf_names(self.prunable(curvature.weights)),
             "weights": ordered_sum(flat),
             "scores": order,
-            "damping": about(self.start.damping, SAME_DAMPING * self.start.damping),
+            "first_damping": about(self.start.damping, SAME_DAMPING * self.start.damping),
             "statistics": None if self.statistics is None else self.statistics.identity,
             **vars(self.settings),
             **groups,
@@ -194,6 +194,10 @@ def readjustable(
 
 def movable(params: PyTree, prunable: Prunable, trainable: Prunable | None) -> Callable[[tuple, Any], bool]:
     """Which parameters move: those that may be pruned, and those that are trainable, too."""
-    chosen = [prunable] if trainable is None else [prunable, trainable]
-    paths = set().union(*(leaf_paths(partition(params, some)[0]) for some in chosen))
+    paths = leaf_paths(partition(params, prunable)[0])
+    if trainable is not None:
+        try:
+            paths = {*paths, *leaf_paths(partition(params, trainable)[0])}
+        except ValueError as error:
+            raise ValueError(f"trainable chooses nothing that can move: {error}") from error
     return lambda path, _: path in paths

@@ -162,10 +162,10 @@ class _Link(NamedTuple):
         """What the units are where nothing but their bias makes them."""
         maker = self.makers[-1]
         number = maker.kernel.shape[-1]
-        before = np.zeros(number) if maker.bias is None else _host(maker.bias)
+        before = np.zeros(number) + _host(maker.bias)
         if self.norm is not None:
             norm = self.norm
-            factor = _host(norm.scale) / np.sqrt(_host(norm.var) + norm.epsilon)
+            factor = _host(norm.scale, 1.0) / np.sqrt(_host(norm.var) + norm.epsilon)
             before = (before - _host(norm.mean)) * factor + _host(norm.bias)
         dtype = maker.kernel.get_value().dtype
         return np.asarray(self.activation(jnp.asarray(before, dtype)), np.float64)
@@ -276,8 +276,9 @@ def _variables(norm: nnx.BatchNorm) -> list[Any]:
     return [x for x in (norm.mean, norm.var, norm.scale, norm.bias) if x is not None]
 
 
-def _host(variable: Any) -> NDArray[np.float64]:
-    return np.array(variable.get_value(), np.float64)
+def _host(variable: Any, without: float = 0.0) -> NDArray[np.float64]:
+    """Its value; where a layer has no such variable, that which changes nothing."""
+    return np.array(without if variable is None else variable.get_value(), np.float64)
 
 
 def _has_borders(layer: Any) -> bool:

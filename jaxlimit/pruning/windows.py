@@ -44,18 +44,27 @@ def window(curvature: Curvature, share: float, number: int) -> Curvature:
 def _part(groups: list[PyTree], share: float, number: int) -> list[PyTree]:
     """Consecutive batches of each group that is large enough, or examples of a batch that is too large.
 
-    Always as many: nothing compiles anew.
+    Where all groups are too small, those at least half as large as the largest take turns. Always as many of
+    each: nothing compiles anew.
     """
     counts = [round(share * batch_length(group)) for group in groups]
     if not any(counts):
-        largest = max(groups, key=group_length)
-        return [_part_of_a_batch(largest, share, number)]
+        most = max(map(group_length, groups))
+        large = [group for group in groups if 2 * group_length(group) >= most]
+        turn, which = divmod(number, len(large))
+        return [_part_of_a_batch(large[which], share, turn)]
     found = []
     for group, count in zip(groups, counts, strict=True):
         if count:
-            start = number % (batch_length(group) // count) * count
+            start = _start(batch_length(group), count, number)
             found.append(jax.tree.map(lambda x, a=start, b=start + count: x[a:b], group))
     return found
+
+
+def _start(length: int, count: int, number: int) -> int:
+    """Where a part of so many begins; parts overlap where they do not go into the length."""
+    parts = math.ceil(length / count)
+    return round(number % parts * (length - count) / max(parts - 1, 1))
 
 
 def _part_of_a_batch(group: PyTree, share: float, number: int) -> PyTree:
@@ -65,9 +74,8 @@ def _part_of_a_batch(group: PyTree, share: float, number: int) -> PyTree:
     count = min(size, max(LEAST_EXAMPLES, round(share * group_length(group))))
     if example_sharding(group, axis=1) is not None:
         count = size
-    parts = math.ceil(size / count)  # the last ones overlap, so that every example is in one
-    batch, part = divmod(number % (num_batches * parts), parts)
-    start = round(part * (size - count) / max(parts - 1, 1))
+    batch, part = divmod(number % (num_batches * math.ceil(size / count)), math.ceil(size / count))
+    start = _start(size, count, part)
     return jax.tree.map(lambda x: x[batch : batch + 1, start : start + count], group)
 
 
