@@ -156,7 +156,7 @@ def networks_table(cases: Mapping[str, Mapping[str, Any]]) -> str:
         found = case["predicted"].get(which)
         if found is None:
             return "-"
-        return f"{'~' if found.get('spread', 0) > RESOLVED else ''}{common.sparsity(found['sparsity'])}"
+        return common.limit(found["sparsity"], found, RESOLVED)
 
     rows = [
         (

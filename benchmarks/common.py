@@ -137,6 +137,26 @@ def sparsity(value: float) -> str:
     return f"{value:.{digits}f}"
 
 
+# An interval that reaches further from its limit is marked.
+FAR = 0.01
+
+
+def limit(value: float, found: Mapping[str, Any], tolerance: float) -> str:
+    """A limit, as `sparsity`: ~ where its products did not resolve it, ? where its interval reaches far.
+
+    Args:
+        value: of the limit.
+        found: its `spread`, `lower` and `upper`; what is measured has none, and no mark.
+        tolerance: to which it should be resolved.
+
+    Examples:
+        >>> limit(0.9, {"spread": 0.1, "lower": 0.7, "upper": 0.95}, 0.001), limit(0.9, {}, 0.001)
+        ('~?0.900', '0.900')
+    """
+    reach = max(found.get("upper", value) - value, value - found.get("lower", value))
+    return f"{'~' * (found.get('spread', 0) > tolerance)}{'?' * (reach > FAR)}{sparsity(value)}"
+
+
 def write(name: str, document: Mapping[str, Any], table: str | None = None) -> None:
     """Results as results/NAME.json, with the machine, and as NAME.md if there is a table."""
     write_document(name, {**document, "environment": environment()})

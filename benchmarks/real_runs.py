@@ -30,9 +30,9 @@ RUNS = {
     "digits-units": "run --groups units",
     "mnist-fc2-10": "run mnist-fc2 --epochs 10",
     "mnist-fc2-units": "run mnist-fc2 --num-examples 10000 --curvature gauss_newton --groups units",
-    "mnist-fc2-60": "run mnist-fc2 --epochs 60",
-    "cifar10-lenet-30": "run cifar10-lenet --epochs 30 --num-examples 1024 --finetune-steps 0",
-    "cifar10-lenet-200": "run cifar10-lenet --num-examples 1024 --finetune-steps 0",
+    "mnist-fc2-60": "run mnist-fc2 --epochs 60 --finetune-steps 400",
+    "cifar10-lenet-30": "run cifar10-lenet --epochs 30 --num-examples 1024",
+    "cifar10-lenet-200": "run cifar10-lenet --num-examples 1024",
     "cifar10-fc5": "run cifar10-fc5 --num-examples 1024 --curvature gauss_newton",
     "fashion-mnist-fc5": "run fashion-mnist-fc5 --epochs 20 --num-examples 1024 --curvature gauss_newton",
     "cifar10-fc12": "run cifar10-fc12 --num-examples 1024 --curvature gauss_newton",
@@ -73,7 +73,7 @@ def perform(name: str, folder: Path) -> None:
 
 
 def markdown_table(documents: Mapping[str, Mapping[str, Any]]) -> str:
-    """A row for each run. A limit that is not resolved to the run's tolerance is marked with a ~."""
+    """A row for each run. Limits that are not known to the run's tolerance are marked, as by `common.limit`."""
     rows = []
     for name, document in documents.items():
         accuracy = f"{document['network']['test_accuracy']:.2%}"
@@ -111,8 +111,7 @@ def _cell(document: Mapping[str, Any], path: tuple[str, ...]) -> str:
     if not found:
         return "-"
     first = next(iter(document["limits"].values()))
-    unresolved = found.get("spread", 0) > first["tolerance"]
-    return f"{'~' if unresolved else ''}{common.sparsity(found[path[-1]])}"
+    return common.limit(found[path[-1]], found, first["tolerance"])
 
 
 def main() -> None:
