@@ -73,7 +73,7 @@ def perform(name: str, folder: Path) -> None:
 
 
 def markdown_table(documents: Mapping[str, Mapping[str, Any]]) -> str:
-    """A row for each run. Limits that are not known to the run's tolerance are marked, as by `common.limit`."""
+    """A row for each run. Limits that are not known well are marked, as by `common.limit`."""
     rows = []
     for name, document in documents.items():
         accuracy = f"{document['network']['test_accuracy']:.2%}"

@@ -10,7 +10,7 @@ from jaxlimit.baselines import (
     GReg,
     IterativePruning,
     RareGems,
-    Readjusting,
+    ReadjustedPruning,
     Recipe,
     SmartRatio,
     dense,
@@ -33,7 +33,7 @@ METHODS = {
     "hybrid": (smart_ratio, SmartRatio(fixed="last", hybrid=True, recipe=RECIPE)),
     "rare-gems": (rare_gems, RareGems(epochs=3, batch_size=12, drop_every=1, finetune=RECIPE)),
     "greg-2": (greg, GReg(False, RECIPE, 2, 1, 2, batch_size=12, finetune=RECIPE)),
-    "prune": (readjusted_pruning, Readjusting(RECIPE, max_products=10)),
+    "prune": (readjusted_pruning, ReadjustedPruning(RECIPE, max_products=10)),
     "imp": (iterative_pruning, IterativePruning(0.5, rewind_steps=2, recipe=RECIPE)),
 }
 SPARSITIES = [0.75]

@@ -32,7 +32,7 @@ from jaxlimit.baselines.orders import (
 )
 from jaxlimit.baselines.pruned_error import PrunedError, fit_pruned_error
 from jaxlimit.baselines.ratios import SmartRatio, smart_ratio
-from jaxlimit.baselines.readjusting import Readjusting, readjusted_pruning
+from jaxlimit.baselines.readjusting import ReadjustedPruning, readjusted_pruning
 from jaxlimit.baselines.wanda import wanda_scores
 from jaxlimit.baselines.weight_counts import effective_number, near_zero_share, pq_sparsity
 from jaxlimit.training.recipe import Recipe, TrainingOptions
@@ -44,7 +44,7 @@ __all__ = [
     "Layer",
     "PrunedError",
     "RareGems",
-    "Readjusting",
+    "ReadjustedPruning",
     "Recipe",
     "SmartRatio",
     "SparseNetwork",

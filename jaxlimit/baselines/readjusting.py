@@ -19,7 +19,7 @@ from jaxlimit.training.recipe import Folder, Recipe, TrainingOptions
 
 
 @dataclass(frozen=True)
-class Readjusting:
+class ReadjustedPruning:
     """Settings.
 
     Attributes:
@@ -42,7 +42,7 @@ def readjusted_pruning(
     arrays: tuple[Any, Any],
     key: jax.Array,
     sparsities: Sequence[float],
-    settings: Readjusting = Readjusting(),
+    settings: ReadjustedPruning = ReadjustedPruning(),
     *,
     checkpoint: Folder = None,
     **options: Unpack[TrainingOptions],
@@ -58,7 +58,7 @@ def readjusted_pruning(
         >>> import jax.numpy as jnp
         >>> from jaxlimit.models import FullyConnected
         >>> model = FullyConnected([4, 4], rngs=nnx.Rngs(0))
-        >>> data, settings = (jnp.eye(4), jnp.arange(4)), Readjusting(Recipe(epochs=2), max_products=20)
+        >>> data, settings = (jnp.eye(4), jnp.arange(4)), ReadjustedPruning(Recipe(epochs=2), max_products=20)
         >>> (network,) = readjusted_pruning(model, data, jax.random.key(0), [0.5], settings)
         >>> network.num_kept
         8

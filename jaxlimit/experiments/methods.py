@@ -64,7 +64,9 @@ def settings_of(
     if name in ("dense", "lomp", "random"):
         return replace(preset.recipe, l1=preset.recipe.l1 if name == "lomp" else 0.0)
     if name in ("prune", "prune-dense"):
-        return baselines.Readjusting(replace(preset.recipe, l1=preset.recipe.l1 if name == "prune" else 0.0))
+        return baselines.ReadjustedPruning(
+            replace(preset.recipe, l1=preset.recipe.l1 if name == "prune" else 0.0)
+        )
     if name in ("greg-1", "greg-2"):
         usual = baselines.GReg(choose_first=name == "greg-1")
         recipe, finetune = changed(usual.recipe), changed(usual.finetune)
