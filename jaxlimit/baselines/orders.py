@@ -22,7 +22,7 @@ from jaxlimit.core.sums import ExampleSum, mean_of_sum
 from jaxlimit.core.trees import Prunable, PyTree, combine, flatten, is_kernel, partition
 from jaxlimit.curvature.data_checks import require_single_precision
 from jaxlimit.curvature.operator import Curvature
-from jaxlimit.spectrum.probes import rademacher
+from jaxlimit.spectrum.probes import signed_products
 
 # Numbers in the Jacobians of a batch that `gauss_newton_diagonal` cuts by itself: 256 MB.
 JACOBIAN_SIZE = 2**26
@@ -101,10 +101,8 @@ def curvature_diagonal(curvature: Curvature, key: jax.Array, *, num_probes: int 
     require_instance("curvature", curvature, Curvature, "gauss_newton or hessian")
     require_count("num_probes", num_probes)
     total = jax.tree.map(lambda w: np.zeros(w.shape), curvature.weights)
-    for probe in jax.random.split(require_key("key", key), num_probes):
-        sign = jax.tree.map(lambda z: z[0], rademacher(probe, curvature.weights, 1))
-        product = curvature.matvec(sign)
-        total = jax.tree.map(lambda t, z, hz: t + _wide(z) * _wide(hz), total, sign, product)
+    for pair in signed_products(curvature, require_key("key", key), num_probes):
+        total = jax.tree.map(lambda t, z, hz: t + _wide(z) * _wide(hz), total, *pair)
     return jax.tree.map(lambda t: t / num_probes, total)
 
 

@@ -34,7 +34,7 @@ from jaxlimit.core.checks import require_count, require_instance, require_key
 from jaxlimit.core.trees import PyTree
 from jaxlimit.curvature.operator import Curvature
 from jaxlimit.geometry.magnitude import magnitude_mask, magnitude_order
-from jaxlimit.spectrum.probes import rademacher
+from jaxlimit.spectrum.probes import signed_products
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,7 @@ def layer_costs(curvature: Curvature, key: jax.Array, *, num_probes: int = 16) -
     key = require_key("key", key)
     require_count("num_probes", num_probes, 2)  # for a standard error
     weights = curvature.weights
-    samples = []
-    for probe in jax.random.split(key, num_probes):
-        sign = jax.tree.map(lambda z: z[0], rademacher(probe, weights, 1))
-        samples.append(jax.tree.map(_mean_product, sign, curvature.matvec(sign)))
+    samples = [jax.tree.map(_mean_product, *pair) for pair in signed_products(curvature, key, num_probes)]
     mean = jax.tree.map(lambda *x: float(np.mean(x)), *samples)
     error = jax.tree.map(lambda *x: float(np.std(x, ddof=1) / np.sqrt(num_probes)), *samples)
     for path, value in jax.tree_util.tree_leaves_with_path(mean):

@@ -1,6 +1,6 @@
 """Random sign vectors: their mean z^T F z / D is the trace of F over D."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import jax
@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 
 from jaxlimit.core.sharding import sharding_like
 from jaxlimit.core.trees import PyTree
+from jaxlimit.curvature.operator import Curvature
 
 
 def rademacher(key: jax.Array, like: PyTree, num_probes: int) -> PyTree:
@@ -16,6 +17,13 @@ def rademacher(key: jax.Array, like: PyTree, num_probes: int) -> PyTree:
     leaves, structure = jax.tree.flatten(like)
     keys = jax.random.split(key, len(leaves))
     return structure.unflatten([_signs(k, x, num_probes) for k, x in zip(keys, leaves, strict=True)])
+
+
+def signed_products(curvature: Curvature, key: jax.Array, number: int) -> Iterator[tuple[PyTree, PyTree]]:
+    """(z, H z) of so many random sign vectors z, one by one."""
+    for probe in jax.random.split(key, number):
+        sign = jax.tree.map(lambda z: z[0], rademacher(probe, curvature.weights, 1))
+        yield sign, curvature.matvec(sign)
 
 
 def _signs(key: jax.Array, like: jax.Array, num_probes: int) -> jax.Array:
