@@ -8,6 +8,9 @@ from numpy.typing import ArrayLike
 
 from jaxlimit.limits.status import Code, code_of
 
+# The tolerance of experiments, that of `pruning_limit`.
+RESOLVED = 1e-3
+
 Results = Mapping[str, dict[str, Any]]
 Piece = Mapping[str, Any]
 
@@ -137,8 +140,14 @@ def unresolved(results: Any) -> str:
             for inner in value:
                 yield from limits(inner)
 
+    def is_left(limit: Mapping[str, Any]) -> bool:
+        if code_of(limit) is Code.REFUTED:  # which is said first, however far the products went
+            spreads = [x["spread"] for x in limit.values() if isinstance(x, Mapping) and "spread" in x]
+            return any(spread > RESOLVED for spread in spreads)
+        return code_of(limit) in (Code.UNDER_RESOLVED, Code.OUT_OF_PRODUCTS)
+
     found = list(limits(results))
-    left = [limit for limit in found if code_of(limit) in (Code.UNDER_RESOLVED, Code.OUT_OF_PRODUCTS)]
+    left = [limit for limit in found if is_left(limit)]
     if not left:
         return ""
     parts = [
