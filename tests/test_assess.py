@@ -179,7 +179,7 @@ def assess(problem, **options):
         ({"curvatures": "hessian"}, "curvatures must be some of"),
         ({"curvatures": ["fisher"]}, "curvatures must be some of"),
         ({"loss_tolerance": 0}, "loss_tolerance must be a positive"),
-        ({"tolerance": -1}, "tolerance must be a positive"),
+        ({"tolerance": -1}, "tolerance must be between 0 and 1"),
         ({"error_rise": 0}, "error_rise"),
         ({"error_bound": 1.5}, "error_bound"),
         ({"error_bounds": (1, 0)}, "error_bounds"),

@@ -323,7 +323,7 @@ def test_a_pruned_network_has_whole_groups(regression, tmp_path):
     assert all(len(np.unique(kept[labels == label])) == 1 for label in range(5))
     with pytest.raises(ValueError, match="groups"):
         prune(*args, 0.7, groups=labels // 2, **keywords)
-    with pytest.raises(ValueError, match="prune takes groups with a sparsity"):
+    with pytest.raises(ValueError, match="prune takes scores and groups with a sparsity"):
         prune(*args, mask=network.mask, groups=labels)
 
 
