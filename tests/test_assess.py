@@ -17,12 +17,19 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import jaxlimit
-from jaxlimit import models
+from jaxlimit import models, training
 from jaxlimit.application import answers, ledger
 from jaxlimit.application.answering import Answering, attained_stage
-from jaxlimit.application.assessed_folder import pruned_table
+from jaxlimit.application.assessed_folder import _checksum, pruned_table
 from jaxlimit.application.pruned_files import save_pruned
-from jaxlimit.application.question import NO_ERROR, NO_TEST_BATCHES, Question, certifying_of, default_error
+from jaxlimit.application.question import (
+    NO_ERROR,
+    NO_TEST_BATCHES,
+    Misclassified,
+    Question,
+    certifying_of,
+    default_error,
+)
 from jaxlimit.core.interrupt import Interrupt
 from jaxlimit.core.terminal import Silent
 from jaxlimit.core.trees import partition
@@ -544,3 +551,31 @@ def test_test_data_may_come_from_a_function(problem):
         certifying = certifying_of(predict, problem.params, problem.batches, some, None)
         again.append(type(certifying.error_fn))
     assert again[0] is again[1]
+
+
+TESTED = {
+    "bfloat16": lambda ones: jnp.full((40, 8), ones, jnp.bfloat16),
+    "bool": lambda ones: np.full((40, 8), bool(ones)),
+    "complex": lambda ones: np.full((40, 8), 1 + ones * 1j, np.complex64),
+    "random keys": lambda ones: jax.random.split(jax.random.key(ones), 40),
+}
+
+
+@pytest.mark.parametrize("kind", TESTED)
+def test_other_data_have_another_checksum(kind):
+    ones, others = (_checksum({"x": TESTED[kind](value)}) for value in (1, 0))
+    assert ones != others
+    assert _checksum([np.ones(3, np.float32), "text", None]) == _checksum([np.ones(3, np.float32)])
+
+
+def test_a_class_of_nan_is_no_class():
+    """Half of the outputs are 0 / 0, and the largest of NaN is at 0, the label."""
+
+    def predict(w, batch):
+        return batch[0] / jnp.linalg.norm(batch[0], axis=-1, keepdims=True) @ w
+
+    inputs = np.concatenate([np.ones((5, 2)), np.zeros((5, 2))]).astype(np.float32)
+    batch, weights = (inputs, np.zeros(10, np.int32)), np.array([[1.0, 0.0], [0.0, 0.5]], np.float32)
+    assert Misclassified(predict)(weights, batch).tolist() == [False] * 5 + [True] * 5
+    metrics = training.classification_metrics(lambda w, x: predict(w, (x,)))
+    assert metrics(weights, batch)["accuracy"] == 0.5

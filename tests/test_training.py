@@ -485,3 +485,58 @@ def test_divergence_of_the_loss_alone_is_found():
             epochs=1,
             learning_rate=0.1,
         )
+
+
+def test_arrays_with_other_columns_are_another_training(tmp_path):
+    """Where the start gives the same loss to both, as zeros do."""
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((40, 3)).astype(np.float32)
+    labels = (inputs[:, 0] > 0).astype(np.float32)
+
+    def run(inputs):
+        return train(
+            lambda w, batch: jnp.mean(jnp.logaddexp(0, batch[0] @ w) - batch[1] * (batch[0] @ w)),
+            jnp.zeros(3),
+            (inputs, labels),
+            jax.random.key(0),
+            epochs=2,
+            batch_size=8,
+            learning_rate=0.5,
+            checkpoint=tmp_path / "work",
+        )
+
+    run(inputs)
+    with pytest.raises(ValueError, match="another"):
+        run(inputs[:, ::-1].copy())
+
+
+def test_an_epoch_of_half_precision_is_summed_in_float32():
+    """40,000 losses of 3 are beyond float16."""
+    seen = []
+    train(
+        lambda w, batch: (jnp.sum(w * 0) + 3).astype(jnp.float16) + 0 * jnp.mean(batch),
+        jnp.ones(2, jnp.float16),
+        np.ones((40_000, 1), np.float16),
+        jax.random.key(0),
+        epochs=1,
+        batch_size=10_000,
+        learning_rate=0.1,
+        on_epoch=lambda epoch, loss: seen.append(loss),
+    )
+    assert seen == [3]
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"), [(lambda w, x: x @ w, "scalar"), (lambda w, x: (0.0, x), "scalar")]
+)
+def test_a_loss_that_is_no_scalar_is_refused(loss, message):
+    with pytest.raises(ValueError, match=message):
+        train(
+            loss,
+            jnp.ones(2),
+            np.ones((8, 2), np.float32),
+            jax.random.key(0),
+            epochs=1,
+            batch_size=4,
+            learning_rate=0.1,
+        )

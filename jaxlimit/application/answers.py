@@ -71,14 +71,14 @@ class Cut:
         next: the one measured after it.
         sparsities: all that were measured.
         losses: mean losses there.
-        errors: mean test errors there; None where no error is known.
+        errors: mean test errors there, None where they are not finite; None where no error is known.
     """
 
     sparsity: float
     next: float
     sparsities: tuple[float, ...]
     losses: tuple[float | None, ...]
-    errors: tuple[float, ...] | None
+    errors: tuple[float | None, ...] | None
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON values."""
@@ -121,7 +121,7 @@ def cut(question: Question, told: Told) -> Cut:
         next=float(after[0]) if len(after) else 1.0,
         sparsities=tuple(grid.tolist()),
         losses=tuple(x if np.isfinite(x) else None for x in losses.tolist()),
-        errors=None if errors is None else tuple(errors.tolist()),
+        errors=None if errors is None else tuple(x if np.isfinite(x) else None for x in errors.tolist()),
     )
 
 
@@ -155,10 +155,11 @@ def _errors(
 
 
 def error_of(question: Question, params: PyTree) -> float | None:
-    """Mean risk of a network on the test data; None where no risk is known."""
+    """Mean risk of a network on the test data; None where none is known, or it is not finite."""
     if not isinstance(question.certifying, Certifying):
         return None
-    return float(_errors(question, question.certifying, params, [0.0], lambda done, note: None)[0])
+    error = float(_errors(question, question.certifying, params, [0.0], lambda done, note: None)[0])
+    return error if np.isfinite(error) else None
 
 
 def _told(told: Told, before: int) -> Callable[[int, int], None]:

@@ -27,9 +27,10 @@ from jaxlimit.application.answering import Answering, answer
 from jaxlimit.application.assessment import COLUMNS, Assessment
 from jaxlimit.application.ledger import Found, Ledger, Stage
 from jaxlimit.application.pruned_files import require_names
-from jaxlimit.application.question import Certifying, Question, first_batch
+from jaxlimit.application.question import Certifying, Question, arrays_of, first_batch
 from jaxlimit.application.run_folder import CONFIG, FIGURES, REPORT
 from jaxlimit.application.spectra import load_spectrum
+from jaxlimit.core.leaves import is_array
 from jaxlimit.core.storage import Purpose, about, claim, ordered_sum
 from jaxlimit.core.terminal import Monitor
 from jaxlimit.core.trees import PyTree, flatten, leaf_names, named_leaves, partition
@@ -146,7 +147,7 @@ def _identity(question: Question, curvatures: Sequence[str], statistics: LossSta
 def _tested(certifying: Certifying, params: PyTree) -> dict[str, Any]:
     """All test examples, and what the unpruned network's risk on them is."""
     risks = ExampleRisks(certifying.error_fn, certifying.batches, certifying.bounds)(params)
-    data = ordered_sum(np.array([_checksum(batch) for batch in certifying.batches]))
+    data = ordered_sum(np.array([_checksum(batch) for batch in arrays_of(certifying.batches)]))
     return {
         "test_examples": len(risks),
         "test_data": data,
@@ -163,8 +164,12 @@ def _statistics(question: Question) -> dict[str, float] | None:
 
 
 def _checksum(tree: PyTree) -> float:
-    numbers = [x for x in jax.tree.leaves(tree) if np.issubdtype(getattr(x, "dtype", object), np.number)]
-    return ordered_sum(flatten(numbers))
+    """Of all numbers: of random keys their bits, of complex ones both parts."""
+    parts = []
+    for x in filter(is_array, jax.tree.leaves(tree)):
+        x = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        parts += [x.real, x.imag] if jnp.issubdtype(x.dtype, jnp.complexfloating) else [x]
+    return ordered_sum(flatten(parts))
 
 
 def write_report(folder: Path, found: Assessment, document: Mapping[str, Any]) -> Path:
@@ -255,15 +260,15 @@ def plot(found: Assessment) -> "Figure":
     panels = {"loss": {"cut": (grid, np.array(cut.losses, float)), "attained": (tried[:, 0], tried[:, 1])}}
     bounds = {"loss": (bound, "loss before, plus tolerance")}
     measured = {"cut within the tolerance": cut.sparsity, "sparsest attained": attained.sparsity}
-    if cut.errors is not None and certificate is not None:
-        dense = cut.errors[0]
+    dense = found.dense_error
+    if cut.errors is not None and dense is not None and certificate is not None:
         paired = certificate.bounds[0] < 0
         errors = dict(zip(certificate.sparsities, certificate.means, strict=True))
         points = {s: error + (dense if paired else 0.0) for s, error in errors.items()}
         if found.attained_error is not None:
             points[attained.sparsity] = found.attained_error
         panels["test error"] = {
-            "cut": (grid, np.array(cut.errors)),
+            "cut": (grid, np.array(cut.errors, float)),
             "attained": (np.array([*points]), np.array([*points.values()])),
         }
         bounds["test error"] = (certificate.bound + (dense if paired else 0.0), "bound to be certified")

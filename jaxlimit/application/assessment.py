@@ -179,11 +179,15 @@ class Assessment(Displayed):
                 f"The same products without pruning lower the loss from {attained.dense_loss:.4g} to "
                 f"{unpruned:.4g}: a part of what was attained is further training."
             )
-        if self.attained_error is not None and self.cut.errors is not None:
+        if self.cut.errors is not None:
             cut = self.cut.errors[self.cut.sparsities.index(self.cut.sparsity)]
+            errors = [
+                "not finite" if x is None else f"{x:.4g}"
+                for x in (self.dense_error, cut, self.attained_error)
+            ]
             notes.append(
-                f"Error on the test data: {self.dense_error:.4g} unpruned, {cut:.4g} cut to "
-                f"{self.cut.sparsity:.4f}, {self.attained_error:.4g} attained."
+                f"Error on the test data: {errors[0]} unpruned, {errors[1]} cut to {self.cut.sparsity:.4f}, "
+                f"{errors[2]} attained."
             )
         if self.certificate is None:
             notes.append(f"certified: nothing: {self.not_certified}")

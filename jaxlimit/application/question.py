@@ -1,7 +1,7 @@
 """What is asked of a network: how sparse it may be, as predicted, attained and certified."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -160,7 +160,9 @@ class Misclassified:
 
     def __call__(self, params: PyTree, batch: PyTree) -> jax.Array:
         """A bool for each example."""
-        return jnp.argmax(self.predict_fn(params, batch), axis=-1) != batch[1]
+        outputs = self.predict_fn(params, batch)
+        # The largest of NaN would be class 0.
+        return (jnp.argmax(outputs, axis=-1) != batch[1]) | jnp.isnan(outputs).any(-1)
 
 
 def default_error(
@@ -185,6 +187,8 @@ def default_error(
         return None
     for number, (_, labels) in enumerate(passes(batches)):
         labels = jnp.asarray(to_arrays("labels", labels))
+        if not labels.size:
+            continue
         lowest, highest = int(jnp.min(labels)), int(jnp.max(labels))
         if lowest < 0 or highest >= outputs.shape[1]:
             raise ValueError(
@@ -220,11 +224,16 @@ def certifying_of(
     return certifying
 
 
+def arrays_of(batches: Iterable[PyTree]) -> Iterator[PyTree]:
+    """The batches of one pass, as arrays; a ValueError if these are no batches."""
+    again = in_memory(batches) if isinstance(batches, list | tuple) else passes(batches)
+    return (to_arrays("batch", batch) for batch in again)
+
+
 def first_batch(batches: Iterable[PyTree]) -> PyTree:
     """The first batch, as arrays; a ValueError if there is none, or if these are no batches."""
-    again = in_memory(batches) if isinstance(batches, list | tuple) else passes(batches)
-    for batch in islice(iter(again), 1):
-        return to_arrays("batch", batch)
+    for batch in islice(arrays_of(batches), 1):
+        return batch
     raise ValueError("batches hold no examples.")
 
 

@@ -159,5 +159,6 @@ def _remove_run(folder: Path) -> None:
         remove(checkpoint_path(folder, stage))
     for curvature in CURVATURES:
         remove(spectrum_path(folder, curvature))
-    for figure in (folder / FIGURES).glob("*.png"):
-        remove(figure)
+    for kind in ("*.png", "*.pdf"):
+        for figure in (folder / FIGURES).glob(kind):
+            remove(figure)

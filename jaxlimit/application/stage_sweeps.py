@@ -158,7 +158,7 @@ def _network(job: Job, trained: Trained) -> FinetunedNetwork:
         images, labels, is_test = batch
         logits = trained.predict(params, images)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        right = logits.argmax(-1) == labels
+        right = (logits.argmax(-1) == labels) & ~jnp.isnan(logits).any(-1)
         return {
             "train_accuracy": jnp.mean((1 - is_test) * right),
             "test_loss": jnp.mean(is_test * losses),

@@ -231,6 +231,8 @@ class Curvature(Displayed):
 
 def _beside(vectors: Any, weight: Any) -> jax.Array:
     """In the dtype of a weight, and divided as it is where that is part of its type."""
+    if np.iscomplexobj(vectors):
+        raise ValueError("vectors must be real, got complex ones: multiply real and imaginary parts apart.")
     if not isinstance(vectors, jax.Array) or vectors.dtype != weight.dtype:
         vectors = jnp.asarray(vectors, weight.dtype)
     sharding = sharding_like(weight, new_axes=1)

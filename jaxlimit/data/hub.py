@@ -99,6 +99,8 @@ def _read_splits(
     opened: "datasets.DatasetDict", splits: tuple[str, str], name: str
 ) -> tuple["datasets.Dataset", "datasets.Dataset"]:
     """The training and the test split, neither of them empty."""
+    if splits[0] == splits[1]:
+        raise ValueError(f"splits must be two: test examples that are trained on, as {splits}, test nothing.")
     empty = [split for split in splits if split not in opened or len(opened[split]) == 0]
     if empty:
         found = ", ".join(f"{split} ({len(part)})" for split, part in opened.items())

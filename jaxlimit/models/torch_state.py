@@ -209,4 +209,9 @@ def _assign(entry: Entry, state: State, file: str | Path) -> None:
             f"{entry.name} in {file} must be of floating type and shape {like.shape} (in the layout of this "
             f"package), got {array.dtype} of shape {array.shape}."
         )
-    entry.variable.set_value(jnp.asarray(array, like.dtype))
+    value = jnp.asarray(array, like.dtype)
+    if np.all(np.isfinite(array)) and not jnp.all(jnp.isfinite(value)):
+        raise ValueError(
+            f"{entry.name} in {file} has numbers beyond {like.dtype}: it was trained in {array.dtype}."
+        )
+    entry.variable.set_value(value)

@@ -23,7 +23,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from jaxlimit.core.checks import require_problem
-from jaxlimit.core.trees import Prunable, PyTree, is_kernel, leaf_paths, partition
+from jaxlimit.core.trees import Prunable, PyTree, frozen, is_kernel, leaf_paths, partition, thawed
 from jaxlimit.models.labels import CONSTANT, FREE, MOVES, Labels, Value, along, filled, largest, moved
 
 # On every number by itself; where it keeps 0, a weight stays a weight.
@@ -81,8 +81,9 @@ def traced_labels(
         [[[0, 1], [0, 1]], [[0, 0, 0], [1, 1, 1]]]
     """
     require_problem("traced_labels(predict, params, inputs)", params, predict=predict)
-    jaxpr = jax.make_jaxpr(predict)(params, *inputs)
-    leaves = jax.tree.leaves(params)
+    held = frozen(params)
+    jaxpr = jax.make_jaxpr(lambda params, *inputs: predict(thawed(params), *inputs))(held, *inputs)
+    leaves, structure = jax.tree.flatten(held)
     sizes = [np.size(leaf) for leaf in leaves]
     trace = _Trace(sum(sizes))
     numbers = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
@@ -91,7 +92,7 @@ def traced_labels(
     values += [Value(filled(x.shape, FREE)) for x in jaxpr.in_avals[len(leaves) :]]  # pyright: ignore
     outputs = trace.run(jaxpr, values)
     found = trace.groups(outputs)
-    parts = jax.tree.unflatten(jax.tree.structure(params), [found[number] for number in numbers])
+    parts = structure.unflatten([found[number] for number in numbers])
     weights, _ = partition(params, prunable)
     chosen = {*leaf_paths(weights)}
     labels = jax.tree_util.tree_map_with_path(lambda path, x: x if path in chosen else None, parts)

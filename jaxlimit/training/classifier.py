@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx, traverse_util
 
-from jaxlimit.core.checks import require_problem
+from jaxlimit.core.checks import check_scalar, require_problem
 from jaxlimit.core.leaves import as_bools, to_arrays
 from jaxlimit.core.programs import Program
 from jaxlimit.core.trees import PyTree
@@ -111,7 +111,9 @@ def train(
         mask, lasso = state
         # Weights that start at zero and have no gradient stay there, exactly.
         params = apply_mask(params, mask)
-        return loss_fn(params, batch) + _value(lasso, params), state
+        loss = loss_fn(params, batch)
+        check_scalar(loss)
+        return loss + _value(lasso, params), state
 
     settings = Settings(epochs, batch_size, learning_rate, momentum, weight_decay, l1)
     start, state = _masked(params, mask), (mask, group_lasso_of(params, group_lasso, groups))
@@ -181,6 +183,8 @@ def train_model(
         [0, 1, 2, 3]
     """
     network, mask = pure_classifier(model, augment), jax.tree.map(as_bools, mask)
+    if not isinstance(arrays, (tuple, list)) or len(arrays) != 2:
+        raise ValueError(f"arrays must be a pair, (inputs, labels), got a {type(arrays).__name__}.")
     if jnp.any(jnp.asarray(to_arrays("labels", arrays[1])) < 0):
         raise ValueError("labels must be classes, 0 or more, got a negative one: leave such examples out.")
 

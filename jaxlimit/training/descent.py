@@ -17,6 +17,7 @@ import optax
 
 from jaxlimit.core.checks import (
     as_real,
+    check_scalar,
     named_leaves,
     require_count,
     require_finite,
@@ -28,6 +29,7 @@ from jaxlimit.core.leaves import to_arrays
 from jaxlimit.core.programs import Program
 from jaxlimit.core.sharding import to_host
 from jaxlimit.core.storage import Checkpoint, about, ordered_sum
+from jaxlimit.core.sums import sum_dtype
 from jaxlimit.core.trees import PyTree
 from jaxlimit.training.losses import l1_norm
 
@@ -211,7 +213,8 @@ def _epoch(
 
     def regularised(params: PyTree, state: PyTree, batch: PyTree, key: jax.Array) -> tuple[jax.Array, PyTree]:
         loss, state = objective(params, state, batch, key)
-        return loss + numbers["l1"] * l1_norm(params), state
+        check_scalar(loss)
+        return loss.astype(sum_dtype(loss.dtype)) + numbers["l1"] * l1_norm(params), state
 
     def update(carry: _Carry, at: tuple[jax.Array, Any]) -> tuple[_Carry, jax.Array]:
         (params, momenta, state), (indices, number) = carry, at
@@ -254,8 +257,8 @@ def _identity(
         each = np.asarray(jax.vmap(settings.learning_rate)(jnp.arange(updates)), np.float64)
         rates = [float(f"{rate:.6g}") for rate in (each[0], each.sum())]
     sums = [ordered_sum(to_host(leaf).ravel()) for leaf in jax.tree.leaves((start.params, start.state))]
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(arrays)]
-    examples = [np.sum(leaf.reshape(len(leaf), -1), axis=1, dtype=np.float64) for leaf in leaves]
+    leaves = [np.asarray(_numbers(leaf)) for leaf in jax.tree.leaves(arrays)]
+    examples = [_sums_of_rows(leaf.reshape(len(leaf), -1)) for leaf in leaves]
     batch = jax.tree.map(lambda x: jnp.asarray(x[:batch_size]), arrays)
     loss = float(Program(objective)(start.params, start.state, batch, key)[0])
     return {
@@ -267,6 +270,19 @@ def _identity(
         "arrays": [[*leaf.shape, ordered_sum(x)] for leaf, x in zip(leaves, examples, strict=True)],
         "key": np.asarray(jax.random.key_data(key)).ravel().tolist(),
     }
+
+
+def _numbers(leaf: Any) -> Any:
+    """The bits of random keys; complex numbers as pairs."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.key_data(leaf)
+    return np.stack([leaf.real, leaf.imag], -1) if np.iscomplexobj(leaf) else leaf
+
+
+def _sums_of_rows(rows: np.ndarray) -> np.ndarray:
+    """(n,) weighted by place, so that other columns are other sums."""
+    plain = rows if rows.dtype.kind in "fiu" else rows.astype(np.float64)
+    return np.einsum("ij,j->i", plain, np.sqrt(np.arange(1.0, rows.shape[1] + 1)))
 
 
 def count_examples(arrays: PyTree) -> int:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlimit.core.functions import pure_function
+from jaxlimit.core.sums import sum_dtype
 from jaxlimit.core.trees import PyTree
 from jaxlimit.curvature.makers import gauss_newton, hessian
 from jaxlimit.curvature.operator import Curvature
@@ -81,7 +82,9 @@ class ClassificationMetrics:
         """Loss and accuracy of a batch."""
         inputs, labels = batch
         logits = self.predict(params, inputs)
-        right = _of_classes(logits.argmax(-1) == labels, logits, labels)
+        # The largest of NaN would be class 0.
+        right = (logits.argmax(-1) == labels) & ~jnp.isnan(logits).any(-1)
+        right = _of_classes(right, logits, labels)
         return {"loss": cross_entropy(logits, labels), "accuracy": right.mean()}
 
 
@@ -177,4 +180,5 @@ def l1_norm(params: PyTree) -> jax.Array:
         3.5
     """
     # Not jnp.abs: its derivative at 0 is 1, which would push biases off their start and zeros off zero.
-    return jnp.asarray(sum((leaf * jnp.sign(leaf)).sum() for leaf in jax.tree.leaves(params)))
+    magnitudes = [leaf * jnp.sign(leaf) for leaf in jax.tree.leaves(params)]
+    return jnp.asarray(sum(x.sum(dtype=sum_dtype(x.dtype)) for x in magnitudes))

@@ -41,7 +41,7 @@ def save_params(path: Path, params: Any) -> None:
     from safetensors.numpy import save
 
     flat = traverse_util.flatten_dict(params, sep=".")
-    write_file(path, save({name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}))
+    write_file(path, save({name: np.array(leaf, order="C") for name, leaf in flat.items()}))
 
 
 def load_params(path: Path, like: Any) -> Any:
