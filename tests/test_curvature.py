@@ -936,3 +936,15 @@ def test_no_data(empty, mlp):
 def test_a_generator(mlp):
     with pytest.raises(ValueError, match="iterable more than once, got generator"):
         curvature_of("hessian", mlp, (batch for batch in batched(mlp.arrays, 5)))
+
+
+def test_complex_vectors_are_refused():
+    """Their imaginary part would be lost."""
+    curvature = hessian(
+        lambda w, x: jnp.mean((x @ w) ** 2),
+        jnp.ones(3),
+        [np.ones((2, 3), np.float32)],
+        prunable=lambda *_: True,
+    )
+    with pytest.raises(ValueError, match="vectors must be real"):
+        curvature.matvec(1j * jnp.ones(3))

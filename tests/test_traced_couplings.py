@@ -226,3 +226,10 @@ def test_what_is_not_sure_is_refused(name):
     prunable = lambda path, leaf: path[-1].key != "c"  # noqa: E731
     with pytest.raises(ValueError, match=message):
         traced_labels(predict, params, normal(3, 3), prunable=prunable)
+
+
+def test_params_may_hold_functions_and_texts():
+    weights = {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 3)), "act": jax.nn.relu, "name": "mlp"}
+    labels = traced_labels(lambda w, x: w["act"](x @ w["a"]) @ w["b"], weights, jnp.ones((1, 4)))
+    assert labels["a"].tolist() == [[0, 1]] * 4
+    assert labels["b"].tolist() == [[0] * 3, [1] * 3]
