@@ -579,3 +579,11 @@ def test_a_class_of_nan_is_no_class():
     assert Misclassified(predict)(weights, batch).tolist() == [False] * 5 + [True] * 5
     metrics = training.classification_metrics(lambda w, x: predict(w, (x,)))
     assert metrics(weights, batch)["accuracy"] == 0.5
+
+
+@pytest.mark.parametrize("kind", ["int4", "complex64"])
+def test_what_no_file_holds_is_refused_before_work_starts(kind, problem, tmp_path):
+    params = {**problem.params, "odd": jnp.ones(2, kind)}
+    other = SimpleNamespace(**{**vars(problem), "params": params})
+    with pytest.raises(ValueError, match=r"params has an array odd of dtype .* do not hold"):
+        assess(other, out=tmp_path / "out")

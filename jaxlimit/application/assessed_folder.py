@@ -26,7 +26,7 @@ from jaxlimit.application import page, run_folder
 from jaxlimit.application.answering import Answering, answer
 from jaxlimit.application.assessment import COLUMNS, Assessment
 from jaxlimit.application.ledger import Found, Ledger, Stage
-from jaxlimit.application.pruned_files import require_names
+from jaxlimit.application.pruned_files import require_writable
 from jaxlimit.application.question import Certifying, Question, arrays_of, first_batch
 from jaxlimit.application.run_folder import CONFIG, FIGURES, REPORT
 from jaxlimit.application.spectra import load_spectrum
@@ -93,7 +93,7 @@ def assess_into(
             arrays that would have one name in a file.
     """
     weights = question.weights
-    require_names(named_leaves(question.params), named_leaves(weights))
+    require_writable(named_leaves(question.params), named_leaves(weights))
     held = claim(folder, ASSESSMENT, _identity(question, curvatures, statistics))
     try:
         ledger = Ledger(folder, COMMAND, monitor)

@@ -1,7 +1,7 @@
 """The pruned network on disk: every array by its name, the masks beside them, and how large it is."""
 
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from jaxlimit.core.trees import PyTree, flatten, named_arrays, named_leaves, path_name
 from jaxlimit.core.writing import DamagedFile, write_file
-from jaxlimit.models.torch_state import read_safetensors
+from jaxlimit.models.torch_state import SAFETENSORS, read_safetensors
 from jaxlimit.pruning.result import Pruned
 from jaxlimit.pruning.shrink import Shrunk, shrink
 
@@ -26,12 +26,19 @@ def save_pruned(path: Path, params: PyTree, mask: PyTree) -> None:
     from safetensors.numpy import save
 
     arrays, masks = named_arrays(params), named_arrays(mask)
-    require_names(arrays, masks)
+    require_writable(arrays, masks)
     write_file(path, save({**arrays, **{f"{name}{MASK}": mask for name, mask in masks.items()}}))
 
 
-def require_names(arrays: Collection[str], masks: Collection[str]) -> None:
-    """Raises ValueError where an array of the network has the name of the mask of another."""
+def require_writable(arrays: Mapping[str, Any], masks: Collection[str]) -> None:
+    """Raises ValueError where an array has a mask's name, or a dtype that files do not hold."""
+    for name, array in arrays.items():
+        dtype = jnp.result_type(array)
+        if dtype not in map(jnp.dtype, SAFETENSORS.values()):
+            raise ValueError(
+                f"params has an array {name} of dtype {dtype}, which the files of a network do not hold: "
+                "cast it, or call without a folder."
+            )
     taken = {f"{name}{MASK}" for name in masks} & {*arrays}
     if taken:
         raise ValueError(
