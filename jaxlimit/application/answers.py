@@ -120,9 +120,14 @@ def cut(question: Question, told: Told) -> Cut:
         sparsity=last,
         next=float(after[0]) if len(after) else 1.0,
         sparsities=tuple(grid.tolist()),
-        losses=tuple(x if np.isfinite(x) else None for x in losses.tolist()),
-        errors=None if errors is None else tuple(x if np.isfinite(x) else None for x in errors.tolist()),
+        losses=_finite(losses),
+        errors=None if errors is None else _finite(errors),
     )
+
+
+def _finite(values: NDArray[np.float64]) -> tuple[float | None, ...]:
+    """JSON has no number that is not finite."""
+    return tuple(x if np.isfinite(x) else None for x in values.tolist())
 
 
 def _around(coarse: Sweep, bound: float) -> NDArray[np.float64]:

@@ -23,6 +23,7 @@ from jaxlimit.measuring.risks import ExampleRisks, Metric
 from jaxlimit.models.torch_state import torch_state_dict
 from jaxlimit.pruning.attained import MAX_PRODUCTS
 from jaxlimit.pruning.trust_region import DEFAULT, Settings
+from jaxlimit.training.losses import are_right
 
 NO_TEST_BATCHES = "no test_batches were given, examples that have had no part in training or pruning."
 NO_ERROR = (
@@ -160,9 +161,7 @@ class Misclassified:
 
     def __call__(self, params: PyTree, batch: PyTree) -> jax.Array:
         """A bool for each example."""
-        outputs = self.predict_fn(params, batch)
-        # The largest of NaN would be class 0.
-        return (jnp.argmax(outputs, axis=-1) != batch[1]) | jnp.isnan(outputs).any(-1)
+        return ~are_right(self.predict_fn(params, batch), batch[1])
 
 
 def default_error(

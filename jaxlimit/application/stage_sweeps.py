@@ -23,6 +23,7 @@ from jaxlimit.core.storage import Checkpoint
 from jaxlimit.geometry.magnitude import removed_norm
 from jaxlimit.measuring.finetuning import FinetunedNetwork
 from jaxlimit.measuring.sweeps import ACCURACY_LOSS, SPARSITIES, PrunedNetwork, Sweep
+from jaxlimit.training.losses import are_right
 
 Columns = dict[str, NDArray[np.float64]]
 # Sparsities of the fine-tuned sweep: first these (in steps of .01) and the predicted limits, then steps of
@@ -158,7 +159,7 @@ def _network(job: Job, trained: Trained) -> FinetunedNetwork:
         images, labels, is_test = batch
         logits = trained.predict(params, images)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        right = (logits.argmax(-1) == labels) & ~jnp.isnan(logits).any(-1)
+        right = are_right(logits, labels)
         return {
             "train_accuracy": jnp.mean((1 - is_test) * right),
             "test_loss": jnp.mean(is_test * losses),

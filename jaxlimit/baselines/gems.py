@@ -65,9 +65,9 @@ class RareGems:
         for name in ("epochs", "batch_size", "drop_every"):
             require_count(name, getattr(self, name))
         require_range("momentum", self.momentum, 0 <= as_real(self.momentum) < 1, "at least 0 and below 1")
-        positive = 0 < self.learning_rate < math.inf
+        positive = 0 < as_real(self.learning_rate) < math.inf
         require_range("learning_rate", self.learning_rate, positive, "finite and above 0")
-        allowed = self.l2 is None or 0 <= self.l2 < math.inf
+        allowed = self.l2 is None or 0 <= as_real(self.l2) < math.inf
         require_range("l2", self.l2, allowed, "finite and at least 0, or None")
 
     @property

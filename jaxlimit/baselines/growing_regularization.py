@@ -71,7 +71,7 @@ class GReg:
     def __post_init__(self) -> None:
         for name in ("grow_epochs", "choose_epochs", "every", "batch_size"):
             require_count(name, getattr(self, name))
-        require_count("stabilise_epochs + 1", self.stabilise_epochs + 1)
+        require_count("stabilise_epochs", self.stabilise_epochs, 0)
         for name in ("height", "choose_height", "learning_rate"):
             value = getattr(self, name)
             require_range(name, value, 0 < as_real(value) < math.inf, "positive and finite")

@@ -19,7 +19,7 @@ from flax import nnx
 
 from jaxlimit.baselines.masks import keep_all, keep_largest, kept_counts, size
 from jaxlimit.baselines.network import SparseNetwork, bare, kernels, subfolder
-from jaxlimit.core.checks import as_real, require_range
+from jaxlimit.core.checks import as_real, require_count, require_range
 from jaxlimit.geometry.magnitude import num_removed
 from jaxlimit.training.recipe import Folder, Recipe, TrainingOptions
 from jaxlimit.training.schedule import steps_per_epoch
@@ -47,7 +47,7 @@ class IterativePruning:
     def __post_init__(self) -> None:
         share = as_real(self.removed_share)
         require_range("removed_share", self.removed_share, 0 < share < 1, "between 0 and 1")
-        require_range("rewind_steps", self.rewind_steps, as_real(self.rewind_steps) >= 0, "at least 0")
+        require_count("rewind_steps", self.rewind_steps, 0)
 
 
 def rounds(dim: int, kept: Sequence[int], removed_share: float = 0.2) -> list[tuple[int, int]]:

@@ -74,7 +74,8 @@ def _part_of_a_batch(group: PyTree, share: float, number: int) -> PyTree:
     count = min(size, max(LEAST_EXAMPLES, round(share * group_length(group))))
     if example_sharding(group, axis=1) is not None:
         count = size
-    batch, part = divmod(number % (num_batches * math.ceil(size / count)), math.ceil(size / count))
+    parts = math.ceil(size / count)
+    batch, part = divmod(number % (num_batches * parts), parts)
     start = _start(size, count, part)
     return jax.tree.map(lambda x: x[batch : batch + 1, start : start + count], group)
 

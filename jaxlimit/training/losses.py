@@ -52,6 +52,16 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return _of_classes(losses, logits, labels).mean()
 
 
+def are_right(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Whether the largest output of each example is that of its label; never of NaN, whose largest is at 0.
+
+    Examples:
+        >>> are_right(jnp.array([[1.0, 2.0], [jnp.nan, 0.0]]), jnp.array([1, 0])).tolist()
+        [True, False]
+    """
+    return (jnp.argmax(logits, axis=-1) == labels) & ~jnp.isnan(logits).any(-1)
+
+
 def _of_classes(values: jax.Array, logits: jax.Array, labels: jax.Array) -> jax.Array:
     """The values of a batch's examples, NaN where a label is no class."""
     known = (labels >= 0) & (labels < logits.shape[-1])
@@ -82,9 +92,7 @@ class ClassificationMetrics:
         """Loss and accuracy of a batch."""
         inputs, labels = batch
         logits = self.predict(params, inputs)
-        # The largest of NaN would be class 0.
-        right = (logits.argmax(-1) == labels) & ~jnp.isnan(logits).any(-1)
-        right = _of_classes(right, logits, labels)
+        right = _of_classes(are_right(logits, labels), logits, labels)
         return {"loss": cross_entropy(logits, labels), "accuracy": right.mean()}
 
 
